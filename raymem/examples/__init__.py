@@ -1,0 +1,12 @@
+"""Labelled images in one fixed order, with ids, content hashes, duplicates and a fingerprint.
+
+In:  a name (`digits`, `mnist`, `fashion-mnist`, `cifar10`, `cifar100`), an `.npz` file, a folder
+     with one folder per class, or arrays.
+Out: `Examples`. What cannot be used as it is, is refused with the ids concerned; nothing is cast,
+     clipped or dropped in silence.
+"""
+
+from raymem.examples.examples import Examples
+from raymem.examples.readers import NAMED, load_examples
+
+__all__ = ["NAMED", "Examples", "load_examples"]

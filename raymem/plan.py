@@ -1,0 +1,241 @@
+"""Which example is in which trial, and every seed: a pure function of the plan's parameters.
+
+In:  the number of training examples, a subset ratio, a kind, a seed.
+Out: `mask(trial)` (bool, [N]) and `seeds(trial, epsilon, attempt)`. Nothing else is stored, nothing
+     depends on the order in which trials are asked for, and trial 4,000 costs what trial 0 costs.
+
+Shapes: T trials, N training examples, B trials per block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymem.errors import PlanError
+
+Kind = Literal["balanced", "fixed-size", "candidate-pool"]
+
+SMALLEST_BLOCK = 20
+LARGEST_BLOCK = 200
+# Examples per tile when ranking keys: 65,536 x B keys of 8 bytes is 10 MB at B = 20.
+TILE = 65_536
+# One Philox counter range for each use; a new use takes a new number, so old masks never move.
+STREAM_BALANCED, STREAM_FIXED_SIZE = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeds:
+    """The random seeds of one trial, each below 2**63.
+
+    `init` starts the model's weights (and dropout), `order` shuffles the subset, `augment` draws
+    crops and flips.
+    """
+
+    init: int
+    order: int
+    augment: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The random subsets of a study (Feldman & Zhang 2020, section 2: subsets of ratio r).
+
+    Kinds, each with expected subset size `subset_ratio * n`:
+
+    * `balanced` (default): within each block of B trials every example is in exactly
+      `subset_ratio * B` of them, by a random permutation that is independent for each example.
+      One trial's subset is then exactly a Bernoulli(subset_ratio) draw over the examples, and the
+      numbers of in and out trials are the same for all examples after every whole block.
+    * `fixed-size`: Feldman & Zhang's own design, every subset has round(subset_ratio * n) examples,
+      drawn uniformly and independently.
+    * `candidate-pool`: the examples in `pool` are drawn as in `balanced`, all others are always in
+      (Ravikumar et al. 2024, section 6.5).
+
+    `subset_ratio=1` puts every example in every trial: trials differ by their seeds only.
+
+    Raises PlanError if no such plan exists.
+
+    >>> plan = Plan(n=1000, subset_ratio=0.7, seed=1)
+    >>> plan.block
+    20
+    >>> plan.masks(range(20)).sum(axis=0).tolist() == [14] * 1000
+    True
+    >>> plan.mask(4000).shape
+    (1000,)
+    """
+
+    n: int
+    """Number of training examples."""
+    subset_ratio: float = 0.7
+    """Probability r, in (0, 1], that an example is in a trial's subset."""
+    kind: Kind = "balanced"
+    """How subsets are drawn."""
+    seed: int = 0
+    """Start of all randomness of the study, in [0, 2**63)."""
+    pool: tuple[int, ...] | None = None
+    """Candidate-pool plans only: indices of the examples that are drawn."""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise PlanError(f"a plan needs at least one training example, got n={self.n}")
+        if not 0 < self.subset_ratio <= 1:
+            raise PlanError(
+                f"subset_ratio must be above 0 and at most 1, got {self.subset_ratio}; "
+                "Feldman & Zhang use 0.7"
+            )
+        if self.kind not in ("balanced", "fixed-size", "candidate-pool"):
+            raise PlanError(
+                f"unknown kind {self.kind!r}; take balanced, fixed-size or candidate-pool"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise PlanError(f"seed must be in [0, 2**63), got {self.seed}")
+        self._check_pool()
+        if self.kind != "fixed-size":
+            block_of(self.subset_ratio)
+        elif not 1 <= self.subset_size <= self.n:
+            raise PlanError(f"subset_ratio={self.subset_ratio} leaves no example of n={self.n}")
+
+    def _check_pool(self) -> None:
+        if (self.pool is None) == (self.kind == "candidate-pool"):
+            raise PlanError("pool goes with kind='candidate-pool', and with no other kind")
+        if self.pool is None:
+            return
+        if len(self.pool) == 0 or len(set(self.pool)) != len(self.pool):
+            raise PlanError("pool must name at least one example, and none twice")
+        outside = [i for i in self.pool if not 0 <= i < self.n]
+        if outside:
+            raise PlanError(f"pool has indices outside 0..{self.n - 1}: {outside[:5]}")
+        object.__setattr__(self, "pool", tuple(sorted(int(i) for i in self.pool)))
+
+    @property
+    def block(self) -> int:
+        """Trials per block: balance is exact after every whole block."""
+        return SMALLEST_BLOCK if self.kind == "fixed-size" else block_of(self.subset_ratio)
+
+    @property
+    def subset_size(self) -> int:
+        """Nominal number of examples in a subset: exact for `fixed-size`, the mean otherwise."""
+        if self.pool is None:
+            return round(self.subset_ratio * self.n)
+        return self.n - len(self.pool) + round(self.subset_ratio * len(self.pool))
+
+    def mask(self, trial: int) -> NDArray[np.bool_]:
+        """Which training examples are in the subset of `trial`: bool [N]."""
+        if trial < 0:
+            raise PlanError(f"trials are numbered from 0, got {trial}")
+        if self.subset_ratio == 1:
+            return np.ones(self.n, bool)
+        if self.kind == "fixed-size":
+            keys = _philox(self.seed, STREAM_FIXED_SIZE, trial).random_raw(self.n)
+            chosen = np.argpartition(keys, self.subset_size - 1)[: self.subset_size]
+            mask = np.zeros(self.n, bool)
+            mask[chosen] = True
+            return mask
+        balanced = self._balanced(trial)
+        if self.pool is None:
+            return balanced
+        mask = np.ones(self.n, bool)
+        pool = np.asarray(self.pool)
+        mask[pool] = balanced[pool]
+        return mask
+
+    def masks(self, trials: Iterable[int]) -> NDArray[np.bool_]:
+        """The masks of several trials: bool [T, N]."""
+        rows = [self.mask(trial) for trial in trials]
+        return np.stack(rows) if rows else np.zeros((0, self.n), bool)
+
+    def _balanced(self, trial: int) -> NDArray[np.bool_]:
+        # Each example has B random keys per block, one for each trial; the r*B trials with the
+        # smallest keys have the example. So one trial needs the keys of its own block only.
+        B = self.block
+        members = round(Fraction(self.subset_ratio).limit_denominator(LARGEST_BLOCK) * B)
+        block, slot = divmod(trial, B)
+        generator = _philox(self.seed, STREAM_BALANCED, block)
+        mask = np.empty(self.n, bool)
+        for start in range(0, self.n, TILE):
+            stop = min(start + TILE, self.n)
+            keys = generator.random_raw((stop - start) * B).reshape(stop - start, B)
+            rank = (keys < keys[:, slot : slot + 1]).sum(axis=1)
+            mask[start:stop] = rank < members
+        return mask
+
+    def seeds(self, trial: int, epsilon: float = math.inf, attempt: int = 1) -> Seeds:
+        """The seeds of one trial at one epsilon (inf: not private) and attempt (from 1)."""
+
+        def draw(purpose: str) -> int:
+            text = f"raymem/1 {self.seed} {trial} {float(epsilon)!r} {attempt} {purpose}"
+            digest = hashlib.sha256(text.encode()).digest()
+            return int.from_bytes(digest[:8], "big") >> 1
+
+        return Seeds(init=draw("init"), order=draw("order"), augment=draw("augment"))
+
+    def worst_case_stderr(self, trials: int) -> float:
+        """Standard error of memorization after `trials` trials if both accuracies were 1/2.
+
+        sqrt(1/4 / (r t) + 1/4 / ((1-r) t)), the largest it can be; inf where there are no
+        out trials.
+
+        >>> round(Plan(n=10, subset_ratio=0.7).worst_case_stderr(477), 3)
+        0.05
+        """
+        r = self.subset_ratio
+        if r == 1 or trials == 0:
+            return math.inf
+        return math.sqrt(0.25 / (r * trials) + 0.25 / ((1 - r) * trials))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data: all there is to store."""
+        return {
+            "n": self.n,
+            "subset_ratio": self.subset_ratio,
+            "kind": self.kind,
+            "seed": self.seed,
+            "block": self.block,
+            "pool": None if self.pool is None else list(self.pool),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """The inverse of `as_dict`."""
+        pool: Sequence[int] | None = data["pool"]
+        return cls(
+            n=data["n"],
+            subset_ratio=data["subset_ratio"],
+            kind=data["kind"],
+            seed=data["seed"],
+            pool=None if pool is None else tuple(pool),
+        )
+
+
+def block_of(subset_ratio: float) -> int:
+    """Trials per block: 20, or the smallest larger number B with subset_ratio * B whole.
+
+    >>> block_of(0.7), block_of(1 / 3), block_of(0.99)
+    (20, 21, 100)
+    """
+    exact = Fraction(subset_ratio).limit_denominator(LARGEST_BLOCK)
+    if abs(float(exact) - subset_ratio) > 1e-9:
+        raise PlanError(
+            f"subset_ratio={subset_ratio} needs blocks of more than {LARGEST_BLOCK} trials; "
+            f"take {min(max(round(subset_ratio, 2), 0.01), 0.99)}, or kind='fixed-size'"
+        )
+    denominator = exact.denominator
+    return denominator * math.ceil(SMALLEST_BLOCK / denominator)
+
+
+def _philox(seed: int, stream: int, index: int) -> np.random.Philox:
+    """Philox4x64-10 (Salmon et al. 2011) keyed by (seed, stream), counting from (0, index).
+
+    Only its raw 64-bit output is used: a published algorithm, while numpy's distributions and
+    permutations may change between versions (NEP 19).
+    """
+    counter = np.array([0, index, 0, 0], np.uint64)
+    return np.random.Philox(counter=counter, key=np.array([seed, stream], np.uint64))

@@ -1,0 +1,39 @@
+"""One trial on one device, no Ray: train a model on its subset, evaluate it on every example.
+
+In:  `Images` (the whole set as tensors), a subset mask, a `Recipe`, `Seeds`.
+Out: `TrialResult`: correct and margin for every train and test example, and what was collected
+     on the way for the examples in the subset.
+
+The set is one uint8 tensor that all trials of a process share. A batch is gathered, augmented and
+scaled as one tensor on the device; there is no data loader and no Python per image.
+"""
+
+from raymem.training.images import Images, as_input, augment, default_device
+from raymem.training.recipe import Recipe, learning_rate_factor
+from raymem.training.trial import (
+    Evaluation,
+    OnEpoch,
+    SubsetHistory,
+    TrialResult,
+    evaluate,
+    margins,
+    run_trial,
+    train,
+)
+
+__all__ = [
+    "Evaluation",
+    "Images",
+    "OnEpoch",
+    "Recipe",
+    "SubsetHistory",
+    "TrialResult",
+    "as_input",
+    "augment",
+    "default_device",
+    "evaluate",
+    "learning_rate_factor",
+    "margins",
+    "run_trial",
+    "train",
+]

@@ -1,0 +1,120 @@
+"""How one model is trained: `Recipe`, and its learning rate at each moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raymem import models
+from raymem.errors import RecipeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one model is trained. Part of a study's identity: another recipe is another study.
+
+    Raises RecipeError for settings that make no sense.
+
+    >>> Recipe(model="mlp-512-256", epochs=10, learning_rate=0.1).batch_size
+    128
+    """
+
+    model: str | models.ModelFunction
+    """A name, "module:function", or a function of n_classes and image_shape (see models.py)."""
+    epochs: int
+    """Passes over the subset."""
+    batch_size: int = 128
+    """Largest batch; an epoch is cut into equal batches of at most this many examples."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """torch.optim's."""
+    learning_rate: float = 0.1
+    """Peak learning rate."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    nesterov: bool = False
+    """SGD's Nesterov variant."""
+    weight_decay: float = 0.0
+    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+    schedule: Literal["constant", "linear", "cosine", "steps"] = "cosine"
+    """From the peak to zero (linear, cosine), or divided by ten at each of `milestones`."""
+    milestones: tuple[float, ...] = (0.6, 0.8)
+    """For `steps`: fractions of training."""
+    warmup: float = 0.0
+    """Fraction of training in which the learning rate rises linearly from zero."""
+    label_smoothing: float = 0.0
+    """Cross entropy's; recorded losses are without it."""
+    crop_padding: int = 0
+    """Random crops after reflecting this many pixels at each edge; 0 is none."""
+    flip: bool = False
+    """Random horizontal flips."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Training's; evaluation is always float32."""
+    channels_last: bool = False
+    """Memory format of images and weights."""
+    mean: tuple[float, ...] = (0.5,)
+    """Subtracted per channel from [0, 1] pixels: a published constant, not a subset's statistic."""
+    std: tuple[float, ...] = (0.5,)
+    """Divides per channel after `mean`."""
+
+    def __post_init__(self) -> None:
+        wrong = [
+            message
+            for bad, message in (
+                (self.epochs < 1, f"epochs must be 1 or more, got {self.epochs}"),
+                (self.batch_size < 1, f"batch_size must be 1 or more, got {self.batch_size}"),
+                (
+                    not self.learning_rate > 0,
+                    f"learning_rate must be > 0, got {self.learning_rate}",
+                ),
+                (
+                    self.optimizer not in ("sgd", "adam", "adamw"),
+                    f"no optimizer {self.optimizer!r}",
+                ),
+                (
+                    self.schedule not in ("constant", "linear", "cosine", "steps"),
+                    f"no schedule {self.schedule!r}",
+                ),
+                (
+                    self.precision not in ("float32", "bfloat16", "float16"),
+                    f"no precision {self.precision!r}",
+                ),
+                (not 0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}"),
+                (self.crop_padding < 0, f"crop_padding must be 0 or more, got {self.crop_padding}"),
+                (
+                    not 0 <= self.label_smoothing < 1,
+                    f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
+                ),
+                (self.nesterov and self.momentum == 0, "nesterov needs momentum"),
+                (min(self.std, default=0) <= 0, f"std must be positive, got {self.std}"),
+            )
+            if bad
+        ]
+        if wrong:
+            raise RecipeError("; ".join(wrong))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data, the model by its identity: what a study's hash covers."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
+        return {**data, "model": models.identity(self.model)}
+
+
+def learning_rate_factor(recipe: Recipe, done: float) -> float:
+    """The learning rate over its peak, when the fraction `done` in [0, 1) of training is over.
+
+    >>> recipe = Recipe(model="small-resnet", epochs=20, schedule="steps")
+    >>> [round(learning_rate_factor(recipe, epoch / 20), 4) for epoch in (0, 12, 16)]
+    [1.0, 0.1, 0.01]
+    """
+    if done < recipe.warmup:
+        return done / recipe.warmup
+    progress = (done - recipe.warmup) / (1 - recipe.warmup)
+    if recipe.schedule == "linear":
+        return 1 - progress
+    if recipe.schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    if recipe.schedule == "steps":
+        return 0.1 ** sum(done >= milestone - 1e-9 for milestone in recipe.milestones)
+    return 1.0
