@@ -1,0 +1,243 @@
+"""Memorization from masks and outcomes: estimates, standard errors, intervals, reliability.
+
+In:  plain arrays, from any fleet. Out: plain arrays. No Ray, no torch.
+
+Shapes: T trials, N examples, F folds (whole blocks of trials). `in` and `out` are the two arms of
+an example: the trials that did, and did not, train on it. Undefined values are NaN, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+CONFIDENCE = 0.95
+HALF_SPLITS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One estimate per example, [N], with what it is worth."""
+
+    value: Floats
+    """The difference in minus out, in [-1, 1]; NaN where an arm has no trial."""
+    stderr: Floats
+    """Standard error; NaN where an arm has fewer than two trials."""
+    low: Floats
+    """Lower end of the 95% interval."""
+    high: Floats
+    """Upper end of the 95% interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memorization(Estimate):
+    """Memorization of N examples by T trials."""
+
+    n_in: NDArray[np.int64]
+    """[N] Trials that trained on the example."""
+    n_out: NDArray[np.int64]
+    """[N] Trials that did not."""
+    accuracy_in: Floats
+    """[N] Share of in-trials that get it right."""
+    accuracy_out: Floats
+    """[N] Share of out-trials that get it right."""
+    soft: Estimate | None
+    """The same from p_true, if it was given."""
+
+
+def memorization(
+    masks: ArrayLike, correct: ArrayLike, p_true: ArrayLike | None = None
+) -> Memorization:
+    """How much more often models get an example right when they trained on it.
+
+    mem(i) = mean of correct over trials with i in the subset, minus the mean over trials without:
+    Feldman & Zhang 2020, eq. 1 and Algorithm 1. `soft` is the same difference of p_true, the
+    probability of the label: less noisy, but another estimand (a model can be right with p < 1).
+
+    masks: bool [T, N], is example i in trial t's subset. correct: bool [T, N]. p_true: [T, N] in
+    [0, 1]. Intervals are 95%: Newcombe's for `correct`, Welch's t for p_true.
+
+    Raises ValueError if shapes differ or values are not what they should be.
+
+    >>> import numpy as np
+    >>> masks = np.array([[1, 0], [1, 1], [0, 1], [0, 0]], bool)
+    >>> correct = np.array([[1, 1], [1, 1], [0, 1], [0, 1]], bool)
+    >>> result = memorization(masks, correct)
+    >>> result.value.tolist(), result.n_in.tolist()
+    ([1.0, 0.0], [2, 2])
+    """
+    inside, right = _booleans("masks", masks), _booleans("correct", correct)
+    if inside.shape != right.shape:
+        raise ValueError(f"masks are {inside.shape} but correct is {right.shape}; both are [T, N]")
+    n_in = inside.sum(axis=0)
+    n_out = (~inside).sum(axis=0)
+    right_in = (right & inside).sum(axis=0)
+    right_out = (right & ~inside).sum(axis=0)
+    hard = difference_of_proportions(right_in, n_in, right_out, n_out)
+    return Memorization(
+        value=hard.value,
+        stderr=hard.stderr,
+        low=hard.low,
+        high=hard.high,
+        n_in=n_in,
+        n_out=n_out,
+        accuracy_in=ratio(right_in, n_in),
+        accuracy_out=ratio(right_out, n_out),
+        soft=None if p_true is None else _soft(inside, np.asarray(p_true, np.float64)),
+    )
+
+
+def _soft(inside: NDArray[np.bool_], p: Floats) -> Estimate:
+    if p.shape != inside.shape:
+        raise ValueError(f"masks are {inside.shape} but p_true is {p.shape}; both are [T, N]")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError("p_true must be probabilities in [0, 1]")
+    p_in, p_out = np.where(inside, p, 0), np.where(inside, 0, p)
+    return difference_of_means(
+        p_in.sum(axis=0),
+        (p_in**2).sum(axis=0),
+        inside.sum(axis=0),
+        p_out.sum(axis=0),
+        (p_out**2).sum(axis=0),
+        (~inside).sum(axis=0),
+    )
+
+
+def difference_of_proportions(
+    right_in: ArrayLike, n_in: ArrayLike, right_out: ArrayLike, n_out: ArrayLike
+) -> Estimate:
+    """right_in / n_in - right_out / n_out with Newcombe's interval; all [N].
+
+    The interval is method 10 of Newcombe 1998 (Wilson limits of each arm, combined): it covers 95%
+    also at few trials and at proportions of 0 and 1, where the standard error is 0, saying nothing.
+    The standard error is that of two independent means, sqrt(sum of p(1-p)/(n-1)).
+
+    >>> e = difference_of_proportions([56], [70], [48], [80])  # Newcombe 1998, Table II, (a)
+    >>> [round(float(v[0]), 4) for v in (e.value, e.low, e.high)]
+    [0.2, 0.0524, 0.3339]
+    """
+    right_in, n_in, right_out, n_out = (
+        np.asarray(a, np.float64) for a in (right_in, n_in, right_out, n_out)
+    )
+    p_in, p_out = ratio(right_in, n_in), ratio(right_out, n_out)
+    value = p_in - p_out
+    low_in, high_in = _wilson(p_in, n_in)
+    low_out, high_out = _wilson(p_out, n_out)
+    return Estimate(
+        value=value,
+        stderr=np.sqrt(ratio(p_in * (1 - p_in), n_in - 1) + ratio(p_out * (1 - p_out), n_out - 1)),
+        low=value - np.hypot(p_in - low_in, high_out - p_out),
+        high=value + np.hypot(high_in - p_in, p_out - low_out),
+    )
+
+
+def difference_of_means(
+    sum_in: ArrayLike,
+    squares_in: ArrayLike,
+    n_in: ArrayLike,
+    sum_out: ArrayLike,
+    squares_out: ArrayLike,
+    n_out: ArrayLike,
+) -> Estimate:
+    """Mean in minus mean out of values in [0, 1], from sums and sums of squares; all [N].
+
+    Standard error and interval are Welch's (unequal variances, Welch-Satterthwaite degrees of
+    freedom), the interval cut to [-1, 1]; both NaN where an arm has fewer than two trials.
+    """
+    arms = ((sum_in, squares_in, n_in), (sum_out, squares_out, n_out))
+    means, variances, freedoms = [], [], []
+    for total, squares, count in arms:
+        s, q, n = (np.asarray(a, np.float64) for a in (total, squares, count))
+        mean = ratio(s, n)
+        of_mean = ratio(np.maximum(q - n * mean**2, 0), (n - 1) * n)
+        means.append(mean)
+        variances.append(of_mean)
+        freedoms.append(ratio(of_mean**2, n - 1))
+    value, variance = means[0] - means[1], variances[0] + variances[1]
+    stderr = np.sqrt(variance)
+    with np.errstate(invalid="ignore"):
+        freedom = np.where(variance > 0, ratio(variance**2, freedoms[0] + freedoms[1]), 1.0)
+        half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * stderr
+    return Estimate(
+        value=value,
+        stderr=stderr,
+        low=np.maximum(value - half, -1),
+        high=np.minimum(value + half, 1),
+    )
+
+
+def reliability(
+    right_in: ArrayLike, n_in: ArrayLike, right_out: ArrayLike, n_out: ArrayLike
+) -> float:
+    """Split-half reliability R of memorization, from sums per fold, each [F, N].
+
+    R = 2 rho / (1 + rho), rho the Pearson correlation over examples between the memorization of two
+    random halves of the folds (Spearman-Brown), averaged over fixed random splits. sqrt(R) is the
+    expected correlation with the truth. NaN with fewer than two folds, or if nothing varies.
+    """
+    sums = [np.asarray(a, np.float64) for a in (right_in, n_in, right_out, n_out)]
+    F = len(sums[0])
+    if F < 2:
+        return math.nan
+    # The splits only have to be fixed for one version of numpy: they move R in its third digit.
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(HALF_SPLITS):
+        half = generator.permutation(F) < F // 2
+        first, second = (
+            _difference(*(s[side].sum(axis=0) for s in sums)) for side in (half, ~half)
+        )
+        both = np.isfinite(first) & np.isfinite(second)
+        if both.sum() < 3 or first[both].std() == 0 or second[both].std() == 0:
+            return math.nan
+        rho = float(np.corrcoef(first[both], second[both])[0, 1])
+        found.append(2 * rho / (1 + rho))
+    return float(np.mean(found))
+
+
+def forecast_trials(trials: int, reliability: float, target: float) -> float:
+    """Trials that would have reliability `target`, if `trials` have `reliability`.
+
+    t* = t R*(1 - R) / (R (1 - R*)): noise variance falls as 1/t. NaN or inf where R says nothing.
+
+    >>> forecast_trials(100, 0.9, 0.95)
+    211.1
+    """
+    if not 0 < reliability < 1:
+        return math.nan
+    return round(trials * target * (1 - reliability) / (reliability * (1 - target)), 1)
+
+
+def ratio(above: ArrayLike, below: ArrayLike) -> Floats:
+    """above / below, NaN where below is not positive."""
+    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    out = np.full(np.broadcast_shapes(above.shape, below.shape), np.nan)
+    np.divide(above, below, out=out, where=below > 0)
+    return out
+
+
+def _difference(right_in: Floats, n_in: Floats, right_out: Floats, n_out: Floats) -> Floats:
+    return ratio(right_in, n_in) - ratio(right_out, n_out)
+
+
+def _wilson(p: Floats, n: Floats) -> tuple[Floats, Floats]:
+    """Wilson's interval of a proportion; NaN goes through."""
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    n = np.maximum(n, 1)
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+    return centre - half, centre + half
+
+
+def _booleans(name: str, values: ArrayLike) -> NDArray[np.bool_]:
+    array = np.asarray(values)
+    if array.ndim != 2:
+        raise ValueError(f"{name} must be [T, N], trials by examples; got shape {array.shape}")
+    if array.dtype != bool and not np.isin(array, (0, 1)).all():
+        raise ValueError(f"{name} must be true or false (or 1 and 0); got {array.dtype} values")
+    return array.astype(bool)

@@ -1,0 +1,31 @@
+"""One study's store: layout, schemas, commits, and who may write. Works on any fsspec URL.
+
+    study.json                          the study as data, its hash; never replaced
+    target.json                         how many trials at which epsilons are wanted; replaceable
+    driver.json                         who drives it now
+    examples.parquet                    the set's index
+    trials/eps-inf/000017.parquet       one trained model; that it exists means "done"
+    failed/eps-inf/000017.1.json        an attempt that failed: cause
+    scores/*.parquet                    derived, replaced whole
+    damaged/...                         what `verify --repair` moved away
+
+Trial objects are created if absent, derived objects are replaced whole, nothing is appended to.
+"""
+
+from raymem.store.files import Files
+from raymem.store.lock import DriverLock, is_alive, read_driver
+from raymem.store.store import Failure, Store, Target, study_hash
+from raymem.store.trials import TrialKey, trial_table
+
+__all__ = [
+    "DriverLock",
+    "Failure",
+    "Files",
+    "Store",
+    "Target",
+    "TrialKey",
+    "is_alive",
+    "read_driver",
+    "study_hash",
+    "trial_table",
+]

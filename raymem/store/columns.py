@@ -1,0 +1,201 @@
+"""Every column of every table in a store: type, meaning, unit and sign.
+
+The words here go into the Parquet files' field metadata and into docs/columns.md, which
+`python -m raymem.store.columns` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column's Arrow type, and what a person must know to use it."""
+
+    type: pa.DataType
+    meaning: str
+    unit: str = ""
+
+    def field(self, name: str) -> pa.Field:
+        """The Arrow field, with meaning and unit in its metadata."""
+        return pa.field(name, self.type, metadata={"meaning": self.meaning, "unit": self.unit})
+
+
+Columns = Mapping[str, Column]
+
+
+def schema(columns: Columns, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """The Arrow schema of a table with these columns."""
+    return pa.schema(
+        [column.field(name) for name, column in columns.items()],
+        metadata=None if metadata is None else dict(metadata),
+    )
+
+
+_SPLIT = Column(pa.string(), "train or test")
+_INDEX = Column(pa.int64(), "position of the example in its split, in the set's order")
+_ID = Column(pa.string(), "the example's id, unique over both splits")
+_LABEL = Column(pa.int64(), "class number, 0..K-1")
+_EPSILON = Column(pa.float64(), "privacy budget of the trial; inf is not private", "nats")
+_TRIAL = Column(pa.int32(), "number of the subset; the same subset at every epsilon")
+_GROUP = Column(
+    pa.int64(), "number shared by examples with exactly equal pixels, over both splits; null: none"
+)
+
+EXAMPLES: Columns = {
+    "split": _SPLIT,
+    "index": _INDEX,
+    "example_id": _ID,
+    "label": _LABEL,
+    "content_hash": Column(pa.string(), "128 bits of SHA-256 over the image's shape and pixels"),
+    "duplicate_group": _GROUP,
+}
+
+TRIAL: Columns = {
+    "trial": _TRIAL,
+    "epsilon": _EPSILON,
+    "split": _SPLIT,
+    "index": _INDEX,
+    "in_subset": Column(pa.bool_(), "did this model train on the example? null for test examples"),
+    "correct": Column(pa.bool_(), "is the largest logit the label's?"),
+    "margin": Column(
+        pa.float32(),
+        "log p_y - log of the sum of the other classes' p; p_true = sigmoid(margin), "
+        "loss = softplus(-margin)",
+        "nats",
+    ),
+    "cumulative_loss": Column(
+        pa.float32(),
+        "cross entropy in training, summed over epochs; null outside the subset",
+        "nats",
+    ),
+    "learning_epoch": Column(
+        pa.int32(),
+        "first epoch (from 1) from which on training got it right at every later visit; null "
+        "outside the subset and if never",
+        "epochs",
+    ),
+    "forgetting_count": Column(
+        pa.int32(),
+        "times training got it right at one visit and wrong at the next; null outside the subset",
+    ),
+}
+
+SCORES_EXAMPLES: Columns = {
+    "example_id": _ID,
+    "index": _INDEX,
+    "split": _SPLIT,
+    "label": _LABEL,
+    "epsilon": _EPSILON,
+    "n_in": Column(pa.int32(), "trials that trained on the example; null for test examples"),
+    "n_out": Column(pa.int32(), "trials that did not; for test examples, all trials"),
+    "accuracy_in": Column(pa.float64(), "share of in-trials that get it right", "0..1"),
+    "accuracy_out": Column(pa.float64(), "share of out-trials that get it right", "0..1"),
+    "p_true_in": Column(pa.float64(), "mean probability of the label over in-trials", "0..1"),
+    "p_true_out": Column(pa.float64(), "mean probability of the label over out-trials", "0..1"),
+    "memorization": Column(
+        pa.float64(),
+        "accuracy_in - accuracy_out (Feldman & Zhang 2020, eq. 1): high when only models that saw "
+        "the example get it right",
+        "-1..1",
+    ),
+    "memorization_stderr": Column(
+        pa.float64(), "standard error of memorization; 0 where all trials of an arm agree", "-1..1"
+    ),
+    "memorization_low": Column(pa.float64(), "lower end of Newcombe's 95% interval", "-1..1"),
+    "memorization_high": Column(pa.float64(), "upper end of Newcombe's 95% interval", "-1..1"),
+    "memorization_soft": Column(
+        pa.float64(), "p_true_in - p_true_out: less noisy, another estimand", "-1..1"
+    ),
+    "memorization_soft_stderr": Column(pa.float64(), "its standard error", "-1..1"),
+    "memorization_soft_low": Column(pa.float64(), "lower end of Welch's 95% t interval", "-1..1"),
+    "memorization_soft_high": Column(pa.float64(), "upper end of Welch's 95% t interval", "-1..1"),
+    "loss_in": Column(pa.float64(), "mean cross entropy over in-trials", "nats"),
+    "loss_out": Column(pa.float64(), "mean cross entropy over out-trials", "nats"),
+    "cumulative_loss": Column(
+        pa.float64(), "mean over in-trials of the training loss summed over epochs", "nats"
+    ),
+    "learning_epoch": Column(
+        pa.float64(), "mean learning epoch over the in-trials that learned it", "epochs"
+    ),
+    "forgetting_count": Column(pa.float64(), "mean forgetting events over in-trials"),
+    "duplicate_group": _GROUP,
+    "null_reason": Column(
+        pa.string(), "why memorization is null: test example, no in-trial, no out-trial; else null"
+    ),
+}
+
+SUMS: Columns = {
+    "n_in": Column(pa.int32(), "in-trials"),
+    "n_out": Column(pa.int32(), "out-trials; for test examples, all"),
+    "correct_in": Column(pa.int32(), "in-trials that get it right"),
+    "correct_out": Column(pa.int32(), "out-trials that get it right"),
+    "p_true_in": Column(pa.float64(), "sum of p_true over in-trials"),
+    "p_true_out": Column(pa.float64(), "sum of p_true over out-trials"),
+    "p_true_squared_in": Column(pa.float64(), "sum of p_true^2 over in-trials"),
+    "p_true_squared_out": Column(pa.float64(), "sum of p_true^2 over out-trials"),
+    "loss_in": Column(pa.float64(), "sum of the cross entropy over in-trials", "nats"),
+    "loss_out": Column(pa.float64(), "sum of the cross entropy over out-trials", "nats"),
+    "cumulative_loss": Column(pa.float64(), "sum of cumulative_loss over in-trials", "nats"),
+    "learning_epoch": Column(pa.float64(), "sum of learning_epoch where learned", "epochs"),
+    "learned": Column(pa.int32(), "in-trials that learned it"),
+    "forgetting_count": Column(pa.float64(), "sum of forgetting_count over in-trials"),
+}
+
+FOLDS: Columns = {
+    "epsilon": _EPSILON,
+    "split": _SPLIT,
+    "index": _INDEX,
+    "fold": Column(pa.int32(), "number of the fold; a block of trials is never cut"),
+    **SUMS,
+}
+
+SCORES_TRIALS: Columns = {
+    "trial": _TRIAL,
+    "epsilon": _EPSILON,
+    "status": Column(pa.string(), "done, or the cause of the last failure if it never finished"),
+    "attempt": Column(pa.int32(), "attempt that finished, or the last that failed; from 1"),
+    "seed_init": Column(pa.int64(), "seed of the initial weights"),
+    "seed_order": Column(pa.int64(), "seed of the order of examples"),
+    "seed_augment": Column(pa.int64(), "seed of crops and flips"),
+    "subset_size": Column(pa.int32(), "training examples in the subset"),
+    "accuracy_in": Column(pa.float64(), "accuracy on the subset, in eval mode", "0..1"),
+    "accuracy_out": Column(pa.float64(), "accuracy on the other training examples", "0..1"),
+    "accuracy_test": Column(pa.float64(), "accuracy on the test examples", "0..1"),
+    "loss_in": Column(pa.float64(), "mean cross entropy on the subset", "nats"),
+    "loss_out": Column(pa.float64(), "mean cross entropy on the other training examples", "nats"),
+    "seconds": Column(pa.float64(), "wall time of training and evaluation", "seconds"),
+    "device": Column(pa.string(), "where it ran"),
+    "host": Column(pa.string(), "on which machine"),
+    "digest": Column(pa.string(), "SHA-256 of the trial's data columns"),
+}
+
+TABLES: Mapping[str, Columns] = {
+    "examples.parquet": EXAMPLES,
+    "trials/**/*.parquet": TRIAL,
+    "scores/examples.parquet": SCORES_EXAMPLES,
+    "scores/trials.parquet": SCORES_TRIALS,
+    "scores/folds.parquet": FOLDS,
+}
+
+
+def as_markdown() -> str:
+    """docs/columns.md."""
+    lines = [
+        "# Columns",
+        "",
+        "All tables are Parquet (zstd). The same words are in the files' field metadata. Columns a",
+        "study did not ask for are absent; undefined values are null.",
+    ]
+    for table, columns in TABLES.items():
+        lines += ["", f"## {table}", "", "| column | type | unit | meaning |", "|---|---|---|---|"]
+        lines += [f"| {name} | {c.type} | {c.unit} | {c.meaning} |" for name, c in columns.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")

@@ -1,0 +1,141 @@
+"""Who drives a store now: `driver.json`, a lock that a dead driver never holds.
+
+It holds host, pid, the process's start and a counter that moves while the driver lives. On the
+same host a dead pid is seen at once; from another host a driver is dead when its counter stood
+still for two intervals. Whatever happens to the lock, commits stay safe by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from raymem.errors import StoreHeldError
+from raymem.store.files import Files
+
+KEY = "driver.json"
+INTERVAL = 5.0
+
+
+class DriverLock:
+    """Holds a store while the `with` block runs. Raises StoreHeldError if another driver lives.
+
+    `progress` is asked at each beat for what `raymem status` should show of a running fleet.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        *,
+        interval: float = INTERVAL,
+        progress: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self.files, self.interval, self.progress = files, interval, progress
+        self.lost = threading.Event()
+        """Set when another driver took over: stop, and leave the store to it."""
+        self._token = uuid.uuid4().hex
+        self._counter = 0
+        self._stop = threading.Event()
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def __enter__(self) -> DriverLock:
+        while not self.files.create(KEY, self._record()):
+            holder = read_driver(self.files)
+            if holder is None:
+                continue
+            if is_alive(holder, self.files):
+                raise StoreHeldError(
+                    f"{self.files.url} is held by process {holder['pid']} on {holder['host']} "
+                    f"since {holder['started']}; wait for it, or end it, then run the same "
+                    "command again"
+                )
+            # Only what was judged dead may go: another driver may have been quicker.
+            if read_driver(self.files) == holder:
+                self.files.delete(KEY)
+        self._thread = threading.Thread(target=self._beat, name="raymem-driver-lock", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        holder = read_driver(self.files)
+        if holder is not None and holder["token"] == self._token:
+            self.files.delete(KEY)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.interval):
+            try:
+                holder = read_driver(self.files)
+                if holder is None or holder["token"] != self._token:
+                    self.lost.set()
+                    return
+                self._counter += 1
+                self.files.replace(KEY, self._record())
+            except Exception:  # a missed beat is no harm; a store that stays away stops the workers
+                continue
+
+    def _record(self) -> bytes:
+        record = {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "started": self._started,
+            "interval": self.interval,
+            "counter": self._counter,
+            "progress": dict(self.progress()),
+        }
+        return json.dumps(record, indent=1).encode()
+
+
+def read_driver(files: Files) -> dict[str, Any] | None:
+    """The driver's record, or None if nobody drives or the record is no record."""
+    try:
+        record = json.loads(files.read(KEY))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        files.delete(KEY)
+        return None
+    if not isinstance(record, dict) or "token" not in record:
+        files.delete(KEY)
+        return None
+    return record
+
+
+def is_alive(holder: Mapping[str, Any], files: Files, *, wait: bool = True) -> bool:
+    """Does the driver of this record still live? From another host this takes two intervals.
+
+    With `wait=False` a driver on another host is taken to live.
+    """
+    if holder["host"] == socket.gethostname():
+        try:
+            process = psutil.Process(holder["pid"])
+            same = bool(abs(process.create_time() - holder["process_started"]) < 1)
+            return same and bool(process.status() != psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return False
+    if not wait:
+        return True
+    time.sleep(2 * float(holder["interval"]) + 1)
+    now = read_driver(files)
+    return now is not None and (now["token"], now["counter"]) != (
+        holder["token"],
+        holder["counter"],
+    )

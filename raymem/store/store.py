@@ -1,0 +1,263 @@
+"""`Store`: what is in a study's folder or bucket prefix, and the only code that writes there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raymem.errors import (
+    DamagedObjectError,
+    ResultMismatchError,
+    StoreError,
+    StudyMismatchError,
+)
+from raymem.examples import Examples
+from raymem.plan import Plan
+from raymem.store import columns, trials
+from raymem.store.files import Files
+from raymem.store.trials import TrialKey
+from raymem.version import VERSION
+
+FORMAT = 1
+SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a study wants to have: replaceable, not part of its identity."""
+
+    trials: int
+    """Trials at each epsilon."""
+    epsilons: tuple[float, ...] = (math.inf,)
+    """Privacy budgets; inf is not private."""
+
+    def keys(self) -> list[TrialKey]:
+        """All trials wanted; every epsilon of one subset before the next subset."""
+        return [TrialKey(e, t) for t in range(self.trials) for e in self.epsilons]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A recorded failure of one attempt at one trial."""
+
+    key: TrialKey
+    attempt: int
+    cause: str
+
+
+class Store:
+    """One study's store at any fsspec URL.
+
+    >>> store = Store("memory://doctest-store")
+    >>> store.done()
+    set()
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.files = Files(url)
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return self.files.url
+
+    # What the study is
+
+    def open_study(self, study: Mapping[str, Any], examples: Examples) -> None:
+        """Create the study in this store, or check that it is the one that is there.
+
+        `study` is JSON-ready data: all that makes trials comparable. Raises StudyMismatchError with
+        the differences if the store has another one.
+        """
+        body = {
+            "format": FORMAT,
+            "hash": study_hash(study),
+            "study": study,
+            "data_name": examples.name,
+            "classes": list(examples.classes),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "raymem": VERSION,
+        }
+        if not self.files.create("study.json", _json(body)):
+            self._check_study(study, examples)
+        metadata = {"fingerprint": examples.fingerprint, "name": examples.name}
+        index = examples.index_table().cast(columns.schema(columns.EXAMPLES))
+        self.files.create("examples.parquet", trials.encode(index, metadata))
+
+    def _check_study(self, study: Mapping[str, Any], examples: Examples) -> None:
+        there = self.study()
+        if there["hash"] == study_hash(study):
+            return
+        differences = _differences(there["study"], json.loads(json.dumps(study)))
+        if any(name.startswith("data.") for name, _, _ in differences):
+            differences += self._changed_examples(examples)
+        shown = "; ".join(f"{name}: store has {a}, this run has {b}" for name, a, b in differences)
+        raise StudyMismatchError(
+            f"{self.url} belongs to another study ({shown}); choose another --store, or go back to "
+            "the settings of the store"
+        )
+
+    def _changed_examples(self, examples: Examples) -> list[tuple[str, object, object]]:
+        if not self.files.exists("examples.parquet"):
+            return []
+        old, new = self.examples().to_pylist(), examples.index_table().to_pylist()
+        found: list[tuple[str, object, object]] = []
+        if len(old) != len(new):
+            found.append(("examples", len(old), len(new)))
+        for before, now in zip(old, new, strict=False):
+            for name in ("example_id", "label", "content_hash"):
+                if before[name] != now[name]:
+                    found.append((f"{before['example_id']}.{name}", before[name], now[name]))
+        more = [("further examples", len(found) - SHOWN, "others")] if len(found) > SHOWN else []
+        return found[:SHOWN] + more
+
+    def study(self) -> dict[str, Any]:
+        """study.json. Raises StoreError if there is none or it is from a newer raymem."""
+        try:
+            body: dict[str, Any] = json.loads(self.files.read("study.json"))
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"there is no study in {self.url}; check the path, or run a job with --store "
+                f"{self.url}"
+            ) from error
+        except ValueError as error:
+            raise DamagedObjectError(
+                f"study.json in {self.url} is damaged ({error}); restore it from a copy"
+            ) from error
+        if body.get("format") != FORMAT:
+            raise StoreError(
+                f"{self.url} has format {body.get('format')}, this raymem reads {FORMAT}; install "
+                f"raymem {body.get('raymem')}"
+            )
+        return body
+
+    def plan(self) -> Plan:
+        """The study's plan."""
+        return Plan.from_dict(self.study()["study"]["plan"])
+
+    def examples(self) -> pa.Table:
+        """The set's index, examples.parquet: train first."""
+        key = "examples.parquet"
+        return trials.decode(self.files.read(key), key)
+
+    @property
+    def target(self) -> Target:
+        """What the study wants to have; no trials if nothing was asked for yet."""
+        try:
+            body = json.loads(self.files.read("target.json"))
+        except FileNotFoundError:
+            return Target(trials=0)
+        epsilons = tuple(float(epsilon) for epsilon in body["epsilons"])
+        return Target(trials=body["trials"], epsilons=epsilons)
+
+    @target.setter
+    def target(self, target: Target) -> None:
+        if target == self.target and self.files.exists("target.json"):
+            return
+        epsilons = [f"{epsilon:.12g}" for epsilon in target.epsilons]
+        self.files.replace("target.json", _json({"trials": target.trials, "epsilons": epsilons}))
+
+    # What is done
+
+    def done(self) -> set[TrialKey]:
+        """The trials that are committed: a listing, nothing is read."""
+        found = (TrialKey.parse(key) for key in self.files.list("trials"))
+        return {key for key in found if key is not None}
+
+    def failures(self) -> list[Failure]:
+        """All recorded failures, in order of trial and attempt."""
+        found = []
+        for key in self.files.list("failed"):
+            trial = TrialKey.parse(key)
+            if trial is not None:
+                body = json.loads(self.files.read(key))
+                found.append(Failure(key=trial, attempt=body["attempt"], cause=body["cause"]))
+        return sorted(found, key=lambda f: (f.key, f.attempt))
+
+    def commit(self, key: TrialKey, table: pa.Table, provenance: Mapping[str, Any]) -> str:
+        """Commit one trial, once. Returns "committed", or "duplicate" if the same result is there,
+        or "drift" if a result from other hardware is there and differs; the first one stays.
+
+        Raises ResultMismatchError if the same arithmetic gave two results.
+        """
+        metadata = {**provenance, "digest": trials.digest(table)}
+        if self.files.create(key.object_key, trials.encode(table, metadata)):
+            return "committed"
+        first = self.provenance(key)
+        if first["digest"] == metadata["digest"]:
+            return "duplicate"
+        if first["arithmetic"] != metadata["arithmetic"] or metadata["device"] != "cpu":
+            return "drift"
+        raise ResultMismatchError(
+            f"{key} was trained twice on {metadata['arithmetic']} and gave two results; its model "
+            "draws randomness that raymem does not seed, or the code changed; fix that and start a "
+            "new store"
+        )
+
+    def record_failure(self, key: TrialKey, attempt: int, cause: str, message: str) -> None:
+        """Record that an attempt at a trial failed; it is never counted as a trial."""
+        body = {"trial": key.trial, "attempt": attempt, "cause": cause, "message": message}
+        self.files.create(key.failed_key(attempt), _json(body))
+
+    def trial(self, key: TrialKey, names: Sequence[str] | None = None) -> pa.Table:
+        """One trial's table (all columns, or `names`), with its metadata."""
+        data = self.files.read(key.object_key)
+        return trials.decode(data, key.object_key, None if names is None else list(names))
+
+    def provenance(self, key: TrialKey) -> dict[str, Any]:
+        """What is recorded of how one trial came about; reads the object's footer only."""
+        path = self.files.path(key.object_key)
+        try:
+            with self.files.fs.open(path) as file:
+                schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            raise DamagedObjectError(
+                f"{key.object_key} does not read back ({error}); run `raymem verify STORE --repair`"
+            ) from error
+        return trials.metadata_of(schema, key.object_key)
+
+    # What is derived
+
+    def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+        """Replace scores/NAME.parquet whole."""
+        self.files.replace(f"scores/{name}.parquet", trials.encode(table, dict(metadata)))
+
+    def scores(self, name: str = "examples") -> pa.Table:
+        """scores/NAME.parquet. Raises StoreError if there are no scores yet."""
+        key = f"scores/{name}.parquet"
+        try:
+            return trials.decode(self.files.read(key), key)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self.url} has no {key} yet; run the study's job, or its `score` stage"
+            ) from error
+
+
+def study_hash(study: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of what makes trials comparable."""
+    return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(there: object, here: object, name: str = "") -> list[tuple[str, object, object]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            difference
+            for key in sorted({*there, *here})
+            for difference in _differences(
+                there.get(key), here.get(key), f"{name}.{key}" if name else key
+            )
+        ]
+    return [] if there == here else [(name, there, here)]
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, indent=1).encode() + b"\n"

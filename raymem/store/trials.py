@@ -1,0 +1,150 @@
+"""One trial as one Parquet object: its table, its provenance, its digest.
+
+Shapes: N training and M test examples. Rows are sorted by split and index: M test, then N train.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raymem.errors import DamagedObjectError
+from raymem.store import columns
+from raymem.training import TrialResult
+
+METADATA = b"raymem"
+
+
+class TrialKey(NamedTuple):
+    """Names a trial: its epsilon (inf: not private) and its number, which is its subset's.
+
+    >>> TrialKey(math.inf, 17).object_key, TrialKey(0.5, 17).object_key
+    ('trials/eps-inf/000017.parquet', 'trials/eps-0.5/000017.parquet')
+    >>> TrialKey.parse("trials/eps-0.5/000017.parquet")
+    TrialKey(epsilon=0.5, trial=17)
+    """
+
+    epsilon: float
+    trial: int
+
+    @property
+    def folder(self) -> str:
+        """The folder of its epsilon."""
+        return f"eps-{self.epsilon:.12g}"
+
+    @property
+    def object_key(self) -> str:
+        """Where its result is; that it exists means the trial is done."""
+        return f"trials/{self.folder}/{self.trial:06d}.parquet"
+
+    def failed_key(self, attempt: int) -> str:
+        """Where a failed attempt is recorded."""
+        return f"failed/{self.folder}/{self.trial:06d}.{attempt}.json"
+
+    @classmethod
+    def parse(cls, key: str) -> TrialKey | None:
+        """The trial whose result or failure is at `key`; None if that is no such key."""
+        parts = key.split("/")
+        if len(parts) != 3 or parts[0] not in ("trials", "failed"):
+            return None
+        try:
+            return cls(float(parts[1].removeprefix("eps-")), int(parts[2].split(".")[0]))
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        at = "" if math.isinf(self.epsilon) else f" at epsilon {self.epsilon:g}"
+        return f"trial {self.trial}{at}"
+
+
+def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> pa.Table:
+    """The table of one trial: M + N rows, columns as in `columns.TRIAL`; mask is bool [N]."""
+    N, M = len(mask), len(result.test.correct)
+    subset = np.flatnonzero(mask)
+
+    def over_all(values: NDArray[Any], missing: NDArray[np.bool_]) -> pa.Array:
+        spread = np.zeros(M + N, values.dtype)
+        spread[M + subset] = values
+        absent = np.ones(M + N, bool)
+        absent[M + subset] = missing
+        return pa.array(spread, mask=absent)
+
+    history = result.history
+    none = np.zeros(len(subset), bool)
+    is_test = np.arange(M + N) < M
+    arrays = {
+        "trial": pa.array(np.full(M + N, key.trial, np.int32)),
+        "epsilon": pa.array(np.full(M + N, key.epsilon)),
+        "split": pa.array(["test"] * M + ["train"] * N),
+        "index": pa.array(np.concatenate([np.arange(M), np.arange(N)])),
+        "in_subset": pa.array(np.concatenate([np.zeros(M, bool), mask]), mask=is_test),
+        "correct": pa.array(np.concatenate([result.test.correct, result.train.correct])),
+        "margin": pa.array(np.concatenate([result.test.margin, result.train.margin])),
+        "cumulative_loss": over_all(history.cumulative_loss, none),
+        "learning_epoch": over_all(history.learning_epoch, history.learning_epoch == 0),
+        "forgetting_count": over_all(history.forgetting_count, none),
+    }
+    return pa.Table.from_pydict(arrays, schema=columns.schema(columns.TRIAL))
+
+
+def digest(table: pa.Table) -> str:
+    """SHA-256 over the names and values of all columns, nulls marked; metadata does not count."""
+    sha = hashlib.sha256()
+    for name in table.column_names:
+        column = table.column(name).combine_chunks()
+        sha.update(f"{name}:{column.type}:".encode())
+        sha.update(np.packbits(column.is_null().to_numpy(zero_copy_only=False)).tobytes())
+        if pa.types.is_string(column.type):
+            sha.update("\0".join(column.fill_null("").to_pylist()).encode())
+        else:
+            fill = False if pa.types.is_boolean(column.type) else 0
+            sha.update(column.fill_null(fill).to_numpy(zero_copy_only=False).tobytes())
+    return sha.hexdigest()
+
+
+def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
+    """Parquet bytes: zstd, statistics, page checksums, and `metadata` as JSON under `raymem`."""
+    table = table.replace_schema_metadata({METADATA: json.dumps(metadata)})
+    dictionary = [name for name in ("split", "device", "host") if name in table.column_names]
+    delta = {"index": "DELTA_BINARY_PACKED"} if "index" in table.column_names else None
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=dictionary,
+        column_encoding=delta,
+        write_statistics=True,
+        write_page_checksum=True,
+    )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def decode(data: bytes, key: str, names: list[str] | None = None) -> pa.Table:
+    """The table in Parquet bytes, checksums verified. Raises DamagedObjectError."""
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=names, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DamagedObjectError(
+            f"{key} does not read back ({error}); run `raymem verify STORE --repair`, then the job"
+        ) from error
+
+
+def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, Any]:
+    """What `encode` put beside the columns. Raises DamagedObjectError if there is nothing."""
+    schema = table_or_schema.schema if isinstance(table_or_schema, pa.Table) else table_or_schema
+    try:
+        metadata: dict[str, Any] = json.loads(schema.metadata[METADATA])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedObjectError(
+            f"{key} has no raymem metadata; it is not a raymem object, move it out of the store"
+        ) from error
+    return metadata
