@@ -1,0 +1,74 @@
+"""raymem measures what a training algorithm memorizes.
+
+    examples -> plan -> train (fleet) -> scores
+
+Each stage is a module; this is the public door to all of them.
+"""
+
+from raymem.errors import (
+    DamagedObjectError,
+    DivergedError,
+    ExamplesError,
+    FleetError,
+    OutOfMemoryError,
+    PlanError,
+    RaymemError,
+    RecipeError,
+    ResultMismatchError,
+    StoreError,
+    StoreFullError,
+    StoreHeldError,
+    StudyMismatchError,
+    TrialError,
+)
+from raymem.examples import Examples, load_examples
+from raymem.fleet import Progress, run_fleet
+from raymem.job import JobOptions, run_job
+from raymem.memorization import Estimate, Memorization, memorization
+from raymem.plan import Plan, Seeds
+from raymem.scoring import EpsilonSummary, score
+from raymem.store import Problem, Store, Target, TrialKey, verify
+from raymem.study import Study
+from raymem.training import Images, Recipe, TrialResult, run_trial
+from raymem.version import VERSION as __version__
+
+__all__ = [
+    "DamagedObjectError",
+    "DivergedError",
+    "EpsilonSummary",
+    "Estimate",
+    "Examples",
+    "ExamplesError",
+    "FleetError",
+    "Images",
+    "JobOptions",
+    "Memorization",
+    "OutOfMemoryError",
+    "Plan",
+    "PlanError",
+    "Problem",
+    "Progress",
+    "RaymemError",
+    "Recipe",
+    "RecipeError",
+    "ResultMismatchError",
+    "Seeds",
+    "Store",
+    "StoreError",
+    "StoreFullError",
+    "StoreHeldError",
+    "Study",
+    "StudyMismatchError",
+    "Target",
+    "TrialError",
+    "TrialKey",
+    "TrialResult",
+    "__version__",
+    "load_examples",
+    "memorization",
+    "run_fleet",
+    "run_job",
+    "run_trial",
+    "score",
+    "verify",
+]

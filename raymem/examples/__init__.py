@@ -6,7 +6,7 @@ Out: `Examples`. What cannot be used as it is, is refused with the ids concerned
      clipped or dropped in silence.
 """
 
-from raymem.examples.examples import Examples
+from raymem.examples.examples import Examples, fingerprint_of
 from raymem.examples.readers import NAMED, load_examples
 
-__all__ = ["NAMED", "Examples", "load_examples"]
+__all__ = ["NAMED", "Examples", "fingerprint_of", "load_examples"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,15 +141,7 @@ class Examples:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over classes, splits, ids, labels and pixels in order: the set's identity."""
-        digest = hashlib.sha256(repr((self.image_shape, self.classes)).encode())
-        labels = (*self.y_train.tolist(), *self.y_test.tolist())
-        ids = (*self.train_ids, *self.test_ids)
-        for row, (id_, label, content) in enumerate(
-            zip(ids, labels, self.content_hashes, strict=True)
-        ):
-            split = "train" if row < len(self.train_ids) else "test"
-            digest.update(f"{split}\0{id_}\0{label}\0{content}\n".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.index_table(), self.image_shape, self.classes)
 
     def index_table(self) -> pa.Table:
         """The set's index as in `examples.parquet`: no pixels, one row per example, train first."""
@@ -182,3 +175,14 @@ class Examples:
             shown = some(" = ".join(ids[row] for row in group[:3]) for group in conflicts)
             text += f", {len(conflicts)} of them with different labels: {shown}"
         return text
+
+
+def fingerprint_of(
+    index: pa.Table, image_shape: tuple[int, int, int], classes: Sequence[str]
+) -> str:
+    """The fingerprint of the set with this index (see `Examples.index_table`)."""
+    digest = hashlib.sha256(repr((image_shape, tuple(classes))).encode())
+    names = ("split", "example_id", "label", "content_hash")
+    for row in zip(*(index[name].to_pylist() for name in names), strict=True):
+        digest.update("\0".join(map(str, row)).encode() + b"\n")
+    return digest.hexdigest()

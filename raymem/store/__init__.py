@@ -16,11 +16,13 @@ from raymem.store.files import Files
 from raymem.store.lock import DriverLock, is_alive, read_driver
 from raymem.store.store import Failure, Store, Target, study_hash
 from raymem.store.trials import TrialKey, trial_table
+from raymem.store.verify import Problem, verify
 
 __all__ = [
     "DriverLock",
     "Failure",
     "Files",
+    "Problem",
     "Store",
     "Target",
     "TrialKey",
@@ -28,4 +30,5 @@ __all__ = [
     "read_driver",
     "study_hash",
     "trial_table",
+    "verify",
 ]

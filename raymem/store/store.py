@@ -40,7 +40,7 @@ class Target:
     epsilons: tuple[float, ...] = (math.inf,)
     """Privacy budgets; inf is not private."""
 
-    def keys(self) -> list[TrialKey]:
+    def wanted(self) -> list[TrialKey]:
         """All trials wanted; every epsilon of one subset before the next subset."""
         return [TrialKey(e, t) for t in range(self.trials) for e in self.epsilons]
 
@@ -179,8 +179,13 @@ class Store:
         for key in self.files.list("failed"):
             trial = TrialKey.parse(key)
             if trial is not None:
-                body = json.loads(self.files.read(key))
-                found.append(Failure(key=trial, attempt=body["attempt"], cause=body["cause"]))
+                try:
+                    body = json.loads(self.files.read(key))
+                    found.append(Failure(key=trial, attempt=body["attempt"], cause=body["cause"]))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DamagedObjectError(
+                        f"{key} is damaged ({error}); run `raymem verify STORE --repair`"
+                    ) from error
         return sorted(found, key=lambda f: (f.key, f.attempt))
 
     def commit(self, key: TrialKey, table: pa.Table, provenance: Mapping[str, Any]) -> str:

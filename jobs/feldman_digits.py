@@ -1,0 +1,27 @@
+"""What does a small net memorize of sklearn's handwritten digits?
+
+400 models, each trained on a random 70% of 1,200 digits, give every digit's memorization
+(Feldman & Zhang 2020) with its interval.
+
+    python jobs/feldman_digits.py
+"""
+
+from raymem import JobOptions, Recipe, Study, run_job
+
+RECIPE = Recipe(model="mlp-512-256", epochs=20, batch_size=128, learning_rate=0.1)
+
+
+def study(options: JobOptions) -> Study:
+    return Study(
+        examples=options.load_examples(),
+        recipe=RECIPE,
+        store=options.store,
+        trials=options.trials,
+        subset_ratio=options.subset_ratio,
+        kind=options.kind,
+        seed=options.seed,
+    )
+
+
+if __name__ == "__main__":
+    run_job(study, data="digits", store="runs/feldman_digits", trials=400)

@@ -1,0 +1,185 @@
+"""`raymem`: commands that read stores. Jobs write them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import pyarrow.csv
+
+from raymem.errors import RaymemError
+from raymem.fleet import duration
+from raymem.store import Store, is_alive, read_driver, verify
+from raymem.tables import top, where
+from raymem.text import TOP_COLUMNS, as_text
+from raymem.version import VERSION
+
+SAMPLED_TRIALS = 50
+SHOWN_PROBLEMS = 20
+
+
+@contextlib.contextmanager
+def command_errors(debug: bool) -> Iterator[None]:
+    """Errors as one line and an exit code; tracebacks only with `debug`."""
+    try:
+        yield
+    except RaymemError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `raymem scores STORE | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _debug(function: Any) -> Any:
+    return click.option("--debug", is_flag=True, help="Show tracebacks.")(function)
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION)
+def main() -> None:
+    """Read what a fleet of models memorized.
+
+    A store is the folder or URL that a job was given as --store.
+    """
+
+
+@main.command("status")
+@click.argument("store")
+@_debug
+def status_command(store: str, debug: bool) -> None:
+    """Trials done, running and failed; rate, time left, cost so far.
+
+    Example: raymem status runs/feldman_digits
+    """
+    with command_errors(debug):
+        click.echo(describe_store(Store(store)))
+
+
+def describe_store(store: Store) -> str:
+    """What `raymem status` prints."""
+    body, target, done = store.study(), store.target, store.done()
+    plan = store.plan()
+    wanted = set(target.wanted())
+    lines = [
+        f"{store.url}: {body['data_name']}, {plan.kind} subsets of ratio {plan.subset_ratio:g}, "
+        f"model {body['study']['recipe']['model']['name']}",
+        f"trials: {len(done & wanted):,} of {len(wanted):,} done"
+        + (f", and {len(done - wanted):,} more" if done - wanted else ""),
+    ]
+    failures = store.failures()
+    if failures:
+        causes = ", ".join(
+            f"{n} {cause}" for cause, n in Counter(f.cause for f in failures).items()
+        )
+        lost = {failure.key for failure in failures} - done
+        lines.append(f"failed attempts: {causes}; {len(lost)} trials have no result")
+    driver = read_driver(store.files)
+    if driver is None:
+        lines.append("driver: none")
+    elif not is_alive(driver, store.files, wait=False):
+        lines.append(f"driver: died (process {driver['pid']} on {driver['host']}); rerun the job")
+    else:
+        lines.append(
+            f"driver: process {driver['pid']} on {driver['host']} since {driver['started']}"
+        )
+        lines.append(_rate(driver["progress"]))
+    if done:
+        lines.append(_cost(store))
+    return "\n".join(line for line in lines if line)
+
+
+def _rate(progress: dict[str, Any]) -> str:
+    if not progress.get("rate"):
+        return f"running: {progress.get('running', 0)}"
+    left = progress.get("seconds_left")
+    return (
+        f"running: {progress['running']}, {duration(1 / progress['rate'])} per trial, "
+        f"{duration(left or 0)} left"
+    )
+
+
+def _cost(store: Store) -> str:
+    done = sorted(store.done())
+    step = math.ceil(len(done) / SAMPLED_TRIALS)
+    sample = [store.provenance(key) for key in done[::step]]
+    mean = math.fsum(trial["seconds"] for trial in sample) / len(sample)
+    devices = " and ".join(sorted({trial["device"] for trial in sample}))
+    about = "" if len(sample) == len(done) else f", from {len(sample)} of them"
+    return (
+        f"cost so far: {duration(mean * len(done))} of {devices}, {duration(mean)} a trial{about}"
+    )
+
+
+@main.command("scores")
+@click.argument("store")
+@click.option("--sort", default="memorization", help="Column to sort by, largest first.")
+@click.option("--ascending", is_flag=True, help="Smallest first.")
+@click.option("--top", "n", type=click.IntRange(1), default=20, help="How many rows.")
+@click.option("--all", "everything", is_flag=True, help="All rows.")
+@click.option("--where", "conditions", help="Such as 'label == 3 and memorization > 0.25'.")
+@click.option("--csv", is_flag=True, help="All columns as CSV.")
+@_debug
+def scores_command(
+    store: str,
+    sort: str,
+    ascending: bool,
+    n: int,
+    everything: bool,
+    conditions: str | None,
+    csv: bool,
+    debug: bool,
+) -> None:
+    """The score table; docs/columns.md says what its columns mean.
+
+    Example: raymem scores runs/feldman_digits --where "label == 8" --sort memorization_soft
+    """
+    with command_errors(debug):
+        table = Store(store).scores()
+        if conditions:
+            table = where(table, conditions)
+        table = top(table, sort, None if everything else n, ascending=ascending)
+        if csv:
+            pyarrow.csv.write_csv(table, click.get_binary_stream("stdout"))
+            return
+        names = [*TOP_COLUMNS, sort] if sort not in TOP_COLUMNS else list(TOP_COLUMNS)
+        several = len(set(table["epsilon"].to_pylist())) > 1
+        click.echo(as_text(table.select(["epsilon", *names] if several else names)))
+
+
+@main.command("verify")
+@click.argument("store")
+@click.option("--repair", is_flag=True, help="Move damaged objects to damaged/.")
+@_debug
+def verify_command(store: str, repair: bool, debug: bool) -> None:
+    """Read every object back; say what is damaged, missing, foreign.
+
+    Exits with 1 if anything is damaged or foreign. After --repair, the next run of the job makes
+    what was moved away again.
+
+    Example: raymem verify runs/feldman_digits --repair
+    """
+    with command_errors(debug):
+        opened = Store(store)
+        problems = verify(opened, repair=repair)
+        counts = Counter(problem.kind for problem in problems)
+        for problem in [p for p in problems if p.kind != "missing"][:SHOWN_PROBLEMS]:
+            moved = ", moved to damaged/" if repair and problem.kind == "damaged" else ""
+            click.echo(f"{problem.kind}: {problem.key}: {problem.detail}{moved}")
+        click.echo(
+            f"{len(opened.done()):,} trials read back; {counts['damaged']} objects damaged, "
+            f"{counts['foreign']} foreign, {counts['missing']} missing"
+        )
+        if counts["foreign"] or (counts["damaged"] and not repair):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""A fleet: all trials of a study, in any order, on any number of machines, each committed once.
+
+In:  examples, plan, recipe, and a store whose target says what is wanted.
+Out: trial objects in the store. `run_fleet` is all there is to call; rerunning it resumes.
+"""
+
+from raymem.fleet.fleet import Engine, Stopped, run_fleet
+from raymem.fleet.ledger import Ledger, Progress
+from raymem.fleet.report import duration
+
+__all__ = ["Engine", "Ledger", "Progress", "Stopped", "duration", "run_fleet"]

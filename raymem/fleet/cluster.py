@@ -1,0 +1,85 @@
+"""Connecting to Ray, quietly: a private local cluster, or the one that RAY_ADDRESS names."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+
+# One for the whole process: Ray reads it once.
+TOKEN = secrets.token_hex(32)
+QUIET_LOGGERS = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
+
+
+@contextlib.contextmanager
+def connected(*, data_bytes: int = 0, verbose: bool = False) -> Iterator[None]:
+    """Ray, connected: as it is if the process is connected, else RAY_ADDRESS's cluster, else local.
+
+    A local cluster lives as long as the block, and is protected by a token of its own that is never
+    written to disk: a token that `ray.init()` leaves in the home folder would switch authentication
+    on in a later `ray start`, and break `ray job submit`. Unless `verbose`, Ray is silent.
+    """
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    options = {
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "log_to_driver": verbose,
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        with _quiet(verbose):
+            ray.init(**options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _private_token(), _quiet(verbose):
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=max(200_000_000, 2 * data_bytes),
+            **options,
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_token() -> Iterator[None]:
+    # Without RAY_AUTH_MODE, ray.init() switches token mode on by itself, and writes a token into
+    # the home folder unless it finds one in the environment.
+    if "RAY_AUTH_MODE" in os.environ or "RAY_AUTH_TOKEN" in os.environ:
+        yield
+        return
+    os.environ["RAY_AUTH_TOKEN"] = TOKEN
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ.pop("RAY_AUTH_MODE", None)
+
+
+@contextlib.contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    if verbose:
+        yield
+        return
+    before = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="ray")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

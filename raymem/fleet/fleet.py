@@ -1,0 +1,196 @@
+"""`run_fleet`: bring a store to its target, on Ray or in this process, from wherever it is."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import torch
+
+from raymem.errors import (
+    FleetError,
+    RaymemError,
+    ResultMismatchError,
+    StoreFullError,
+    StoreHeldError,
+)
+from raymem.examples import Examples
+from raymem.fleet.ledger import Ledger, Lost, Progress
+from raymem.fleet.report import ProgressLine
+from raymem.fleet.work import Job, work
+from raymem.models import build_model
+from raymem.plan import Plan
+from raymem.store import DriverLock, Store
+from raymem.training import Recipe, default_device
+
+Engine = Literal["ray", "serial"]
+FATAL: dict[str, type[RaymemError]] = {
+    "full": StoreFullError,
+    "mismatch": ResultMismatchError,
+    "error": FleetError,
+}
+
+
+class Stopped(RaymemError):
+    """The user stopped the fleet; what is committed is kept."""
+
+
+class _Watched(Protocol):
+    def stop(self) -> None: ...
+    def take_lost(self) -> list[Lost]: ...
+
+
+def run_fleet(
+    examples: Examples,
+    plan: Plan,
+    recipe: Recipe,
+    store: Store,
+    *,
+    engine: Engine = "ray",
+    cpus_per_trial: int = 1,
+    gpus_per_trial: float | None = None,
+    max_workers: int | None = None,
+    verbose: bool = False,
+) -> Progress:
+    """Train what `store.target` wants and the store does not have yet.
+
+    Each trial is committed to the store by itself, once; whatever is killed, calling this again
+    goes on where it was. `engine="serial"` runs the same trials in this process, without Ray.
+    `gpus_per_trial` is 1 by default where the cluster has GPUs, else 0; fractions pack small
+    models.
+
+    The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
+    another live driver has it, StoreFullError without space, FleetError if trials cannot run,
+    Stopped after Ctrl-C.
+    """
+    # A model that does not fit the images is an error here, not one in every worker.
+    with torch.random.fork_rng():
+        build_model(
+            recipe.model,
+            n_classes=examples.n_classes,
+            image_shape=examples.image_shape,
+            mean=recipe.mean,
+            std=recipe.std,
+        )
+    line = ProgressLine()
+    latest: dict[str, Any] = {}
+    with DriverLock(store.files, progress=lambda: latest) as lock, _stop_signals() as stops:
+        target = store.target
+        wanted, done = target.wanted(), store.done()
+        pending = [key for key in wanted if key not in done]
+        ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
+        told = [False]
+
+        def watch(watched: _Watched, progress: Progress) -> None:
+            latest.update(
+                done=progress.done,
+                total=progress.total,
+                running=progress.running,
+                rate=progress.rate,
+                seconds_left=progress.seconds_left,
+            )
+            for lost in watched.take_lost():
+                store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
+            line.show(progress)
+            if lock.lost.is_set():
+                raise StoreHeldError(
+                    f"another driver took {store.url} over; see `raymem status` for who it is"
+                )
+            if stops.count == 1 and not told[0]:
+                told[0] = True
+                watched.stop()
+                line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
+
+        try:
+            progress = ledger.progress()
+            if not progress.complete:
+                job = Job.of(examples, plan, recipe, store, cpus_per_trial)
+                run = _run_serial if engine == "serial" else _run_ray
+                slots = {
+                    "cpus_per_trial": cpus_per_trial,
+                    "gpus_per_trial": gpus_per_trial,
+                    "max_workers": max_workers,
+                }
+                progress = run(ledger, job, watch, slots, verbose)
+        finally:
+            line.close()
+    if progress.fatal is not None:
+        raise FATAL[progress.fatal_kind or "error"](progress.fatal)
+    if told[0] and progress.done + progress.failed < progress.total:
+        raise Stopped(
+            f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
+            "again to go on"
+        )
+    return progress
+
+
+def _run_serial(
+    ledger: Ledger,
+    job: Job,
+    watch: Callable[[_Watched, Progress], None],
+    slots: dict[str, Any],
+    verbose: bool,
+) -> Progress:
+    ledger.register("serial", "serial", 0)
+    work(
+        ledger,
+        job,
+        torch.device("cpu") if slots["gpus_per_trial"] == 0 else default_device(),
+        "serial",
+        after_trial=lambda: watch(ledger, ledger.progress()),
+    )
+    return ledger.progress()
+
+
+def _run_ray(
+    ledger: Ledger,
+    job: Job,
+    watch: Callable[[_Watched, Progress], None],
+    slots: dict[str, Any],
+    verbose: bool,
+) -> Progress:
+    # Ray takes seconds to import, and nothing but this needs it.
+    from raymem.fleet.cluster import connected
+
+    if job.store_url.startswith("memory:"):
+        raise FleetError(
+            f"{job.store_url} is in this process only, and workers are others; take "
+            "engine='serial' or another store"
+        )
+    with connected(data_bytes=job.x_train.nbytes + job.x_test.nbytes, verbose=verbose):
+        import ray
+
+        from raymem.fleet.lanes import Slots, run_on_ray
+
+        if slots["gpus_per_trial"] is None:
+            slots["gpus_per_trial"] = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        return run_on_ray(ledger, job, Slots(**slots), watch=watch)
+
+
+class _Stops:
+    count = 0
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stops]:
+    """Counts Ctrl-C, the second ends at once, as SIGTERM does. Only the main thread can do this."""
+    stops = _Stops()
+    if threading.current_thread() is not threading.main_thread():
+        yield stops
+        return
+
+    def count(number: int, frame: FrameType | None) -> None:
+        stops.count += 2 if number == signal.SIGTERM else 1
+        if stops.count > 1:
+            raise Stopped("stopped at once; run the same command again to go on")
+
+    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

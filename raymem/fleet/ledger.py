@@ -1,0 +1,326 @@
+"""Who trains which trial now. Holds leases only: the truth of what is done is the store.
+
+A plain class without Ray and without I/O; a Ray actor of it serves a fleet, the serial engine and
+simulations use it as it is. Workers call `register`, then `lease` and `finish` in turn, `beat` now
+and then; the driver calls `progress`, `release_lane` and `stop`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raymem.store import Failure, TrialKey
+
+Outcome = Literal[
+    "committed", "duplicate", "drift",
+    "diverged", "out-of-memory", "error",
+    "full", "mismatch",
+]  # fmt: skip
+
+COMMITTED = ("committed", "duplicate", "drift")
+LEASE_SECONDS = 120.0
+# A trial is trained again with the same seed once, to tell a fault from divergence, then with a
+# new one; the third divergence is final.
+DIVERGENCES_ALLOWED = 3
+FAILURES_ALLOWED = 3
+DEATHS_ALLOWED = 3
+FAILURES_IN_A_ROW = 20
+RESTARTS_WITHOUT_COMMIT = 6
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """Leave to train one trial; or, without a key, the request to ask again in `wait` seconds."""
+
+    key: TrialKey | None
+    attempt: int = 1
+    """Number of the attempt, from 1, as recorded if it fails."""
+    seed_attempt: int = 1
+    """The attempt whose seeds to use: a first retry has the same seeds."""
+    wait: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A trial this run gave up on without its worker recording why."""
+
+    key: TrialKey
+    attempt: int
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a fleet is; counts are trials."""
+
+    total: int
+    """Wanted in all, also those done before this run."""
+    done: int
+    """Committed, in this run or before."""
+    committed: int
+    """Committed in this run."""
+    running: int
+    """Being trained."""
+    failed: int
+    """Given up in this run, or for good before."""
+    drift: int
+    """Trained twice with results that differ between hardware."""
+    deaths: int
+    """Times a trial's worker died."""
+    rate: float
+    """Trials per second of this run, since it had its first commit; 0 before that."""
+    complete: bool
+    """Nothing is left to do or being done."""
+    fatal: str | None
+    """Why the fleet cannot go on."""
+    fatal_kind: str | None
+    """error, full or mismatch."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the present rate; None if there is none yet."""
+        left = self.total - self.done - self.failed
+        return left / self.rate if self.rate > 0 else None
+
+
+@dataclass
+class _Trial:
+    attempts: int = 0
+    divergences: int = 0
+    failures: int = 0
+    deaths: int = 0
+
+
+@dataclass
+class _Worker:
+    lane: str
+    rank: int
+    last_beat: float
+    key: TrialKey | None = None
+
+
+@dataclass
+class _Lane:
+    restarts_without_commit: int = 0
+    seen: set[int] = field(default_factory=set)
+
+
+class Ledger:
+    """Leases the trials of `pending`, in their order, to whoever asks.
+
+    `failures` are those recorded in the store: a trial that diverged too often is not tried again,
+    one that failed otherwise is. `done_before` counts for progress only.
+
+    >>> ledger = Ledger([TrialKey(float("inf"), 0)])
+    >>> ledger.register("a", "lane", 0)
+    >>> lease = ledger.lease("a")
+    >>> lease.key.trial, lease.attempt
+    (0, 1)
+    >>> ledger.finish("a", lease.key, "committed")
+    >>> ledger.lease("a") is None, ledger.progress().complete
+    (True, True)
+    """
+
+    def __init__(
+        self,
+        pending: Iterable[TrialKey],
+        *,
+        failures: Sequence[Failure] = (),
+        done_before: int = 0,
+        lease_seconds: float = LEASE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock, self._lease_seconds = clock, lease_seconds
+        self._trials: dict[TrialKey, _Trial] = {key: _Trial() for key in pending}
+        for failure in failures:
+            trial = self._trials.get(failure.key)
+            if trial is not None:
+                trial.attempts = max(trial.attempts, failure.attempt)
+                trial.divergences += failure.cause == "diverged"
+        self._given_up = {
+            key for key, t in self._trials.items() if t.divergences >= DIVERGENCES_ALLOWED
+        }
+        self._pending = deque(key for key in self._trials if key not in self._given_up)
+        self._workers: dict[str, _Worker] = {}
+        self._lanes: dict[str, _Lane] = {}
+        self._done: set[TrialKey] = set()
+        self._lost: list[Lost] = []
+        self._done_before = done_before
+        self._drift = self._deaths = self._failures_in_a_row = 0
+        self._first_commit: float | None = None
+        self._last_commit = clock()
+        self._stopped = False
+        self._fatal: tuple[str, str] | None = None
+
+    # For workers
+
+    def register(self, worker: str, lane: str, rank: int) -> None:
+        """A worker starts. Whoever had its place in the lane before is dead."""
+        state = self._lanes.setdefault(lane, _Lane())
+        if rank in state.seen:
+            state.restarts_without_commit += rank == min(state.seen)
+            self._remove(lane, rank, blame=True)
+        state.seen.add(rank)
+        self._workers[worker] = _Worker(lane=lane, rank=rank, last_beat=self._clock())
+
+    def lease(self, worker: str) -> Lease | None:
+        """The next trial for this worker; None when it can go home."""
+        me = self._workers.get(worker)
+        if me is None or self._stopped or self._fatal or self.is_broken(me.lane):
+            return None
+        me.last_beat = self._clock()
+        self._expire()
+        key = self._next(me.lane)
+        if key is None:
+            waiting = self._pending or any(w.key is not None for w in self._workers.values())
+            return Lease(key=None, wait=POLL_SECONDS) if waiting else None
+        me.key = key
+        trial = self._trials[key]
+        trial.attempts += 1
+        return Lease(key=key, attempt=trial.attempts, seed_attempt=max(1, trial.divergences))
+
+    def beat(self, worker: str) -> None:
+        """The worker lives; without this its lease runs out."""
+        if worker in self._workers:
+            self._workers[worker].last_beat = self._clock()
+
+    def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
+        """A worker is through with a trial. After its lease ran out, only a commit counts."""
+        me = self._workers.get(worker)
+        in_time = me is not None and me.key == key
+        if me is not None and in_time:
+            me.key, me.last_beat = None, self._clock()
+        if outcome in ("full", "mismatch"):
+            self._fatal = (outcome, message)
+        elif outcome in COMMITTED and key not in self._done:
+            self._commit(key, outcome, me)
+        elif outcome not in COMMITTED and in_time and key not in self._done:
+            self._fail(key, outcome, message)
+
+    # For the driver
+
+    def release_lane(self, lane: str) -> None:
+        """A lane is gone, with its node: its trials go back, and are not blamed."""
+        self._remove(lane, None, blame=False)
+
+    def stop(self) -> None:
+        """Lease nothing more; what is being trained may finish."""
+        self._stopped = True
+
+    def is_broken(self, lane: str) -> bool:
+        """Did this lane restart again and again without committing anything?"""
+        state = self._lanes.get(lane)
+        return state is not None and state.restarts_without_commit >= RESTARTS_WITHOUT_COMMIT
+
+    def take_lost(self) -> list[Lost]:
+        """Trials given up since the last call, for the driver to record."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def progress(self) -> Progress:
+        """Where the fleet is."""
+        self._expire()
+        running = sum(worker.key is not None for worker in self._workers.values())
+        left = bool(self._pending) and not self._stopped and self._fatal is None
+        elapsed = 0.0 if self._first_commit is None else self._last_commit - self._first_commit
+        committed = len(self._done)
+        return Progress(
+            total=self._done_before + len(self._trials),
+            done=self._done_before + committed,
+            committed=committed,
+            running=running,
+            failed=len(self._given_up),
+            drift=self._drift,
+            deaths=self._deaths,
+            rate=(committed - 1) / elapsed if elapsed > 0 else 0.0,
+            complete=not left and running == 0,
+            fatal=None if self._fatal is None else self._fatal[1],
+            fatal_kind=None if self._fatal is None else self._fatal[0],
+        )
+
+    # Inside
+
+    def _next(self, lane: str) -> TrialKey | None:
+        # Trials whose worker died are suspects: one at a time per lane, so that a trial that kills
+        # its worker is told from those that only ran beside it.
+        suspect_runs = any(
+            w.key is not None and w.lane == lane and self._trials[w.key].deaths > 0
+            for w in self._workers.values()
+        )
+        for _ in range(len(self._pending)):
+            key = self._pending.popleft()
+            if key in self._done:
+                continue
+            if self._trials[key].deaths == 0 or not suspect_runs:
+                return key
+            self._pending.append(key)
+        return None
+
+    def _commit(self, key: TrialKey, outcome: Outcome, worker: _Worker | None) -> None:
+        self._done.add(key)
+        self._given_up.discard(key)
+        self._drift += outcome == "drift"
+        self._failures_in_a_row = 0
+        self._last_commit = self._clock()
+        if self._first_commit is None:
+            self._first_commit = self._last_commit
+        if worker is not None:
+            self._lanes[worker.lane].restarts_without_commit = 0
+
+    def _fail(self, key: TrialKey, outcome: Outcome, message: str) -> None:
+        trial = self._trials[key]
+        self._failures_in_a_row += 1
+        if outcome == "error" and not self._done:
+            self._fatal = ("error", message)
+        elif self._failures_in_a_row >= FAILURES_IN_A_ROW:
+            what = f"{FAILURES_IN_A_ROW} trials in a row failed, the last because: {message}"
+            self._fatal = ("error", what)
+        if outcome == "diverged":
+            trial.divergences += 1
+        else:
+            trial.failures += 1
+        if trial.divergences >= DIVERGENCES_ALLOWED or trial.failures >= FAILURES_ALLOWED:
+            self._given_up.add(key)
+            if outcome == "error":
+                self._lose(key, "error", message)
+        else:
+            self._pending.append(key)
+
+    def _remove(self, lane: str, rank: int | None, *, blame: bool) -> None:
+        for name, worker in list(self._workers.items()):
+            if worker.lane == lane and rank in (None, worker.rank):
+                self._release(worker, blame=blame)
+                del self._workers[name]
+
+    def _release(self, worker: _Worker, *, blame: bool) -> None:
+        key, worker.key = worker.key, None
+        if key is None or key in self._done:
+            return
+        trial = self._trials[key]
+        trial.attempts -= 1
+        if blame:
+            self._deaths += 1
+            trial.deaths += 1
+        if trial.deaths >= DEATHS_ALLOWED:
+            self._given_up.add(key)
+            trial.attempts += 1
+            message = f"{key} was being trained {trial.deaths} times when its worker died"
+            self._lose(key, "worker-died", message)
+        else:
+            self._pending.append(key)
+
+    def _lose(self, key: TrialKey, cause: str, message: str) -> None:
+        attempt = self._trials[key].attempts
+        self._lost.append(Lost(key=key, attempt=attempt, cause=cause, message=message))
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for worker in self._workers.values():
+            if worker.key is not None and now - worker.last_beat > self._lease_seconds:
+                self._release(worker, blame=False)

@@ -1,0 +1,79 @@
+"""Telling a person how a fleet is doing: a line that renews itself, or log lines now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from raymem.fleet.ledger import Progress
+
+LOG_SECONDS = 30.0
+
+
+class ProgressLine:
+    """Prints progress to stderr: one moving line on a terminal, a line now and then in a log."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._last_text, self._last_time = "", -LOG_SECONDS
+
+    def show(self, progress: Progress) -> None:
+        """Show where the fleet is, if it is time."""
+        text = describe(progress)
+        now = time.monotonic()
+        if self._terminal:
+            if text != self._last_text:
+                print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif now - self._last_time < LOG_SECONDS and not progress.complete:
+            return
+        elif text != self._last_text:
+            print(text, file=sys.stderr, flush=True)
+        self._last_text, self._last_time = text, now
+
+    def say(self, message: str) -> None:
+        """A message that stays."""
+        print(f"\r\033[K{message}" if self._terminal else message, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the moving line."""
+        if self._terminal and self._last_text:
+            print(file=sys.stderr, flush=True)
+
+
+def describe(progress: Progress) -> str:
+    """One line: done/total, what runs, what failed, rate, time left."""
+    parts = [f"trials {progress.done:,}/{progress.total:,}"]
+    if progress.running:
+        parts.append(f"{progress.running} running")
+    elif not progress.complete and not progress.committed:
+        parts.append("workers are starting")
+    if progress.failed:
+        parts.append(f"{progress.failed} FAILED")
+    if progress.deaths:
+        parts.append(f"{progress.deaths} lost with their worker and trained again")
+    if progress.drift:
+        parts.append(f"{progress.drift} trained twice with different results")
+    if progress.rate:
+        parts.append(f"{duration(1 / progress.rate)} per trial")
+    if progress.seconds_left:
+        parts.append(f"{duration(progress.seconds_left)} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A length of time a person reads.
+
+    >>> duration(0.25), duration(59), duration(61), duration(7300), duration(200_000)
+    ('0.25 s', '59 s', '1 min 1 s', '2 h 2 min', '2 d 8 h')
+    """
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, second = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {second} s"
+    hours, minute = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minute} min"
+    return f"{hours // 24} d {hours % 24} h"

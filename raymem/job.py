@@ -1,0 +1,164 @@
+"""The command line of a job file: its study's settings as options, its stages as an argument."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from raymem.cli import command_errors
+from raymem.errors import StoreError
+from raymem.examples import NAMED, Examples, load_examples
+from raymem.fleet import Engine, duration
+from raymem.plan import Kind
+from raymem.store import Store
+from raymem.study import Study
+from raymem.tables import top, where
+from raymem.text import TOP_COLUMNS, as_text, summary_text
+
+STAGES = ("all", "plan", "train", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What the user asked for on the command line, defaults from the job file."""
+
+    data: str
+    data_root: str
+    download: bool
+    image_size: int | None
+    store: str
+    trials: int
+    subset_ratio: float
+    kind: Kind
+    seed: int
+
+    def load_examples(self) -> Examples:
+        """The data set of --data."""
+        return load_examples(
+            self.data,
+            data_root=self.data_root,
+            download=self.download,
+            image_size=self.image_size,
+        )
+
+
+def run_job(
+    build: Callable[[JobOptions], Study],
+    *,
+    data: str,
+    store: str,
+    trials: int,
+    subset_ratio: float = 0.7,
+    seed: int = 0,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Run a job file: `build` makes the study from the options, whose defaults are given here.
+
+    Exits with 0 when done, 1 on failure, 2 on wrong usage, 3 if another driver holds the store, 4
+    without space.
+    """
+
+    @click.command(
+        help=(sys.modules[build.__module__].__doc__ or "").replace("\n\n", "\n\n\b\n"),
+        context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+    )
+    @click.argument("stage", type=click.Choice(STAGES), default="all")
+    @click.option("--data", default=data, help=f"{', '.join(NAMED)}, an .npz file, or a folder.")
+    @click.option("--data-root", default="data", help="Where torchvision's files are.")
+    @click.option("--download", is_flag=True, help="Let torchvision fetch the named set.")
+    @click.option(
+        "--image-size", type=click.IntRange(1), help="Resize folder images to this square."
+    )
+    @click.option("--store", default=store, help="Folder or URL of the study.")
+    @click.option("--trials", type=click.IntRange(1), default=trials, help="How many models.")
+    @click.option("--subset-ratio", type=float, default=subset_ratio, help="Share each model sees.")
+    @click.option(
+        "--kind",
+        type=click.Choice(["balanced", "fixed-size"]),
+        default="balanced",
+        help="How subsets are drawn.",
+    )
+    @click.option("--seed", type=click.IntRange(0), default=seed, help="Start of all randomness.")
+    @click.option(
+        "--engine",
+        type=click.Choice(["ray", "serial"]),
+        default="ray",
+        help="serial: in this process, without Ray.",
+    )
+    @click.option(
+        "--cpus-per-trial", type=click.IntRange(1), default=1, help="Threads of one trial."
+    )
+    @click.option(
+        "--gpus-per-trial", type=float, help="Fractions pack models.  [default: 1 if any]"
+    )
+    @click.option("--max-workers", type=click.IntRange(1), help="Most trials at once.")
+    @click.option("--verbose", is_flag=True, help="Show what Ray says.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks.")
+    def command(
+        stage: str,
+        engine: str,
+        cpus_per_trial: int,
+        gpus_per_trial: float | None,
+        max_workers: int | None,
+        verbose: bool,
+        debug: bool,
+        **settings: Any,
+    ) -> None:
+        with command_errors(debug):
+            settings["store"] = absolute_store(settings["store"])
+            study = build(JobOptions(**settings))
+            if stage == "plan":
+                click.echo(study.dry_run(cpus_per_trial=cpus_per_trial, workers=max_workers))
+                return
+            click.echo(study.examples.describe())
+            if stage in ("all", "train"):
+                progress = study.train(
+                    engine=cast(Engine, engine),
+                    cpus_per_trial=cpus_per_trial,
+                    gpus_per_trial=gpus_per_trial,
+                    max_workers=max_workers,
+                    verbose=verbose,
+                )
+                if progress.rate:
+                    click.echo(
+                        f"{progress.committed:,} trials trained, one every "
+                        f"{duration(1 / progress.rate)}"
+                    )
+            if stage in ("all", "score"):
+                score_and_print(study)
+
+    command.main(args=None if arguments is None else list(arguments), standalone_mode=True)
+
+
+def score_and_print(study: Study) -> None:
+    """The score stage: scores, the ten most memorized examples, where the files are."""
+    summaries = study.score()
+    trained = where(study.scores(), "split == train")
+    click.echo("\nThe ten most memorized training examples (95% intervals):")
+    click.echo(as_text(top(trained, "memorization", 10).select(TOP_COLUMNS)))
+    click.echo("\n" + summary_text(summaries))
+    store = Store(study.store)
+    click.echo(f"\nscores:  {store.files.path('scores/examples.parquet')}")
+    click.echo(f"trials:  {store.files.path('scores/trials.parquet')}")
+    click.echo(f"look at: raymem scores {store.url} --top 20")
+
+
+def absolute_store(store: str) -> str:
+    """The store as an absolute path or URL; refused in a submitted job if it is relative.
+
+    A submitted job runs in a temporary copy of the working folder, where results would vanish.
+    """
+    if "://" in store or Path(store).is_absolute():
+        return store
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise StoreError(
+            f"--store {store} is relative, and a submitted job runs in a temporary folder; give an "
+            "absolute path that all nodes see, or a URL"
+        )
+    return str(Path(store).expanduser().absolute())

@@ -1,0 +1,188 @@
+"""`Study`: examples, recipe and plan in one store, one method per stage. Composes; no maths."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raymem.errors import PlanError, StoreError
+from raymem.examples import Examples
+from raymem.fleet import Engine, Progress, duration, run_fleet
+from raymem.plan import Kind, Plan
+from raymem.scoring import EpsilonSummary, score
+from raymem.store import Store, Target, TrialKey, trial_table
+from raymem.store.trials import encode
+from raymem.training import Images, Recipe, default_device, run_trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A fleet of models of one recipe on random subsets of one data set, in one store.
+
+    >>> from raymem.examples import load_examples
+    >>> study = Study(
+    ...     examples=load_examples("digits"),
+    ...     recipe=Recipe(model="mlp-32", epochs=3),
+    ...     store="memory://doctest-study",
+    ...     trials=4,
+    ... )
+    >>> study.train(engine="serial").done
+    4
+    >>> [summary.trials for summary in study.score()]
+    [4]
+    >>> study.scores().num_rows
+    1797
+    """
+
+    examples: Examples
+    """The labelled images."""
+    recipe: Recipe
+    """How each model is trained."""
+    store: str | os.PathLike[str]
+    """Folder or URL of the study; made if it is not there, checked if it is."""
+    trials: int
+    """How many models; more can be asked for later, whole blocks are best."""
+    subset_ratio: float = 0.7
+    """Probability that an example is in a model's subset."""
+    kind: Kind = "balanced"
+    """How subsets are drawn, see Plan."""
+    seed: int = 0
+    """Start of all randomness."""
+    pool: tuple[int, ...] | None = None
+    """Candidate-pool plans only, see Plan."""
+    plan: Plan = field(init=False)
+    """The subsets."""
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise PlanError(f"trials must be 1 or more, got {self.trials}")
+        plan = Plan(
+            n=len(self.examples.train_ids),
+            subset_ratio=self.subset_ratio,
+            kind=self.kind,
+            seed=self.seed,
+            pool=self.pool,
+        )
+        object.__setattr__(self, "plan", plan)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What makes its trials comparable, JSON-ready: its hash is the study's identity."""
+        return {
+            "data": {
+                "fingerprint": self.examples.fingerprint,
+                "image_shape": list(self.examples.image_shape),
+                "n_train": len(self.examples.train_ids),
+                "n_test": len(self.examples.test_ids),
+            },
+            "plan": self.plan.as_dict(),
+            "recipe": self.recipe.as_dict(),
+        }
+
+    def open_store(self) -> Store:
+        """The store, made or checked. Raises StudyMismatchError if it is another study's."""
+        store = Store(self.store)
+        store.open_study(self.as_dict(), self.examples)
+        return store
+
+    def train(
+        self,
+        *,
+        engine: Engine = "ray",
+        cpus_per_trial: int = 1,
+        gpus_per_trial: float | None = None,
+        max_workers: int | None = None,
+        verbose: bool = False,
+    ) -> Progress:
+        """Train the trials that are not done yet; see `run_fleet`."""
+        store = self.open_store()
+        store.target = Target(trials=self.trials)
+        return run_fleet(
+            self.examples,
+            self.plan,
+            self.recipe,
+            store,
+            engine=engine,
+            cpus_per_trial=cpus_per_trial,
+            gpus_per_trial=gpus_per_trial,
+            max_workers=max_workers,
+            verbose=verbose,
+        )
+
+    def score(self) -> list[EpsilonSummary]:
+        """Score what is committed; see `score`."""
+        return score(self.open_store())
+
+    def scores(self, name: str = "examples") -> Any:
+        """scores/NAME.parquet as a pyarrow table: examples, trials or folds."""
+        return Store(self.store).scores(name)
+
+    def dry_run(self, *, cpus_per_trial: int = 1, workers: int | None = None) -> str:
+        """What training would do, take and give, from one timed trial that is not kept."""
+        seconds, n_bytes = self._time_one_trial(cpus_per_trial)
+        workers = workers or max(1, (os.cpu_count() or 1) // cpus_per_trial)
+        return "\n".join(
+            [
+                self.examples.describe(),
+                self._describe_subsets(),
+                self._describe_precision(),
+                f"time: one trial took {duration(seconds)} here ({default_device().type}, "
+                f"{cpus_per_trial} threads); {self.trials:,} on {workers} workers would take "
+                f"{duration(seconds * math.ceil(self.trials / workers))}, half a minute to start",
+                f"disk: {n_bytes / 1e3:,.0f} kB per trial, {n_bytes * self.trials / 1e6:,.1f} MB",
+                self._describe_store(),
+            ]
+        )
+
+    def _time_one_trial(self, threads: int) -> tuple[float, int]:
+        e, key = self.examples, TrialKey(math.inf, 0)
+        mask = self.plan.mask(0)
+        images = Images.from_arrays(
+            e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, default_device()
+        )
+        # The first trial of a process pays for loading kernels.
+        warm_up = dataclasses.replace(self.recipe, epochs=1)
+        run_trial(images, mask, warm_up, self.plan.seeds(0), threads=threads)
+        start = time.perf_counter()
+        result = run_trial(images, mask, self.recipe, self.plan.seeds(0), threads=threads)
+        seconds = time.perf_counter() - start
+        return seconds, len(encode(trial_table(key, mask, result), {}))
+
+    def _describe_subsets(self) -> str:
+        plan = self.plan
+        per_class = np.bincount(
+            self.examples.y_train[plan.mask(0)], minlength=self.examples.n_classes
+        )
+        text = f"{plan.kind} subsets of {plan.subset_size:,} examples (ratio {plan.subset_ratio:g})"
+        if plan.subset_ratio == 1:
+            return f"{text}: all examples in every trial, only seeds differ; nothing is ever out"
+        if plan.kind != "fixed-size":
+            members = round(plan.subset_ratio * plan.block)
+            text += f", blocks of {plan.block} trials: each drawn example is in {members} of them"
+        if self.trials % plan.block and plan.kind != "fixed-size":
+            whole = math.ceil(self.trials / plan.block) * plan.block
+            text += f"; {self.trials:,} trials are not whole blocks, {whole:,} would be"
+        return f"{text}; the smallest class has {per_class.min()} examples in the first subset"
+
+    def _describe_precision(self) -> str:
+        stderr = self.plan.worst_case_stderr(self.trials)
+        if math.isinf(stderr):
+            return "memorization: not defined, nothing is ever out"
+        return (
+            f"{self.trials:,} trials: standard error of an example's memorization {stderr:.3f} at "
+            "worst, less for examples that are mostly right or mostly wrong"
+        )
+
+    def _describe_store(self) -> str:
+        store = Store(self.store)
+        try:
+            store.study()
+        except StoreError:
+            return f"store: {store.url}, not made yet"
+        done = len(store.done() & set(Target(trials=self.trials).wanted()))
+        return f"store: {store.url}, {done:,} of {self.trials:,} trials are done"
