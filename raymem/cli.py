@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
-import pyarrow.csv
+from pyarrow.csv import write_csv
 
 from raymem.errors import RaymemError
 from raymem.fleet import duration
@@ -147,7 +147,7 @@ def scores_command(
             table = where(table, conditions)
         table = top(table, sort, None if everything else n, ascending=ascending)
         if csv:
-            pyarrow.csv.write_csv(table, click.get_binary_stream("stdout"))
+            write_csv(table, sys.stdout.buffer)
             return
         names = [*TOP_COLUMNS, sort] if sort not in TOP_COLUMNS else list(TOP_COLUMNS)
         several = len(set(table["epsilon"].to_pylist())) > 1

@@ -105,7 +105,7 @@ def _torchvision(name: str, root: Path, download: bool) -> Examples:
 def _npz(path: Path) -> Examples:
     needed = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except FileNotFoundError as error:
         raise ExamplesError(f"there is no file {path}; give the path of an .npz file") from error

@@ -164,7 +164,7 @@ def _full_named(url: str) -> Iterator[None]:
                 f"no space left in {url}; free some, then run the same command again: what is "
                 "committed is kept"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StoreError(f"cannot write to {url} ({error}); choose another --store") from error
         raise
 

@@ -19,7 +19,7 @@ from raymem.errors import DamagedObjectError
 from raymem.store import columns
 from raymem.training import TrialResult
 
-METADATA = b"raymem"
+METADATA, CHECKSUM = b"raymem", b"raymem_checksum"
 
 
 class TrialKey(NamedTuple):
@@ -111,7 +111,8 @@ def digest(table: pa.Table) -> str:
 
 def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
     """Parquet bytes: zstd, statistics, page checksums, and `metadata` as JSON under `raymem`."""
-    table = table.replace_schema_metadata({METADATA: json.dumps(metadata)})
+    text = json.dumps({**metadata, "pyarrow": pa.__version__}).encode()
+    table = table.replace_schema_metadata({METADATA: text, CHECKSUM: _checksum(text)})
     dictionary = [name for name in ("split", "device", "host") if name in table.column_names]
     delta = {"index": "DELTA_BINARY_PACKED"} if "index" in table.column_names else None
     sink = pa.BufferOutputStream()
@@ -138,13 +139,29 @@ def decode(data: bytes, key: str, names: list[str] | None = None) -> pa.Table:
         ) from error
 
 
+def is_as_written(data: bytes, table: pa.Table) -> bool:
+    """Are these, byte for byte, what this pyarrow writes for `table`? True if another wrote them.
+
+    Finds damage where no page checksum looks: in headers, statistics and the footer.
+    """
+    metadata = metadata_of(table, "the table")
+    return metadata["pyarrow"] != pa.__version__ or encode(table, metadata) == data
+
+
 def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, Any]:
     """What `encode` put beside the columns. Raises DamagedObjectError if there is nothing."""
     schema = table_or_schema.schema if isinstance(table_or_schema, pa.Table) else table_or_schema
     try:
-        metadata: dict[str, Any] = json.loads(schema.metadata[METADATA])
+        text = schema.metadata[METADATA]
+        if schema.metadata[CHECKSUM] != _checksum(text):
+            raise ValueError("its checksum does not fit")
+        metadata: dict[str, Any] = json.loads(text)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedObjectError(
-            f"{key} has no raymem metadata; it is not a raymem object, move it out of the store"
+            f"{key} has no sound raymem metadata ({error}); run `raymem verify STORE --repair`"
         ) from error
     return metadata
+
+
+def _checksum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()

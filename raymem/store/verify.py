@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 
 from raymem.errors import DamagedObjectError, RaymemError
 from raymem.examples import fingerprint_of
@@ -92,7 +93,9 @@ def _examples_problems(store: Store, body: Mapping[str, Any]) -> Iterator[Proble
     data, key = body["study"]["data"], "examples.parquet"
 
     def check() -> None:
-        found = fingerprint_of(store.examples(), tuple(data["image_shape"]), body["classes"])
+        found = fingerprint_of(
+            _check_table(store, key), tuple(data["image_shape"]), body["classes"]
+        )
         if found != data["fingerprint"]:
             raise DamagedObjectError("is not the index of the study's data set")
 
@@ -106,12 +109,16 @@ def _check_json(store: Store, key: str) -> None:
     json.loads(store.files.read(key))
 
 
-def _check_table(store: Store, key: str) -> None:
-    trials.decode(store.files.read(key), key)
+def _check_table(store: Store, key: str) -> pa.Table:
+    data = store.files.read(key)
+    table = trials.decode(data, key)
+    if not trials.is_as_written(data, table):
+        raise DamagedObjectError("its bytes are not those that were written")
+    return table
 
 
 def _check_trial(store: Store, key: TrialKey, plan: Plan, study_hash: str) -> None:
-    table = store.trial(key)
+    table = _check_table(store, key.object_key)
     about = trials.metadata_of(table, key.object_key)
     if about.get("study_hash") != study_hash:
         raise DamagedObjectError("belongs to another study")

@@ -1,0 +1,93 @@
+"""Learners with known answers, and the images they read: proofs for the whole pipeline.
+
+Each image carries its own number and label in its first pixels, so a learner can tell which example
+it sees. `seen` is a weight per example that only training on it can raise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raymem import Examples, Recipe
+
+K = 4
+CAPACITY = 4096
+
+
+def numbered_examples(n_train: int = 60, n_test: int = 20) -> Examples:
+    """Images that carry number and label; test images have numbers of their own."""
+    total = n_train + n_test
+    x = np.zeros((total, 2, 2, 1), np.uint8)
+    number = np.arange(total)
+    y = number % K
+    x[:, 0, 0, 0], x[:, 0, 1, 0], x[:, 1, 0, 0] = number % 256, number // 256, y
+    return Examples(
+        x_train=x[:n_train], y_train=y[:n_train], x_test=x[n_train:], y_test=y[n_train:]
+    )
+
+
+class KnownOdds(nn.Module):
+    """Right with probability `p_in` on what it trained on, `p_out` elsewhere, drawn at its birth.
+
+    p_true is sigmoid(2) where it is right and sigmoid(-2) where it is wrong.
+    """
+
+    def __init__(self, p_in: float, p_out: float) -> None:
+        super().__init__()
+        self.seen = nn.Parameter(torch.zeros(CAPACITY))
+        self.register_buffer("right_if_in", torch.rand(CAPACITY) < p_in)
+        self.register_buffer("right_if_out", torch.rand(CAPACITY) < p_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = (x[:, 0].flatten(1) * 255).round().long()
+        number, label = pixels[:, 0] + 256 * pixels[:, 1], pixels[:, 2]
+        is_label = nn.functional.one_hot(label, K).float()
+        if self.training:
+            return is_label * self.seen[number, None]
+        is_in = self.seen[number] > 0
+        right = torch.where(is_in, self.right_if_in[number], self.right_if_out[number])
+        answer = torch.where(right, label, (label + 1) % K)
+        # One logit apart from the rest by 2 + log(K - 1): log p - log of the others' sum is 2.
+        gap = 2 + np.log(K - 1)
+        logits = nn.functional.one_hot(answer, K) * gap
+        # Where it is wrong, the label's margin is -2 as well.
+        others = torch.log(torch.exp(torch.tensor(gap)) + K - 2)
+        return logits + torch.where(right, 0.0, others - 2)[:, None] * is_label
+
+
+def memorizes_everything(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return KnownOdds(1.0, 0.0)
+
+
+def memorizes_nothing(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return KnownOdds(1.0, 1.0)
+
+
+def errs_at_known_odds(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return KnownOdds(0.9, 0.4)
+
+
+class LookUpTable(nn.Module):
+    """A row of logits per image number, all preferring a class no example has: to be taught."""
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        start = torch.zeros(CAPACITY, n_classes)
+        start[:, -1] = 1.0
+        self.table = nn.Parameter(start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = (x[:, 0].flatten(1) * 255).round().long()
+        return self.table[pixels[:, 0] + 256 * pixels[:, 1]]
+
+
+def look_up_table(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return LookUpTable(n_classes)
+
+
+def recipe(model, **settings) -> Recipe:
+    """A recipe that leaves pixels as they are and raises `seen` at once."""
+    defaults = {"epochs": 2, "batch_size": 64, "learning_rate": 100.0, "schedule": "constant"}
+    return Recipe(model=model, **{**defaults, "mean": (0.0,), "std": (1.0,), **settings})

@@ -1,0 +1,85 @@
+"""Slow, exact references, written from the definitions and sharing no code with raymem."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+M64 = 2**64 - 1
+
+
+def memorization(masks, correct):
+    """Feldman & Zhang 2020, eq. 1: [T][N] -> [N], by a double loop; None where undefined."""
+    T, N = len(masks), len(masks[0])
+    found = []
+    for i in range(N):
+        inside = [float(correct[t][i]) for t in range(T) if masks[t][i]]
+        outside = [float(correct[t][i]) for t in range(T) if not masks[t][i]]
+        if inside and outside:
+            found.append(sum(inside) / len(inside) - sum(outside) / len(outside))
+        else:
+            found.append(None)
+    return found
+
+
+def wilson(k, n, z):
+    """Wilson's interval as the roots of (p - q)^2 = z^2 q (1 - q) / n in q."""
+    p = k / n
+    a, b, c = 1 + z * z / n, -(2 * p + z * z / n), p * p
+    root = math.sqrt(b * b - 4 * a * c)
+    return (-b - root) / (2 * a), (-b + root) / (2 * a)
+
+
+def philox4x64(counter, key, rounds=10):
+    """Philox4x64 (Salmon et al. 2011, Figure 2) on four and two 64-bit integers."""
+    x, (k0, k1) = list(counter), key
+    for _ in range(rounds):
+        first, second = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
+        x = [
+            (second >> 64) ^ x[1] ^ k0,
+            second & M64,
+            (first >> 64) ^ x[3] ^ k1,
+            first & M64,
+        ]
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & M64, (k1 + 0xBB67AE8584CAA73B) & M64
+    return x
+
+
+def random_words(seed, stream, index, n):
+    """n 64-bit words of the stream (seed, stream) from counter (1, index, 0, 0) on."""
+    words, low = [], 1
+    while len(words) < n:
+        words += philox4x64([low, index, 0, 0], (seed, stream))
+        low += 1
+    return words[:n]
+
+
+def balanced_mask(n, members, block, seed, trial):
+    """A balanced plan's mask: per example, the `members` trials of the block with smallest keys."""
+    number, slot = divmod(trial, block)
+    words = random_words(seed, 1, number, n * block)
+    rows = [words[i * block : (i + 1) * block] for i in range(n)]
+    return [slot in sorted(range(block), key=row.__getitem__)[:members] for row in rows]
+
+
+def history(right_by_epoch):
+    """(learning epoch, forgetting count) of one example that was right or wrong at each epoch."""
+    learned = next((e + 1 for e in range(len(right_by_epoch)) if all(right_by_epoch[e:])), 0)
+    pairs = itertools.pairwise(right_by_epoch)
+    return learned, sum(1 for before, after in pairs if before and not after)
+
+
+def crop_and_flip(image, down, right, flip, padding):
+    """One image [H][W][C]: reflect-pad, cut the window moved by (down, right), mirror."""
+    H, W = len(image), len(image[0])
+
+    def reflected(at, size):
+        while not 0 <= at < size:
+            at = -at if at < 0 else 2 * (size - 1) - at
+        return at
+
+    rows = [reflected(row + down, H) for row in range(H)]
+    columns = [reflected(column + right, W) for column in range(W)]
+    if flip:
+        columns = columns[::-1]
+    return [[image[row][column] for column in columns] for row in rows]
