@@ -112,7 +112,7 @@ def digest(table: pa.Table) -> str:
 def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
     """Parquet bytes: zstd, statistics, page checksums, and `metadata` as JSON under `raymem`."""
     text = json.dumps({**metadata, "pyarrow": pa.__version__}).encode()
-    table = table.replace_schema_metadata({METADATA: text, CHECKSUM: _checksum(text)})
+    table = table.replace_schema_metadata({METADATA: text, CHECKSUM: _checksum(text, table.schema)})
     dictionary = [name for name in ("split", "device", "host") if name in table.column_names]
     delta = {"index": "DELTA_BINARY_PACKED"} if "index" in table.column_names else None
     sink = pa.BufferOutputStream()
@@ -153,7 +153,7 @@ def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, An
     schema = table_or_schema.schema if isinstance(table_or_schema, pa.Table) else table_or_schema
     try:
         text = schema.metadata[METADATA]
-        if schema.metadata[CHECKSUM] != _checksum(text):
+        if schema.metadata[CHECKSUM] != _checksum(text, schema):
             raise ValueError("its checksum does not fit")
         metadata: dict[str, Any] = json.loads(text)
     except (KeyError, TypeError, ValueError) as error:
@@ -163,5 +163,7 @@ def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, An
     return metadata
 
 
-def _checksum(text: bytes) -> bytes:
-    return hashlib.sha256(text).hexdigest()[:16].encode()
+def _checksum(text: bytes, schema: pa.Schema) -> bytes:
+    """Over the metadata and the words of all fields."""
+    words = [(f.name, str(f.type), sorted((f.metadata or {}).items())) for f in schema]
+    return hashlib.sha256(text + repr(words).encode()).hexdigest()[:16].encode()
