@@ -111,8 +111,10 @@ def digest(table: pa.Table) -> str:
 
 def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
     """Parquet bytes: zstd, statistics, page checksums, and `metadata` as JSON under `raymem`."""
-    text = json.dumps({**metadata, "pyarrow": pa.__version__}).encode()
-    table = table.replace_schema_metadata({METADATA: text, CHECKSUM: _checksum(text, table.schema)})
+    words = [(f.name, str(f.type), sorted((f.metadata or {}).items())) for f in table.schema]
+    written = {"pyarrow": pa.__version__, "words": _checksum(repr(words).encode()).decode()}
+    text = json.dumps({**metadata, **written}).encode()
+    table = table.replace_schema_metadata({METADATA: text, CHECKSUM: _checksum(text)})
     dictionary = [name for name in ("split", "device", "host") if name in table.column_names]
     delta = {"index": "DELTA_BINARY_PACKED"} if "index" in table.column_names else None
     sink = pa.BufferOutputStream()
@@ -153,7 +155,7 @@ def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, An
     schema = table_or_schema.schema if isinstance(table_or_schema, pa.Table) else table_or_schema
     try:
         text = schema.metadata[METADATA]
-        if schema.metadata[CHECKSUM] != _checksum(text, schema):
+        if schema.metadata[CHECKSUM] != _checksum(text):
             raise ValueError("its checksum does not fit")
         metadata: dict[str, Any] = json.loads(text)
     except (KeyError, TypeError, ValueError) as error:
@@ -163,7 +165,5 @@ def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, An
     return metadata
 
 
-def _checksum(text: bytes, schema: pa.Schema) -> bytes:
-    """Over the metadata and the words of all fields."""
-    words = [(f.name, str(f.type), sorted((f.metadata or {}).items())) for f in schema]
-    return hashlib.sha256(text + repr(words).encode()).hexdigest()[:16].encode()
+def _checksum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()
