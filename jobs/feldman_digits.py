@@ -8,7 +8,7 @@
 
 from raymem import JobOptions, Recipe, Study, run_job
 
-RECIPE = Recipe(model="mlp-512-256", epochs=20, batch_size=128, learning_rate=0.1)
+RECIPE = Recipe(model="mlp-512-256", epochs=30, batch_size=64, learning_rate=0.1)
 
 
 def study(options: JobOptions) -> Study:
