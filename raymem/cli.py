@@ -16,7 +16,7 @@ from raymem.errors import RaymemError
 from raymem.fleet import duration
 from raymem.store import Store, is_alive, read_driver, verify
 from raymem.tables import top, where
-from raymem.text import TOP_COLUMNS, as_text
+from raymem.text import as_text, for_people
 from raymem.version import VERSION
 
 SAMPLED_TRIALS = 50
@@ -149,9 +149,7 @@ def scores_command(
         if csv:
             write_csv(table, sys.stdout.buffer)
             return
-        names = [*TOP_COLUMNS, sort] if sort not in TOP_COLUMNS else list(TOP_COLUMNS)
-        several = len(set(table["epsilon"].to_pylist())) > 1
-        click.echo(as_text(table.select(["epsilon", *names] if several else names)))
+        click.echo(as_text(for_people(table, sort)))
 
 
 @main.command("verify")

@@ -19,7 +19,7 @@ from raymem.plan import Kind
 from raymem.store import Store
 from raymem.study import Study
 from raymem.tables import top, where
-from raymem.text import TOP_COLUMNS, as_text, summary_text
+from raymem.text import as_text, for_people, summary_text
 
 STAGES = ("all", "plan", "train", "score")
 
@@ -141,7 +141,7 @@ def score_and_print(study: Study) -> None:
     summaries = study.score()
     trained = where(study.scores(), "split == train")
     click.echo("\nThe ten most memorized training examples (95% intervals):")
-    click.echo(as_text(top(trained, "memorization", 10).select(TOP_COLUMNS)))
+    click.echo(as_text(for_people(top(trained, "memorization", 10))))
     click.echo("\n" + summary_text(summaries))
     store = Store(study.store)
     click.echo(f"\nscores:  {store.files.path('scores/examples.parquet')}")

@@ -10,10 +10,30 @@ import pyarrow as pa
 
 from raymem.scoring import EpsilonSummary
 
-TOP_COLUMNS = (
-    "example_id", "label", "n_in", "n_out", "accuracy_in", "accuracy_out",
-    "memorization", "memorization_low", "memorization_high", "memorization_soft",
-)  # fmt: skip
+
+def for_people(table: pa.Table, *more: str) -> pa.Table:
+    """Rows of scores/examples.parquet as people read them; `more` columns at the end."""
+    rows = table.to_pylist()
+    shown = {
+        "example_id": table["example_id"],
+        "label": table["label"],
+        "in/out": [f"{row['n_in'] or 0}/{row['n_out']}" for row in rows],
+        "accuracy in, out": [
+            f"{_cell(row['accuracy_in'])}, {_cell(row['accuracy_out'])}" for row in rows
+        ],
+        "memorization": table["memorization"],
+        "95% interval": [
+            ""
+            if row["memorization"] is None
+            else f"[{row['memorization_low']:.3f}, {row['memorization_high']:.3f}]"
+            for row in rows
+        ],
+        "soft": table["memorization_soft"],
+    }
+    same = ("example_id", "label", "memorization", "memorization_soft")
+    if len(set(table["epsilon"].to_pylist())) > 1:
+        more = ("epsilon", *more)
+    return pa.table({**shown, **{name: table[name] for name in more if name not in same}})
 
 
 def as_text(table: pa.Table) -> str:

@@ -1,7 +1,6 @@
 """Every column of every table in a store: type, meaning, unit and sign.
 
-The words here go into the Parquet files' field metadata and into docs/columns.md, which
-`python -m raymem.store.columns` prints.
+The words here go into the Parquet files' field metadata and, by `make docs`, into docs/columns.md.
 """
 
 from __future__ import annotations
@@ -195,7 +194,3 @@ def as_markdown() -> str:
         lines += ["", f"## {table}", "", "| column | type | unit | meaning |", "|---|---|---|---|"]
         lines += [f"| {name} | {c.type} | {c.unit} | {c.meaning} |" for name, c in columns.items()]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(as_markdown(), end="")

@@ -1,0 +1,40 @@
+# The developer's loop. CI runs `make test`, verbatim.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check bench docs clean
+
+demo: .venv/installed
+	$(BIN)/python jobs/feldman_digits.py
+
+test: check
+	$(BIN)/python -m pytest
+
+test-all: check
+	$(BIN)/python -m pytest -m ''
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/installed-dev
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+# Remakes the pages and pictures that come from code and from the demo's store.
+docs: .venv/installed-dev
+	$(BIN)/python -c "from raymem.store.columns import as_markdown as m; print(m(), end='')" > docs/columns.md
+	$(BIN)/python docs/make_picture.py runs/feldman_digits docs/most_memorized.png
+
+# constraints.txt is the set of versions that was tested; `pip install .` works without it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

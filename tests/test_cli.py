@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from learners import errs_at_known_odds, numbered_examples, recipe
+
+from raymem import JobOptions, Store, Study, Target, run_job
+from raymem.cli import main
+from raymem.errors import StoreError
+from raymem.job import absolute_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "store"
+    study = Study(
+        examples=numbered_examples(),
+        recipe=recipe(errs_at_known_odds),
+        store=folder,
+        trials=20,
+    )
+    study.train(engine="serial")
+    study.score()
+    return folder
+
+
+def raymem(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def test_every_command_has_help_with_an_example():
+    for name, command in main.commands.items():
+        text = raymem(name, "--help")
+        assert f"raymem {name}" in text, name
+        assert command.help
+
+
+def test_status_says_what_is_done(store):
+    text = raymem("status", store)
+    assert "trials: 20 of 20 done" in text
+    assert "driver: none" in text
+    assert "cost so far" in text
+    Store(store).target = Target(trials=40)
+    assert "trials: 20 of 40 done" in raymem("status", store)
+    Store(store).target = Target(trials=20)
+
+
+def test_scores_are_sorted_and_chosen(store):
+    expected = Store(store).scores().to_pandas()
+    train = expected[expected["split"] == "train"]
+    rows = raymem("scores", store, "--top", 5).splitlines()
+    assert rows[0].split()[:2] == ["example_id", "label"]
+    assert len(rows) == 6
+    best = train.sort_values("memorization", ascending=False, kind="stable").iloc[0]
+    assert rows[1].split()[0] == best["example_id"]
+    chosen = raymem("scores", store, "--where", "label == 2 and memorization > 0.5", "--all")
+    wanted = train[(train["label"] == 2) & (train["memorization"] > 0.5)]
+    assert len(chosen.splitlines()) - 1 == len(wanted) > 0
+    low = raymem("scores", store, "--ascending", "--top", 1, "--where", "split = train")
+    assert (
+        low.splitlines()[1].split()[0]
+        == train.sort_values("memorization", kind="stable").iloc[0]["example_id"]
+    )
+
+
+def test_csv_has_all_columns_and_all_digits(store):
+    text = raymem("scores", store, "--csv", "--all", "--where", "split == train")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    expected = Store(store).scores().to_pandas()
+    assert list(rows[0]) == list(expected.columns)
+    found = {row["example_id"]: float(row["memorization"]) for row in rows}
+    train = expected[expected["split"] == "train"]
+    assert found == dict(zip(train["example_id"], train["memorization"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("status", "/nowhere"), "there is no study"),
+        (("scores", "/nowhere"), "has no scores/examples.parquet"),
+        (("scores", "STORE", "--sort", "beauty"), "there is no column beauty"),
+        (("scores", "STORE", "--where", "label ~ 3"), "is no condition"),
+        (("scores", "STORE", "--where", "label == three"), "three is no value of label"),
+    ],
+)
+def test_errors_are_one_line_with_cause_and_next_step(store, arguments, message):
+    output = raymem(*(store if a == "STORE" else a for a in arguments), code=1)
+    assert output.startswith("error: ")
+    assert message in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_wrong_usage_exits_with_two():
+    raymem("scores", code=2)
+    raymem("dance", code=2)
+
+
+def test_verify_exits_with_one_until_repaired(store):
+    assert "0 objects damaged" in raymem("verify", store)
+    files = Store(store).files
+    key = "trials/eps-inf/000002.parquet"
+    whole = files.read(key)
+    files.replace(key, whole[:-9])
+    assert f"damaged: {key}" in raymem("verify", store, code=1)
+    assert "moved to damaged/" in raymem("verify", store, "--repair")
+    assert "1 missing" in raymem("verify", store)
+    files.create(key, whole)
+
+
+def study(options: JobOptions) -> Study:
+    """A job of tests."""
+    return Study(
+        examples=numbered_examples(),
+        recipe=recipe(errs_at_known_odds),
+        store=options.store,
+        trials=options.trials,
+        subset_ratio=options.subset_ratio,
+        seed=options.seed,
+    )
+
+
+def job(*arguments, code=0):
+    with pytest.raises(SystemExit) as done:
+        run_job(study, data="digits", store="runs/x", trials=20, arguments=[*map(str, arguments)])
+    assert done.value.code == code
+
+
+def test_a_job_plans_without_making_anything(tmp_path, capsys):
+    job("plan", "--store", tmp_path / "new", "--trials", 30)
+    text = capsys.readouterr().out
+    for words in (
+        "blocks of 20 trials: each drawn example is in 14 of them",
+        "30 trials are not whole blocks, 40 would be",
+        "standard error of an example's memorization 0.199 at worst",
+        "disk:",
+        "one trial took",
+        "not made yet",
+    ):
+        assert words in text, words
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_job_runs_all_stages_or_one(tmp_path, capsys):
+    job("train", "--store", tmp_path, "--engine", "serial")
+    assert "20 trials trained" in capsys.readouterr().out
+    assert not Store(tmp_path).files.exists("scores/examples.parquet")
+    job("score", "--store", tmp_path)
+    text = capsys.readouterr().out
+    assert "The ten most memorized" in text
+    assert len(re.findall(r"^train-\d+", text, re.MULTILINE)) == 10
+    assert str(tmp_path / "scores" / "examples.parquet") in text
+    job("--store", tmp_path, "--engine", "serial", "--trials", 25)
+    assert "25 trials; mean accuracy" in capsys.readouterr().out
+    job("plan", "--store", tmp_path, "--trials", 40)
+    assert "25 of 40 trials are done" in capsys.readouterr().out
+
+
+def test_a_job_refuses_in_one_line(tmp_path, capsys):
+    job("train", "--store", tmp_path, "--engine", "serial")
+    job("--store", tmp_path, "--seed", 7, "--engine", "serial", code=1)
+    assert "plan.seed: store has 0, this run has 7" in capsys.readouterr().err
+    job("--subset-ratio", "1.5", "--store", tmp_path, code=1)
+    assert "subset_ratio must be" in capsys.readouterr().err
+    job("--trials", "0", code=2)
+    job("imagine", code=2)
+
+
+def test_relative_stores_are_kept_at_home_and_refused_in_a_submitted_job(monkeypatch):
+    assert absolute_store("runs/x") == str(Path.cwd() / "runs" / "x")
+    assert absolute_store("s3://bucket/x") == "s3://bucket/x"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert absolute_store("/data/x") == "/data/x"
+    with pytest.raises(StoreError, match="relative"):
+        absolute_store("runs/x")
+
+
+def test_the_job_file_of_digits_reads_its_options(monkeypatch, capsys):
+    import runpy
+
+    path = Path(__file__).parents[1] / "jobs" / "feldman_digits.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    text = capsys.readouterr().out
+    for option in ("--data", "--store", "--trials", "--subset-ratio", "--seed", "plan"):
+        assert option in text

@@ -1,0 +1,107 @@
+"""The house itself: its public door, its layers, its documents."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import raymem
+from raymem.cli import main
+from raymem.store import columns
+
+ROOT = Path(__file__).parents[1]
+# In the data's way: a module imports from its left only.
+LAYERS = [
+    "version", "errors", "examples", "plan", "models", "training", "store", "fleet",
+    "memorization", "scoring", "study", "tables", "text", "cli", "job",
+]  # fmt: skip
+ONLY_HERE = {"ray": {"fleet"}, "torchvision": {"examples"}, "sklearn": {"examples"}}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules():
+    for path in sorted((ROOT / "raymem").rglob("*.py")):
+        if path != ROOT / "raymem" / "__init__.py":
+            yield path, path.relative_to(ROOT / "raymem").with_suffix("").parts[0]
+
+
+def test_imports_point_left():
+    for path, module in modules():
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] == "raymem" and parts[1] != module:
+                assert LAYERS.index(parts[1]) < LAYERS.index(module), f"{path}: {name}"
+
+
+def test_heavy_packages_stay_in_their_rooms():
+    for path, module in modules():
+        for name in imports_of(path):
+            rooms = ONLY_HERE.get(name.split(".")[0])
+            assert rooms is None or module in rooms, f"{path} imports {name}"
+
+
+def test_the_public_door_is_this_wide():
+    assert set(raymem.__all__) == {
+        "DamagedObjectError", "DivergedError", "EpsilonSummary", "Estimate", "Examples",
+        "ExamplesError", "FleetError", "Images", "JobOptions", "Memorization", "OutOfMemoryError",
+        "Plan", "PlanError", "Problem", "Progress", "RaymemError", "Recipe", "RecipeError",
+        "ResultMismatchError", "Seeds", "Store", "StoreError", "StoreFullError", "StoreHeldError",
+        "Study", "StudyMismatchError", "Target", "TrialError", "TrialKey", "TrialResult",
+        "__version__", "load_examples", "memorization", "run_fleet", "run_job", "run_trial",
+        "score", "verify",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in raymem.__all__ if n != "__version__"])
+def test_everything_public_is_documented(name):
+    thing = getattr(raymem, name)
+    assert inspect.getdoc(thing), name
+    if inspect.isclass(thing):
+        for attribute, value in vars(thing).items():
+            if inspect.isfunction(value) and not attribute.startswith("_"):
+                assert inspect.getdoc(value), f"{name}.{attribute}"
+
+
+def test_no_module_is_too_long():
+    for path in ROOT.glob("raymem/**/*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_columns_page_is_the_code():
+    assert (ROOT / "docs" / "columns.md").read_text() == columns.as_markdown()
+
+
+def test_every_command_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name in main.commands:
+        assert f"raymem {name}" in readme, name
+    for path in sorted(ROOT.glob("jobs/*.py")):
+        assert f"jobs/{path.name}" in readme, path
+    for target in ("make demo", "make test", "make test-all", "make check", "make bench"):
+        assert target in readme, target
+
+
+def test_links_in_documents_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_python_in_the_readme_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
