@@ -64,7 +64,7 @@ def duration(seconds: float) -> str:
     """A length of time a person reads.
 
     >>> duration(0.25), duration(59), duration(61), duration(7300), duration(200_000)
-    ('0.25 s', '59 s', '1 min 1 s', '2 h 2 min', '2 d 8 h')
+    ('0.25 s', '59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h')
     """
     if seconds < 10:
         return f"{seconds:.2g} s"
