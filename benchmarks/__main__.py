@@ -58,6 +58,7 @@ class Plain(Dataset):
 
 
 def plain_loop(x: np.ndarray, y: np.ndarray, recipe: Recipe) -> None:
+    torch.set_flush_denormal(True)
     model = build_model(recipe.model, n_classes=10, image_shape=(32, 32, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     loader = DataLoader(Plain(x, y), batch_size=recipe.batch_size, shuffle=True)

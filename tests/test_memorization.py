@@ -25,7 +25,7 @@ shapes = st.tuples(st.integers(1, 25), st.integers(1, 8))
 def fleets(draw):
     shape = draw(shapes)
     masks, correct = (draw(hnp.arrays(bool, shape)) for _ in range(2))
-    p_true = draw(hnp.arrays(float, shape, elements=st.floats(0, 1, allow_subnormal=False)))
+    p_true = draw(hnp.arrays(float, shape, elements=st.floats(0, 1)))
     return masks, correct, p_true
 
 

@@ -57,6 +57,7 @@ def test_a_trial_leaves_no_trace_in_the_process(images, plan):
     np.random.seed(1)
     random.seed(1)
     threads = torch.get_num_threads()
+    torch.set_flush_denormal(False)
     before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
     x = images.x_train.clone()
     run(images, plan, RESNET)
@@ -64,6 +65,7 @@ def test_a_trial_leaves_no_trace_in_the_process(images, plan):
     assert np.array_equal(before[1], np.random.get_state()[1])
     assert before[2] == random.getstate()
     assert torch.get_num_threads() == threads
+    assert np.float64(1e-310) * 1.0 > 0
     assert torch.equal(x, images.x_train)
 
 
