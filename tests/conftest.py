@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+HELPERS = [str(HERE), str(HERE / "cluster")]
+sys.path[:0] = HELPERS
 # Workers and job drivers started by tests must find the learners too.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-)
+os.environ["PYTHONPATH"] = os.pathsep.join([*HELPERS, os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture(autouse=True)

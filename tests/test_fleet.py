@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 from learners import KnownOdds, memorizes_everything, numbered_examples, recipe
+from processes import no_survivors, run_job, start_job, wait_until, workers_of
 
 from raymem import (
     FleetError,
@@ -23,9 +23,6 @@ from raymem import (
     TrialKey,
     verify,
 )
-
-sys.path.insert(0, str(Path(__file__).parent / "cluster"))
-from processes import no_survivors, run_job, start_job, wait_until, workers_of
 
 TRIALS = 40
 

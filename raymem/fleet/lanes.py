@@ -231,9 +231,12 @@ class Lanes:
     def _start(self, node_id: str, workers: int) -> None:
         name = f"lane-{self._started:03d}"
         self._started += 1
+        # Ray Train's watchdog looks its controller up in the newest Ray of the machine unless told
+        # which is meant: a second Ray started there would end this lane. Children inherit this.
+        where = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
         runner = (
             ray.remote(LaneRunner)
-            .options(num_cpus=0, label_selector={NODE_LABEL: node_id})
+            .options(num_cpus=0, label_selector={NODE_LABEL: node_id}, runtime_env=where)
             .remote()
         )
         config = {**self._config, "lane": name}

@@ -1,0 +1,81 @@
+"""A study on three nodes; one is lost in the middle, another joins. Prints what it saw as JSON.
+
+python losing_a_node.py STORE GATE TRIALS REPLACE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+from gated import study
+from ray.cluster_utils import Cluster
+
+from raymem import JobOptions, Store
+
+FAST_DETECTION = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 3,
+    "health_check_timeout_ms": 1000,
+}
+
+
+def wait_until(condition, what: str, seconds: float = 240.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
+        time.sleep(0.1)
+
+
+def main(store: str, gate: Path, trials: int, replace: bool) -> None:
+    def started() -> list[list[str]]:
+        log = gate / "log"
+        return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+    def committed() -> int:
+        return len(Store(store).done())
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": FAST_DETECTION}
+    )
+    cluster.connect()
+    head = ray.get_runtime_context().get_node_id()
+    others = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    options = JobOptions(
+        data="digits", data_root="", download=False, image_size=None, store=store, trials=trials,
+        subset_ratio=0.7, kind="balanced", seed=0,
+    )  # fmt: skip
+    progress = []
+    fleet = threading.Thread(target=lambda: progress.append(study(options).train()))
+    fleet.start()
+    wait_until(lambda: len({node for node, _ in started()}) == 3, "a trial on each of three nodes")
+    (gate / "open").touch()
+    wait_until(lambda: committed() >= 9, "nine trials committed")
+    lost = others[0].node_id
+    cluster.remove_node(others[0], allow_graceful=False)
+    at_loss = committed()
+    joined = cluster.add_node(num_cpus=1).node_id if replace else ""
+    fleet.join(timeout=400)
+    seen = {
+        "ended": not fleet.is_alive(),
+        "progress": vars(progress[0]) if progress else None,
+        "at_loss": at_loss,
+        "head": head,
+        "lost": lost,
+        "kept": others[1].node_id,
+        "joined": joined,
+        "workers": sorted({tuple(line) for line in started()}),
+        "starts": len(started()),
+    }
+    print(json.dumps(seen), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "replace")
