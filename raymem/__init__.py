@@ -10,6 +10,7 @@ from raymem.errors import (
     DivergedError,
     ExamplesError,
     FleetError,
+    ImportFileError,
     OutOfMemoryError,
     PlanError,
     RaymemError,
@@ -23,8 +24,17 @@ from raymem.errors import (
 )
 from raymem.examples import Examples, load_examples
 from raymem.fleet import Progress, run_fleet
+from raymem.interop import import_npz
 from raymem.job import JobOptions, run_job
-from raymem.memorization import Estimate, Memorization, memorization
+from raymem.memorization import (
+    Estimate,
+    InfluencePairs,
+    Memorization,
+    PairRule,
+    find_pairs,
+    influence,
+    memorization,
+)
 from raymem.plan import Plan, Seeds
 from raymem.scoring import EpsilonSummary, score
 from raymem.store import Problem, Store, Target, TrialKey, verify
@@ -41,9 +51,12 @@ __all__ = [
     "ExamplesError",
     "FleetError",
     "Images",
+    "ImportFileError",
+    "InfluencePairs",
     "JobOptions",
     "Memorization",
     "OutOfMemoryError",
+    "PairRule",
     "Plan",
     "PlanError",
     "Problem",
@@ -64,6 +77,9 @@ __all__ = [
     "TrialKey",
     "TrialResult",
     "__version__",
+    "find_pairs",
+    "import_npz",
+    "influence",
     "load_examples",
     "memorization",
     "run_fleet",

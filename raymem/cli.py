@@ -10,17 +10,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import click
+import pyarrow as pa
 from pyarrow.csv import write_csv
 
 from raymem.errors import RaymemError
 from raymem.fleet import duration
+from raymem.interop import import_npz
+from raymem.scoring import score
 from raymem.store import Store, is_alive, read_driver, verify
 from raymem.tables import top, where
-from raymem.text import as_text, for_people
+from raymem.text import as_text, example_text, for_people, pairs_for_people, summary_text
 from raymem.version import VERSION
 
 SAMPLED_TRIALS = 50
 SHOWN_PROBLEMS = 20
+IMPORTERS = {"npz": import_npz}
 
 
 @contextlib.contextmanager
@@ -40,6 +44,16 @@ def command_errors(debug: bool) -> Iterator[None]:
 
 def _debug(function: Any) -> Any:
     return click.option("--debug", is_flag=True, help="Show tracebacks.")(function)
+
+
+def _row_options(function: Any) -> Any:
+    for option in (
+        click.option("--csv", is_flag=True, help="All columns as CSV."),
+        click.option("--all", "everything", is_flag=True, help="All rows."),
+        click.option("--top", "n", type=click.IntRange(1), default=20, help="How many rows."),
+    ):
+        function = option(function)
+    return function
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -122,18 +136,18 @@ def _cost(store: Store) -> str:
 @click.argument("store")
 @click.option("--sort", default="memorization", help="Column to sort by, largest first.")
 @click.option("--ascending", is_flag=True, help="Smallest first.")
-@click.option("--top", "n", type=click.IntRange(1), default=20, help="How many rows.")
-@click.option("--all", "everything", is_flag=True, help="All rows.")
+@click.option("--memorized", is_flag=True, help="Only the list memorized above 0.25.")
 @click.option("--where", "conditions", help="Such as 'label == 3 and memorization > 0.25'.")
-@click.option("--csv", is_flag=True, help="All columns as CSV.")
+@_row_options
 @_debug
 def scores_command(
     store: str,
     sort: str,
     ascending: bool,
+    memorized: bool,
+    conditions: str | None,
     n: int,
     everything: bool,
-    conditions: str | None,
     csv: bool,
     debug: bool,
 ) -> None:
@@ -143,13 +157,88 @@ def scores_command(
     """
     with command_errors(debug):
         table = Store(store).scores()
+        if memorized:
+            table = where(table, "memorized == true")
         if conditions:
             table = where(table, conditions)
         table = top(table, sort, None if everything else n, ascending=ascending)
-        if csv:
-            write_csv(table, sys.stdout.buffer)
-            return
-        click.echo(as_text(for_people(table, sort)))
+        _print(table, for_people(table, sort), csv)
+
+
+def _print(table: pa.Table, shown: pa.Table, csv: bool) -> None:
+    if csv:
+        write_csv(table, sys.stdout.buffer)
+    else:
+        click.echo(as_text(shown))
+
+
+@main.command("pairs")
+@click.argument("store")
+@click.option("--min-influence", type=float, default=-1.0, help="Least influence.")
+@click.option("--min-memorization", type=float, help="Least memorization of the training example.")
+@click.option("--strong", is_flag=True, help="Only pairs above 0.15 and above the noise.")
+@click.option("--where", "conditions", help="Such as 'train_label != test_label'.")
+@_row_options
+@_debug
+def pairs_command(
+    store: str,
+    min_influence: float,
+    min_memorization: float | None,
+    strong: bool,
+    conditions: str | None,
+    n: int,
+    everything: bool,
+    csv: bool,
+    debug: bool,
+) -> None:
+    """Which test examples are right because of which training example; most influential first.
+
+    Kept are strong pairs, and the most influential training examples of each test example.
+
+    Example: raymem pairs runs/feldman_digits --min-influence 0.3
+    """
+    with command_errors(debug):
+        asked = [f"influence >= {min_influence}"]
+        if min_memorization is not None:
+            asked.append(f"memorization >= {min_memorization}")
+        if strong:
+            asked.append("strong == true")
+        if conditions:
+            asked.append(conditions)
+        table = where(Store(store).scores("influence"), " and ".join(asked))
+        table = top(table, "influence", None if everything else n)
+        _print(table, pairs_for_people(table), csv)
+
+
+@main.command("example")
+@click.argument("store")
+@click.argument("example_id", metavar="ID")
+@click.option("--top", "n", type=click.IntRange(1), default=10, help="How many relations.")
+@_debug
+def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
+    """Everything known about one example, with its strongest relations by influence.
+
+    Example: raymem example runs/feldman_digits digit-0905
+    """
+    with command_errors(debug):
+        click.echo(example_text(Store(store), example_id, n))
+
+
+@main.command("import")
+@click.argument("format", type=click.Choice(list(IMPORTERS)))
+@click.argument("path")
+@click.argument("store")
+@_debug
+def import_command(format: str, path: str, store: str, debug: bool) -> None:
+    """Make a store of a fleet that was trained elsewhere, and score it.
+
+    npz: arrays masks and correct_train (bool [trials, train examples]) and, if you like,
+    correct_test, margins_train, margins_test, y_train, y_test, train_ids, test_ids, classes.
+
+    Example: raymem import npz fleet.npz runs/imported
+    """
+    with command_errors(debug):
+        click.echo(summary_text(score(IMPORTERS[format](path, store))))
 
 
 @main.command("verify")

@@ -9,7 +9,8 @@
     │   ├── StoreHeldError       another live driver holds the store (exit code 3)
     │   ├── StoreFullError       no space or quota left (exit code 4)
     │   ├── DamagedObjectError   an object in the store does not read back
-    │   └── ResultMismatchError  one trial, trained twice, gave two results
+    │   ├── ResultMismatchError  one trial, trained twice, gave two results
+    │   └── ImportFileError      a file of another fleet cannot become a store
     ├── TrialError               one trial failed; the others go on
     │   ├── DivergedError        its loss or its logits stopped being finite
     │   └── OutOfMemoryError     it did not fit on its device
@@ -65,6 +66,10 @@ class DamagedObjectError(StoreError):
 
 class ResultMismatchError(StoreError):
     """One trial, trained twice, gave two results."""
+
+
+class ImportFileError(StoreError, ValueError):
+    """A file of another fleet cannot become a store."""
 
 
 class TrialError(RaymemError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,11 +15,13 @@ from raymem.cli import command_errors
 from raymem.errors import StoreError
 from raymem.examples import NAMED, Examples, load_examples
 from raymem.fleet import Engine, duration
+from raymem.memorization import PairRule
 from raymem.plan import Kind
 from raymem.store import Store
 from raymem.study import Study
 from raymem.tables import top, where
-from raymem.text import as_text, for_people, summary_text
+from raymem.text import as_text, for_people, pairs_for_people, summary_text
+from raymem.training import Recipe
 
 STAGES = ("all", "plan", "train", "score")
 
@@ -37,6 +39,8 @@ class JobOptions:
     subset_ratio: float
     kind: Kind
     seed: int
+    recipe: Recipe | None = None
+    """The one of --recipe, for jobs that have several."""
 
     def load_examples(self) -> Examples:
         """The data set of --data."""
@@ -56,9 +60,12 @@ def run_job(
     trials: int,
     subset_ratio: float = 0.7,
     seed: int = 0,
+    recipes: Mapping[str, Recipe] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Run a job file: `build` makes the study from the options, whose defaults are given here.
+
+    `recipes` adds an option --recipe to choose one by name, the first by default.
 
     Exits with 0 when done, 1 on failure, 2 on wrong usage, 3 if another driver holds the store, 4
     without space.
@@ -98,6 +105,10 @@ def run_job(
         "--gpus-per-trial", type=float, help="Fractions pack models.  [default: 1 if any]"
     )
     @click.option("--max-workers", type=click.IntRange(1), help="Most trials at once.")
+    @click.option(
+        "--max-pairs", type=click.IntRange(1), default=1_000_000, help="Influence pairs kept."
+    )
+    @_recipe_option(recipes or {})
     @click.option("--verbose", is_flag=True, help="Show what Ray says.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     def command(
@@ -108,9 +119,12 @@ def run_job(
         max_workers: int | None,
         verbose: bool,
         debug: bool,
+        max_pairs: int,
+        recipe: str | None = None,
         **settings: Any,
     ) -> None:
         with command_errors(debug):
+            settings["recipe"] = recipes[recipe] if recipes and recipe else None
             settings["store"] = absolute_store(settings["store"])
             study = build(JobOptions(**settings))
             if stage == "plan":
@@ -131,20 +145,33 @@ def run_job(
                         f"{duration(1 / progress.rate)}"
                     )
             if stage in ("all", "score"):
-                score_and_print(study)
+                score_and_print(study, PairRule(max_pairs=max_pairs))
 
     command.main(args=None if arguments is None else list(arguments), standalone_mode=True)
 
 
-def score_and_print(study: Study) -> None:
-    """The score stage: scores, the ten most memorized examples, where the files are."""
-    summaries = study.score()
+def _recipe_option(recipes: Mapping[str, Recipe]) -> Callable[[Any], Any]:
+    if not recipes:
+        return lambda function: function
+    names = list(recipes)
+    return click.option(
+        "--recipe", type=click.Choice(names), default=names[0], help="How each model is trained."
+    )
+
+
+def score_and_print(study: Study, rule: PairRule) -> None:
+    """The score stage: the most memorized examples, the strongest pairs, where the files are."""
+    summaries = study.score(rule)
     trained = where(study.scores(), "split == train")
     click.echo("\nThe ten most memorized training examples (95% intervals):")
     click.echo(as_text(for_people(top(trained, "memorization", 10))))
+    pairs = study.scores("influence")
+    click.echo("\nThe five most influential pairs of a training and a test example:")
+    click.echo(as_text(pairs_for_people(top(pairs, "influence", 5))))
     click.echo("\n" + summary_text(summaries))
     store = Store(study.store)
     click.echo(f"\nscores:  {store.files.path('scores/examples.parquet')}")
+    click.echo(f"pairs:   {store.files.path('scores/influence.parquet')}")
     click.echo(f"trials:  {store.files.path('scores/trials.parquet')}")
     click.echo(f"look at: raymem scores {store.url} --top 20")
 

@@ -14,14 +14,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raymem.errors import PlanError
 
-Kind = Literal["balanced", "fixed-size", "candidate-pool"]
+Kind = Literal["balanced", "fixed-size", "candidate-pool", "imported"]
 
 SMALLEST_BLOCK = 20
 LARGEST_BLOCK = 200
@@ -59,6 +59,8 @@ class Plan:
     * `candidate-pool`: the examples in `pool` are drawn as in `balanced`, all others are always in
       (Ravikumar et al. 2024, section 6.5).
 
+    * `imported`: subsets drawn elsewhere; they are in the trials themselves, and have no mask here.
+
     `subset_ratio=1` puts every example in every trial: trials differ by their seeds only.
 
     Raises PlanError if no such plan exists.
@@ -91,16 +93,14 @@ class Plan:
                 f"subset_ratio must be above 0 and at most 1, got {self.subset_ratio}; "
                 "Feldman & Zhang use 0.7"
             )
-        if self.kind not in ("balanced", "fixed-size", "candidate-pool"):
-            raise PlanError(
-                f"unknown kind {self.kind!r}; take balanced, fixed-size or candidate-pool"
-            )
+        if self.kind not in get_args(Kind):
+            raise PlanError(f"unknown kind {self.kind!r}; take one of {', '.join(get_args(Kind))}")
         if not 0 <= self.seed < 2**63:
             raise PlanError(f"seed must be in [0, 2**63), got {self.seed}")
         self._check_pool()
-        if self.kind != "fixed-size":
+        if self.kind in ("balanced", "candidate-pool"):
             block_of(self.subset_ratio)
-        elif not 1 <= self.subset_size <= self.n:
+        elif self.kind == "fixed-size" and not 1 <= self.subset_size <= self.n:
             raise PlanError(f"subset_ratio={self.subset_ratio} leaves no example of n={self.n}")
 
     def _check_pool(self) -> None:
@@ -118,7 +118,8 @@ class Plan:
     @property
     def block(self) -> int:
         """Trials per block: balance is exact after every whole block."""
-        return SMALLEST_BLOCK if self.kind == "fixed-size" else block_of(self.subset_ratio)
+        drawn_in_blocks = self.kind in ("balanced", "candidate-pool")
+        return block_of(self.subset_ratio) if drawn_in_blocks else SMALLEST_BLOCK
 
     @property
     def subset_size(self) -> int:
@@ -131,6 +132,8 @@ class Plan:
         """Which training examples are in the subset of `trial`: bool [N]."""
         if trial < 0:
             raise PlanError(f"trials are numbered from 0, got {trial}")
+        if self.kind == "imported":
+            raise PlanError("subsets of an imported fleet are in its trials only; it cannot grow")
         if self.subset_ratio == 1:
             return np.ones(self.n, bool)
         if self.kind == "fixed-size":

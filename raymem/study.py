@@ -14,6 +14,7 @@ import numpy as np
 from raymem.errors import PlanError, StoreError
 from raymem.examples import Examples
 from raymem.fleet import Engine, Progress, duration, run_fleet
+from raymem.memorization import PairRule
 from raymem.plan import Kind, Plan
 from raymem.scoring import EpsilonSummary, score
 from raymem.store import Store, Target, TrialKey, trial_table
@@ -114,12 +115,12 @@ class Study:
             verbose=verbose,
         )
 
-    def score(self) -> list[EpsilonSummary]:
-        """Score what is committed; see `score`."""
-        return score(self.open_store())
+    def score(self, rule: PairRule | None = None) -> list[EpsilonSummary]:
+        """Score what is committed; `rule` says which influence pairs are kept. See `score`."""
+        return score(self.open_store(), rule)
 
     def scores(self, name: str = "examples") -> Any:
-        """scores/NAME.parquet as a pyarrow table: examples, trials or folds."""
+        """scores/NAME.parquet as a pyarrow table: examples, trials, folds or influence."""
         return Store(self.store).scores(name)
 
     def dry_run(self, *, cpus_per_trial: int = 1, workers: int | None = None) -> str:

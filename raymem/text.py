@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raymem.scoring import EpsilonSummary
+from raymem.store import Store
+from raymem.tables import TableError, top
 
 
 def for_people(table: pa.Table, *more: str) -> pa.Table:
@@ -34,6 +37,78 @@ def for_people(table: pa.Table, *more: str) -> pa.Table:
     if len(set(table["epsilon"].to_pylist())) > 1:
         more = ("epsilon", *more)
     return pa.table({**shown, **{name: table[name] for name in more if name not in same}})
+
+
+def pairs_for_people(table: pa.Table) -> pa.Table:
+    """Rows of scores/influence.parquet as people read them."""
+    names = ["train_id", "train_label", "test_id", "test_label", "influence", "influence_stderr"]
+    shown = {name: table[name] for name in [*names, "memorization"]}
+    shown["strong"] = ["yes" if strong else "" for strong in table["strong"].to_pylist()]
+    if len(set(table["epsilon"].to_pylist())) > 1:
+        shown["epsilon"] = table["epsilon"]
+    return pa.table(shown)
+
+
+def example_text(store: Store, example_id: str, n: int) -> str:
+    """Everything a store knows about one example, its n strongest relations at the end."""
+    index = store.examples()
+    found = index.filter(pc.equal(index["example_id"], example_id)).to_pylist()
+    if not found:
+        near = [i for i in index["example_id"].to_pylist() if example_id.lower() in i.lower()]
+        hint = f"; did you mean {', '.join(near[:5])}?" if near else "; see `raymem scores STORE`"
+        raise TableError(f"there is no example {example_id!r} in {store.url}{hint}")
+    (me,) = found
+    classes = store.study()["classes"]
+    label = "none" if me["label"] is None else f"{me['label']} ({classes[me['label']]})"
+    lines = [
+        f"{example_id}: {me['split']} example {me['index']:,}, label {label}",
+        f"content hash: {me['content_hash'] or 'not known, the images were not at hand'}",
+        *_copies(index, me),
+    ]
+    scores = store.scores()
+    train = scores.filter(pc.equal(scores["split"], "train"))
+    for row in scores.filter(pc.equal(scores["example_id"], example_id)).to_pylist():
+        same = train.filter(pc.equal(train["epsilon"], row["epsilon"]))
+        lines += ["", f"epsilon {row['epsilon']:g}:", *_score_lines(row, same)]
+    pairs = store.scores("influence")
+    mine = pairs.filter(pc.equal(pairs[f"{me['split']}_id"], example_id))
+    what = (
+        "test examples that it makes right"
+        if me["split"] == "train"
+        else ("training examples that make it right")
+    )
+    lines += ["", f"{what}, by influence ({mine.num_rows} kept):"]
+    if mine.num_rows:
+        lines.append(as_text(pairs_for_people(top(mine, "influence", n))))
+    return "\n".join(lines)
+
+
+def _copies(index: pa.Table, me: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, what in (
+        ("duplicate_group", "exact copies"), ("near_duplicate_group", "near duplicates"),
+    ):  # fmt: skip
+        if me.get(name) is not None:
+            group = index.filter(pc.equal(index[name], me[name])).to_pylist()
+            others = [
+                f"{row['example_id']} ({row['split']}, label {row['label']})"
+                for row in group
+                if row["example_id"] != me["example_id"]
+            ]
+            lines.append(f"{what}: {', '.join(others)}")
+    return lines
+
+
+def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
+    lines = []
+    if row["memorization"] is not None:
+        above = pc.sum(pc.greater(train["memorization"], row["memorization"])).as_py() or 0
+        lines.append(f"  rank {above + 1:,} of {train.num_rows:,} by memorization")
+    skip = ("example_id", "index", "split", "label", "epsilon", "duplicate_group")
+    shown = {k: v for k, v in row.items() if k not in (*skip, "near_duplicate_group")}
+    width = max(map(len, shown))
+    lines += [f"  {k.ljust(width)}  {_cell(v)}" for k, v in shown.items() if v is not None]
+    return lines
 
 
 def as_text(table: pa.Table) -> str:
@@ -72,6 +147,11 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
             f"{_percent(s.accuracy_test)} on the test set"
         )
         lines.append(_reliability(s))
+        lines.append(
+            f"memorized above 0.25: {s.memorized:,} training examples (a list with at most 5% "
+            "false entries expected)"
+        )
+        lines.append(_pairs(s))
         lines += [f"no memorization for {n:,} examples: {why}" for why, n in s.null.items()]
     return "\n".join(lines)
 
@@ -89,6 +169,14 @@ def _reliability(s: EpsilonSummary) -> str:
         if trials > s.trials
     )
     return f"{text}; forecast trials: {forecast}" if forecast else text
+
+
+def _pairs(s: EpsilonSummary) -> str:
+    text = (
+        f"influence: {s.strong_pairs:,} strong pairs of {s.pairs_considered:,} (0.15 or more, and "
+        f"{s.pairs_z:.1f} standard errors above zero), {s.pairs:,} kept"
+    )
+    return f"{text}, {s.pairs_dropped:,} DROPPED by --max-pairs" if s.pairs_dropped else text
 
 
 def _percent(share: float) -> str:

@@ -238,8 +238,9 @@ def test_a_lane_that_only_restarts_is_broken_and_another_is_not():
 def test_rate_and_time_left(clock):
     ledger = ledger_with(11, 1, clock)
     for _ in range(6):
+        key = ledger.lease("w0").key
         clock.now += 2
-        ledger.finish("w0", ledger.lease("w0").key, "committed")
+        ledger.finish("w0", key, "committed")
     progress = ledger.progress()
     assert progress.rate == pytest.approx(0.5)
     assert progress.seconds_left == pytest.approx(10)

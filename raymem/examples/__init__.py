@@ -6,7 +6,15 @@ Out: `Examples`. What cannot be used as it is, is refused with the ids concerned
      clipped or dropped in silence.
 """
 
-from raymem.examples.examples import Examples, fingerprint_of
+from raymem.examples.examples import Examples, fingerprint_of, group_column
+from raymem.examples.near import near_duplicates
 from raymem.examples.readers import NAMED, load_examples
 
-__all__ = ["NAMED", "Examples", "fingerprint_of", "load_examples"]
+__all__ = [
+    "NAMED",
+    "Examples",
+    "fingerprint_of",
+    "group_column",
+    "load_examples",
+    "near_duplicates",
+]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from raymem.errors import ExamplesError
 from raymem.examples.checks import as_images, as_labels, numbered_ids, repeated_ids, some
+from raymem.examples.near import near_duplicates
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,6 +112,11 @@ class Examples:
         return len(self.classes)
 
     @property
+    def n_examples(self) -> int:
+        """N + M."""
+        return len(self.train_ids) + len(self.test_ids)
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         H, W, C = self.x_train.shape[1:]
@@ -133,6 +139,15 @@ class Examples:
             rows.setdefault(digest, []).append(row)
         return [np.array(group) for group in rows.values() if len(group) > 1]
 
+    def near_duplicate_groups(self) -> list[NDArray[np.int64]]:
+        """Rows (train then test) of groups of near duplicates, exact ones among them.
+
+        See `near_duplicates`; in sets too large for its search, the exact duplicates.
+        """
+        x = np.concatenate([self.x_train, self.x_test])
+        found = near_duplicates(x)
+        return self.duplicate_groups() if found is None else found
+
     def label_conflicts(self) -> list[NDArray[np.int64]]:
         """The duplicate groups whose members do not all have one label."""
         labels = np.concatenate([self.y_train, self.y_test])
@@ -144,11 +159,11 @@ class Examples:
         return fingerprint_of(self.index_table(), self.image_shape, self.classes)
 
     def index_table(self) -> pa.Table:
-        """The set's index as in `examples.parquet`: no pixels, one row per example, train first."""
+        """The set's index as in `examples.parquet`: no pixels, one row per example, train first.
+
+        Without the column of near duplicates, which takes a search to find.
+        """
         N, M = len(self.train_ids), len(self.test_ids)
-        group = np.full(N + M, -1, np.int64)
-        for number, rows in enumerate(self.duplicate_groups()):
-            group[rows] = number
         return pa.table(
             {
                 "split": pa.array(["train"] * N + ["test"] * M),
@@ -156,7 +171,7 @@ class Examples:
                 "example_id": pa.array((*self.train_ids, *self.test_ids)),
                 "label": pa.array(np.concatenate([self.y_train, self.y_test])),
                 "content_hash": pa.array(self.content_hashes),
-                "duplicate_group": pa.array(group, mask=group < 0),
+                "duplicate_group": group_column(self.duplicate_groups(), N + M),
             }
         )
 
@@ -175,6 +190,14 @@ class Examples:
             shown = some(" = ".join(ids[row] for row in group[:3]) for group in conflicts)
             text += f", {len(conflicts)} of them with different labels: {shown}"
         return text
+
+
+def group_column(groups: Sequence[NDArray[np.int64]], n: int) -> pa.Array:
+    """The number of each row's group, [n]; null for rows in none."""
+    number = np.full(n, -1, np.int64)
+    for group, rows in enumerate(groups):
+        number[rows] = group
+    return pa.array(number, mask=number < 0)
 
 
 def fingerprint_of(

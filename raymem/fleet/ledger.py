@@ -74,7 +74,7 @@ class Progress:
     deaths: int
     """Times a trial's worker died."""
     rate: float
-    """Trials per second of this run, since it had its first commit; 0 before that."""
+    """Trials committed per second, from the first lease to the last commit; 0 before that."""
     complete: bool
     """Nothing is left to do or being done."""
     fatal: str | None
@@ -153,7 +153,7 @@ class Ledger:
         self._lost: list[Lost] = []
         self._done_before = done_before
         self._drift = self._deaths = self._failures_in_a_row = 0
-        self._first_commit: float | None = None
+        self._first_lease: float | None = None
         self._last_commit = clock()
         self._stopped = False
         self._fatal: tuple[str, str] | None = None
@@ -181,6 +181,8 @@ class Ledger:
             waiting = self._pending or any(w.key is not None for w in self._workers.values())
             return Lease(key=None, wait=POLL_SECONDS) if waiting else None
         me.key = key
+        if self._first_lease is None:
+            self._first_lease = me.last_beat
         trial = self._trials[key]
         trial.attempts += 1
         return Lease(key=key, attempt=trial.attempts, seed_attempt=max(1, trial.divergences))
@@ -228,7 +230,7 @@ class Ledger:
         self._expire()
         running = sum(worker.key is not None for worker in self._workers.values())
         left = bool(self._pending) and not self._stopped and self._fatal is None
-        elapsed = 0.0 if self._first_commit is None else self._last_commit - self._first_commit
+        elapsed = 0.0 if self._first_lease is None else self._last_commit - self._first_lease
         committed = len(self._done)
         return Progress(
             total=self._done_before + len(self._trials),
@@ -238,7 +240,7 @@ class Ledger:
             failed=len(self._given_up),
             drift=self._drift,
             deaths=self._deaths,
-            rate=(committed - 1) / elapsed if elapsed > 0 else 0.0,
+            rate=committed / elapsed if committed and elapsed > 0 else 0.0,
             complete=not left and running == 0,
             fatal=None if self._fatal is None else self._fatal[1],
             fatal_kind=None if self._fatal is None else self._fatal[0],
@@ -268,8 +270,6 @@ class Ledger:
         self._drift += outcome == "drift"
         self._failures_in_a_row = 0
         self._last_commit = self._clock()
-        if self._first_commit is None:
-            self._first_commit = self._last_commit
         if worker is not None:
             self._lanes[worker.lane].restarts_without_commit = 0
 

@@ -12,6 +12,7 @@
 Trial objects are created if absent, derived objects are replaced whole, nothing is appended to.
 """
 
+from raymem.store import columns
 from raymem.store.files import Files
 from raymem.store.lock import DriverLock, is_alive, read_driver
 from raymem.store.store import Failure, Store, Target, study_hash
@@ -26,6 +27,7 @@ __all__ = [
     "Store",
     "Target",
     "TrialKey",
+    "columns",
     "is_alive",
     "read_driver",
     "study_hash",

@@ -44,6 +44,11 @@ _TRIAL = Column(pa.int32(), "number of the subset; the same subset at every epsi
 _GROUP = Column(
     pa.int64(), "number shared by examples with exactly equal pixels, over both splits; null: none"
 )
+_NEAR = Column(
+    pa.int64(),
+    "number shared by examples whose pixels differ by at most 5 of 255 (root mean square), exact "
+    "duplicates among them, over both splits; only these in sets too large to search; null: none",
+)
 
 EXAMPLES: Columns = {
     "split": _SPLIT,
@@ -52,6 +57,7 @@ EXAMPLES: Columns = {
     "label": _LABEL,
     "content_hash": Column(pa.string(), "128 bits of SHA-256 over the image's shape and pixels"),
     "duplicate_group": _GROUP,
+    "near_duplicate_group": _NEAR,
 }
 
 TRIAL: Columns = {
@@ -113,6 +119,15 @@ SCORES_EXAMPLES: Columns = {
     "memorization_soft_stderr": Column(pa.float64(), "its standard error", "-1..1"),
     "memorization_soft_low": Column(pa.float64(), "lower end of Welch's 95% t interval", "-1..1"),
     "memorization_soft_high": Column(pa.float64(), "upper end of Welch's 95% t interval", "-1..1"),
+    "memorized_probability": Column(
+        pa.float64(),
+        "posterior probability that memorization is above 0.25 (Jeffreys priors)",
+        "0..1",
+    ),
+    "memorized": Column(
+        pa.bool_(),
+        "on the list of examples memorized above 0.25; at most 5% of it are expected to be false",
+    ),
     "loss_in": Column(pa.float64(), "mean cross entropy over in-trials", "nats"),
     "loss_out": Column(pa.float64(), "mean cross entropy over out-trials", "nats"),
     "cumulative_loss": Column(
@@ -123,6 +138,22 @@ SCORES_EXAMPLES: Columns = {
     ),
     "forgetting_count": Column(pa.float64(), "mean forgetting events over in-trials"),
     "duplicate_group": _GROUP,
+    "near_duplicate_group": _NEAR,
+    "n_out_group": Column(
+        pa.int32(),
+        "trials without any training example of its near_duplicate_group; null: no group",
+    ),
+    "group_memorization": Column(
+        pa.float64(),
+        "accuracy_in minus the accuracy of the trials without any copy: what the group, not this "
+        "copy alone, adds; null: no other copy in training, or n_out_group is 0",
+        "-1..1",
+    ),
+    "group_memorization_stderr": Column(pa.float64(), "its standard error", "-1..1"),
+    "group_memorization_low": Column(pa.float64(), "lower end of Newcombe's 95% interval", "-1..1"),
+    "group_memorization_high": Column(
+        pa.float64(), "upper end of Newcombe's 95% interval", "-1..1"
+    ),
     "null_reason": Column(
         pa.string(), "why memorization is null: test example, no in-trial, no out-trial; else null"
     ),
@@ -153,6 +184,29 @@ FOLDS: Columns = {
     **SUMS,
 }
 
+INFLUENCE: Columns = {
+    "train_id": Column(pa.string(), "the training example's id"),
+    "test_id": Column(pa.string(), "the test example's id"),
+    "train_index": Column(pa.int64(), "position of the training example in its split"),
+    "test_index": Column(pa.int64(), "position of the test example in its split"),
+    "train_label": Column(pa.int64(), "class number of the training example"),
+    "test_label": Column(pa.int64(), "class number of the test example"),
+    "epsilon": _EPSILON,
+    "influence": Column(
+        pa.float64(),
+        "accuracy on the test example with the training example in, minus out (Feldman & Zhang "
+        "2020, eq. 2): high when the training example makes it right",
+        "-1..1",
+    ),
+    "influence_stderr": Column(pa.float64(), "its standard error", "-1..1"),
+    "memorization": Column(pa.float64(), "memorization of the training example", "-1..1"),
+    "strong": Column(
+        pa.bool_(),
+        "influence >= 0.15 and above the noise of all pairs, memorization >= 0.25; false: only "
+        "among the most influential of its test example",
+    ),
+}
+
 SCORES_TRIALS: Columns = {
     "trial": _TRIAL,
     "epsilon": _EPSILON,
@@ -179,6 +233,7 @@ TABLES: Mapping[str, Columns] = {
     "scores/examples.parquet": SCORES_EXAMPLES,
     "scores/trials.parquet": SCORES_TRIALS,
     "scores/folds.parquet": FOLDS,
+    "scores/influence.parquet": INFLUENCE,
 }
 
 

@@ -20,7 +20,7 @@ from raymem.errors import (
     StoreError,
     StudyMismatchError,
 )
-from raymem.examples import Examples
+from raymem.examples import Examples, group_column
 from raymem.plan import Plan
 from raymem.store import columns, trials
 from raymem.store.files import Files
@@ -78,20 +78,47 @@ class Store:
         `study` is JSON-ready data: all that makes trials comparable. Raises StudyMismatchError with
         the differences if the store has another one.
         """
+        if not self.files.exists("study.json"):
+            self._create_study(study, examples.name, examples.classes)
+        self._check_study(study, examples)
+        if not self.files.exists("examples.parquet"):
+            near = group_column(examples.near_duplicate_groups(), examples.n_examples)
+            index = examples.index_table().append_column("near_duplicate_group", near)
+            self.create_index(index, examples.fingerprint, examples.name)
+
+    def import_study(
+        self, study: Mapping[str, Any], name: str, classes: Sequence[str], index: pa.Table
+    ) -> None:
+        """The same for a fleet whose images are not at hand, only their index.
+
+        Raises StudyMismatchError if the store has another study.
+        """
+        if not self.files.exists("study.json"):
+            self._create_study(study, name, classes)
+        there = self.study()
+        if there["hash"] != study_hash(study):
+            raise StudyMismatchError(
+                f"{self.url} belongs to another study ({there['data_name']}); choose another STORE"
+            )
+        self.create_index(index, study["data"]["fingerprint"], name)
+
+    def _create_study(self, study: Mapping[str, Any], name: str, classes: Sequence[str]) -> None:
         body = {
             "format": FORMAT,
             "hash": study_hash(study),
             "study": study,
-            "data_name": examples.name,
-            "classes": list(examples.classes),
+            "data_name": name,
+            "classes": list(classes),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "raymem": VERSION,
         }
-        if not self.files.create("study.json", _json(body)):
-            self._check_study(study, examples)
-        metadata = {"fingerprint": examples.fingerprint, "name": examples.name}
-        index = examples.index_table().cast(columns.schema(columns.EXAMPLES))
-        self.files.create("examples.parquet", trials.encode(index, metadata))
+        self.files.create("study.json", _json(body))
+
+    def create_index(self, index: pa.Table, fingerprint: str, name: str) -> None:
+        """Write examples.parquet, if it is not there."""
+        table = index.select(list(columns.EXAMPLES)).cast(columns.schema(columns.EXAMPLES))
+        metadata = {"fingerprint": fingerprint, "name": name}
+        self.files.create("examples.parquet", trials.encode(table, metadata))
 
     def _check_study(self, study: Mapping[str, Any], examples: Examples) -> None:
         there = self.study()

@@ -1,4 +1,5 @@
-"""A study on three nodes; one is lost in the middle, another joins. Prints what it saw as JSON.
+"""A study on three nodes; one is lost in the middle, another joins. What it saw goes to
+GATE/seen.json.
 
 python losing_a_node.py STORE GATE TRIALS REPLACE
 """
@@ -72,7 +73,7 @@ def main(store: str, gate: Path, trials: int, replace: bool) -> None:
         "workers": sorted({tuple(line) for line in started()}),
         "starts": len(started()),
     }
-    print(json.dumps(seen), flush=True)
+    (gate / "seen.json").write_text(json.dumps(seen))
     ray.shutdown()
     cluster.shutdown()
 

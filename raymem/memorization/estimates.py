@@ -1,7 +1,5 @@
 """Memorization from masks and outcomes: estimates, standard errors, intervals, reliability.
 
-In:  plain arrays, from any fleet. Out: plain arrays. No Ray, no torch.
-
 Shapes: T trials, N examples, F folds (whole blocks of trials). `in` and `out` are the two arms of
 an example: the trials that did, and did not, train on it. Undefined values are NaN, never 0.
 """

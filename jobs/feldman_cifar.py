@@ -1,0 +1,56 @@
+"""What does a small ResNet memorize of CIFAR-10, CIFAR-100, Fashion-MNIST, or your own .npz?
+
+Memorization and influence (Feldman & Zhang 2020) from models trained on random 70% of the set.
+
+    python jobs/feldman_cifar.py --data cifar10 --download --recipe gpu
+    python jobs/feldman_cifar.py --data ten-thousand.npz --trials 200
+"""
+
+from raymem import JobOptions, Recipe, Study, run_job
+
+RECIPES = {
+    # Minutes of a laptop's core per 10,000 images; no augmentation, so that few epochs memorize.
+    "laptop": Recipe(
+        model="tiny-resnet",
+        epochs=12,
+        batch_size=64,
+        learning_rate=0.2,
+        weight_decay=5e-4,
+        schedule="linear",
+        warmup=0.2,
+        channels_last=True,
+        std=(0.25,),
+    ),
+    # Not run on a GPU yet.
+    "gpu": Recipe(
+        model="cifar-resnet18",
+        epochs=40,
+        batch_size=256,
+        learning_rate=0.2,
+        nesterov=True,
+        weight_decay=5e-4,
+        warmup=0.1,
+        crop_padding=4,
+        flip=True,
+        precision="bfloat16",
+        channels_last=True,
+        std=(0.25,),
+    ),
+}
+
+
+def study(options: JobOptions) -> Study:
+    assert options.recipe is not None
+    return Study(
+        examples=options.load_examples(),
+        recipe=options.recipe,
+        store=options.store,
+        trials=options.trials,
+        subset_ratio=options.subset_ratio,
+        kind=options.kind,
+        seed=options.seed,
+    )
+
+
+if __name__ == "__main__":
+    run_job(study, data="cifar10", store="runs/feldman_cifar", trials=1000, recipes=RECIPES)

@@ -1,0 +1,90 @@
+"""Near duplicates: images whose pixels differ by less than recompression or a touch of noise.
+
+Shapes: n images of H x W pixels and C channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Root mean square difference of pixels on the 0..255 scale, below which two images are near
+# duplicates.
+NEAR_RMS = 5.0
+# More multiplications than this are not spent on looking: minutes of one core.
+MOST_WORK = 5e12
+GRID = 8
+TILE = 2048
+
+
+def near_duplicates(x: NDArray[np.uint8], rms: float = NEAR_RMS) -> list[NDArray[np.int64]] | None:
+    """Groups of images x (uint8 [n, H, W, C]) whose nearest neighbours are within `rms`.
+
+    Two images are linked if the root mean square difference of their pixels is at most `rms` (0 to
+    255); groups are what links connect, smallest row first. All pairs count: the mean over blocks
+    of pixels brings images nearer, never farther, so pairs that are far apart there need no further
+    look. None if the set is too large for that.
+
+    >>> x = np.zeros((3, 4, 4, 1), np.uint8)
+    >>> x[1], x[2] = 2, 90
+    >>> [group.tolist() for group in near_duplicates(x)]
+    [[0, 1]]
+    """
+    small, weight = _shrunk(x)
+    n, D = small.shape
+    if float(n) * n * D > MOST_WORK:
+        return None
+    most = rms**2 * x[0].size
+    squares = (small.astype(np.float64) ** 2).sum(axis=1)
+    links = []
+    for start in range(0, n, TILE):
+        rows = small[start : start + TILE]
+        for other in range(start, n, TILE):
+            columns = small[other : other + TILE]
+            apart = squares[start : start + TILE, None] + squares[None, other : other + TILE]
+            apart = weight * (apart - 2.0 * (rows @ columns.T))
+            # float32 products: a margin, as the whole images decide.
+            row, column = np.nonzero(apart <= most + 1e-5 * weight * squares.max())
+            row, column = row + start, column + other
+            links += [
+                (int(a), int(b))
+                for a, b in zip(row[row < column], column[row < column], strict=True)
+                if _squared_distance(x[a], x[b]) <= most
+            ]
+    return _connected(links)
+
+
+def _shrunk(x: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
+    """Block means on a grid of about 8 x 8, [n, D], and the pixels each stands for.
+
+    `weight` times the squared distance of block means is at most that of the pixels.
+    """
+    n, H, W, C = x.shape
+    b = max(1, min(H, W) // GRID)
+    rows, columns = H // b, W // b
+    cut = x[:, : rows * b, : columns * b].reshape(n, rows, b, columns, b, C)
+    means = cut.mean(axis=(2, 4), dtype=np.float32).reshape(n, -1)
+    return means - means.mean(axis=0), float(b * b)
+
+
+def _squared_distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    difference = a.astype(np.int64) - b.astype(np.int64)
+    return float((difference * difference).sum())
+
+
+def _connected(links: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
+    parent: dict[int, int] = {}
+
+    def root(a: int) -> int:
+        while parent.setdefault(a, a) != a:
+            parent[a] = parent[parent[a]]
+            a = parent[a]
+        return a
+
+    for a, b in links:
+        low, high = sorted((root(a), root(b)))
+        parent[high] = low
+    groups: dict[int, list[int]] = {}
+    for a in sorted(parent):
+        groups.setdefault(root(a), []).append(a)
+    return [np.array(group) for group in groups.values()]

@@ -1,0 +1,225 @@
+"""Fleets trained elsewhere -> a store that scores, pairs and example work on.
+
+In:  files of masks and outcomes in published layouts. Out: a store with one trial object per model.
+     What cannot be checked is refused; no pickled object is ever loaded.
+
+Shapes: T trials, N training and M test examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raymem.errors import ImportFileError
+from raymem.examples import fingerprint_of, group_column
+from raymem.plan import Plan
+from raymem.store import Store, Target, TrialKey, columns, study_hash
+
+NPZ_KEYS = (
+    "masks", "correct_train", "correct_test", "margins_train", "margins_test",
+    "y_train", "y_test", "train_ids", "test_ids", "classes",
+)  # fmt: skip
+SHOWN = 5
+
+
+def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> Store:
+    """A store of the fleet in an .npz file; `score` it next.
+
+    Arrays: masks bool [T, N], correct_train bool [T, N]; if you like correct_test bool [T, M],
+    margins_train float [T, N] and margins_test float [T, M] (log p_y - log of the sum of the other
+    classes' p; give both), y_train [N], y_test [M] (class numbers), train_ids [N], test_ids [M],
+    classes [K]. Importing the same file again adds what is missing.
+
+    Raises ImportFileError naming what is wrong with the file, StudyMismatchError if
+    the store has another study.
+    """
+    arrays = _load(Path(path))
+    T, N = arrays["masks"].shape
+    M = arrays["correct_test"].shape[1]
+    index = _index(arrays, N, M)
+    classes = _classes(arrays)
+    study = {
+        "data": {
+            "fingerprint": fingerprint_of(index, (0, 0, 0), classes),
+            "image_shape": [0, 0, 0],
+            "n_train": N,
+            "n_test": M,
+        },
+        "plan": Plan(
+            n=N, subset_ratio=round(float(arrays["masks"].mean()), 4), kind="imported"
+        ).as_dict(),
+        "recipe": {"model": {"name": f"imported from {Path(path).name}"}},
+        "outcomes": _digest(arrays),
+    }
+    opened = Store(store)
+    opened.import_study(study, Path(path).stem, classes, index)
+    opened.target = Target(trials=T)
+    about = {
+        "study_hash": study_hash(study),
+        "attempt": 1,
+        "seeds": {},
+        "seconds": 0.0,
+        "device": "imported",
+        "arithmetic": "imported",
+        "host": "",
+    }
+    done = opened.done()
+    for trial in range(T):
+        key = TrialKey(math.inf, trial)
+        if key not in done:
+            opened.commit(key, _trial_table(arrays, trial), about)
+    return opened
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except FileNotFoundError as error:
+        raise ImportFileError(f"there is no file {path}; give the path of an .npz file") from error
+    except Exception as error:  # zip, npy header and pickle refusals all mean one thing to the user
+        raise ImportFileError(
+            f"{path} cannot be read ({error}); write it with numpy.savez, without object arrays"
+        ) from error
+    if "correct" in arrays:
+        arrays.setdefault("correct_train", arrays.pop("correct"))
+    unknown = [key for key in arrays if key not in NPZ_KEYS]
+    missing = [key for key in ("masks", "correct_train") if key not in arrays]
+    if missing or unknown:
+        what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
+        raise ImportFileError(f"{path} {what}; a fleet's arrays are {', '.join(NPZ_KEYS)}")
+    _check_outcomes(arrays, path)
+    return arrays
+
+
+def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+    for name in ("masks", "correct_train", "correct_test"):
+        if name in arrays:
+            arrays[name] = _truths(name, arrays[name], path)
+    T, N = arrays["masks"].shape
+    arrays.setdefault("correct_test", np.zeros((T, 0), bool))
+    M = arrays["correct_test"].shape[1]
+    if ("margins_train" in arrays) != ("margins_test" in arrays or M == 0):
+        raise ImportFileError(f"{path}: give margins_train and margins_test, or neither")
+    if "margins_train" in arrays:
+        arrays.setdefault("margins_test", np.zeros((T, 0), np.float32))
+    shapes = {
+        "correct_train": (T, N), "correct_test": (T, M), "margins_train": (T, N),
+        "margins_test": (T, M), "y_train": (N,), "y_test": (M,), "train_ids": (N,),
+        "test_ids": (M,),
+    }  # fmt: skip
+    for name, shape in shapes.items():
+        if name in arrays and arrays[name].shape != shape:
+            raise ImportFileError(
+                f"{path}: {name} is {arrays[name].shape}, but masks [T, N] of {(T, N)} and "
+                f"{M} test examples ask for {shape}"
+            )
+    if T == 0 or N == 0:
+        raise ImportFileError(f"{path}: masks are {(T, N)}; there is no fleet in it")
+    _check_margins(arrays, path)
+
+
+def _truths(name: str, array: NDArray[Any], path: Path) -> NDArray[np.bool_]:
+    if array.ndim != 2:
+        raise ImportFileError(f"{path}: {name} must be [T, examples], got shape {array.shape}")
+    if array.dtype != bool and not np.isin(array, (0, 1)).all():
+        raise ImportFileError(f"{path}: {name} must be true or false, got {array.dtype} values")
+    return array.astype(bool)
+
+
+def _check_margins(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+    """A margin above 0 means the label beats all others together: then the model is right."""
+    for split in ("train", "test"):
+        margins, correct = arrays.get(f"margins_{split}"), arrays[f"correct_{split}"]
+        if margins is None:
+            continue
+        if not np.isfinite(margins).all():
+            raise ImportFileError(f"{path}: margins_{split} has values that are not finite")
+        wrong = (margins > 1e-4) & ~correct
+        if wrong.any():
+            rows = [f"trial {t} example {i}" for t, i in np.argwhere(wrong)[:SHOWN]]
+            raise ImportFileError(
+                f"{path}: margins_{split} is above 0 where correct_{split} is false "
+                f"({wrong.sum()} times: {', '.join(rows)}); margins must be log p_y - log of the "
+                "sum of the others, in the order of correct"
+            )
+
+
+def _index(arrays: dict[str, NDArray[Any]], N: int, M: int) -> pa.Table:
+    ids = [
+        str(value)
+        for name, n in (("train", N), ("test", M))
+        for value in arrays.get(f"{name}_ids", [f"{name}-{i:05d}" for i in range(n)])
+    ]
+    if len(set(ids)) != len(ids):
+        twice = sorted({value for value in ids if ids.count(value) > 1})[:SHOWN]
+        raise ImportFileError(f"ids must be unique over both splits; repeated: {', '.join(twice)}")
+    labels = [
+        None if values is None else int(values[i])
+        for name, n in (("y_train", N), ("y_test", M))
+        for values in (arrays.get(name),)
+        for i in range(n)
+    ]
+    none = group_column([], N + M)
+    return pa.table(
+        {
+            "split": ["train"] * N + ["test"] * M,
+            "index": np.concatenate([np.arange(N), np.arange(M)]),
+            "example_id": ids,
+            "label": pa.array(labels, pa.int64()),
+            "content_hash": pa.nulls(N + M, pa.string()),
+            "duplicate_group": none,
+            "near_duplicate_group": none,
+        }
+    )
+
+
+def _classes(arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+    labels = [arrays[name] for name in ("y_train", "y_test") if name in arrays]
+    for values in labels:
+        if values.dtype.kind not in "iu" or (len(values) and values.min() < 0):
+            raise ImportFileError("y_train and y_test must be class numbers from 0")
+    K = 1 + max((int(values.max()) for values in labels if len(values)), default=-1)
+    names = tuple(map(str, arrays.get("classes", range(K))))
+    if len(names) < K:
+        raise ImportFileError(f"classes names {len(names)} classes, but labels go up to {K - 1}")
+    return names
+
+
+def _digest(arrays: dict[str, NDArray[Any]]) -> str:
+    sha = hashlib.sha256()
+    for name in ("masks", "correct_train", "correct_test", "margins_train", "margins_test"):
+        if name in arrays:
+            sha.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return sha.hexdigest()
+
+
+def _trial_table(arrays: dict[str, NDArray[Any]], trial: int) -> pa.Table:
+    (_, N), M = arrays["masks"].shape, arrays["correct_test"].shape[1]
+    is_test = np.arange(M + N) < M
+    values: dict[str, Any] = {
+        "trial": np.full(M + N, trial, np.int32),
+        "epsilon": np.full(M + N, math.inf),
+        "split": ["test"] * M + ["train"] * N,
+        "index": np.concatenate([np.arange(M), np.arange(N)]),
+        "in_subset": pa.array(
+            np.concatenate([np.zeros(M, bool), arrays["masks"][trial]]), mask=is_test
+        ),
+        "correct": np.concatenate([arrays["correct_test"][trial], arrays["correct_train"][trial]]),
+    }
+    if "margins_train" in arrays:
+        both = [arrays["margins_test"][trial], arrays["margins_train"][trial]]
+        values["margin"] = np.concatenate(both).astype(np.float32)
+    schema = columns.schema(columns.TRIAL)
+    arrow = [values.get(f.name, pa.nulls(M + N, f.type)) for f in schema]
+    return pa.Table.from_arrays(
+        [pa.array(a, f.type) for a, f in zip(arrow, schema, strict=True)], schema=schema
+    )

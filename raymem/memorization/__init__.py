@@ -1,0 +1,43 @@
+"""Memorization and influence from masks and outcomes: estimates, intervals, lists, reliability.
+
+In:  plain arrays, from any fleet. Out: plain arrays. No Ray, no torch.
+"""
+
+from raymem.memorization.estimates import (
+    Estimate,
+    Memorization,
+    difference_of_means,
+    difference_of_proportions,
+    forecast_trials,
+    memorization,
+    ratio,
+    reliability,
+)
+from raymem.memorization.influence import (
+    Bits,
+    InfluencePairs,
+    PairRule,
+    find_pairs,
+    influence,
+    join_pairs,
+)
+from raymem.memorization.lists import list_with_fdr, probability_above
+
+__all__ = [
+    "Bits",
+    "Estimate",
+    "InfluencePairs",
+    "Memorization",
+    "PairRule",
+    "difference_of_means",
+    "difference_of_proportions",
+    "find_pairs",
+    "forecast_trials",
+    "influence",
+    "join_pairs",
+    "list_with_fdr",
+    "memorization",
+    "probability_above",
+    "ratio",
+    "reliability",
+]

@@ -1,0 +1,68 @@
+"""scores/influence.parquet: the pairs worth keeping, found in this process or by Ray tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raymem.fleet.cluster import connected
+from raymem.memorization import InfluencePairs, PairRule, find_pairs, join_pairs
+from raymem.scoring.sums import Outcomes
+from raymem.store import columns
+
+# Multiplications from which Ray's start pays: some minutes of one core.
+WORK_FOR_RAY = 1e13
+# Test examples per Ray task: a multiple of 8, because bits are packed.
+TESTS_PER_TASK = 2048
+
+
+def influence_pairs(
+    outcomes: Outcomes,
+    mem: NDArray[np.float64],
+    y_train: NDArray[np.int64],
+    y_test: NDArray[np.int64],
+    rule: PairRule,
+) -> InfluencePairs:
+    """The pairs that `rule` keeps; on Ray tasks if it takes minutes. mem is [N]."""
+    arguments = (outcomes.masks, outcomes.correct, mem, y_train, y_test, rule)
+    work = 2.0 * len(outcomes.masks) * len(y_train) * len(y_test)
+    return find_pairs(*arguments) if work < WORK_FOR_RAY else _on_ray(arguments, rule)
+
+
+def _on_ray(arguments: tuple[Any, ...], rule: PairRule) -> InfluencePairs:
+    packed = sum(len(bits) * bits.width // 8 for bits in arguments[:2])
+    with connected(data_bytes=packed):
+        import ray
+
+        def part(arguments: tuple[Any, ...], start: int) -> InfluencePairs:
+            return find_pairs(*arguments, tests=slice(start, start + TESTS_PER_TASK))
+
+        task = ray.remote(part).options(num_cpus=1, max_retries=-1)
+        shared = ray.put(arguments)
+        starts = range(0, arguments[1].width, TESTS_PER_TASK)
+        return join_pairs(ray.get([task.remote(shared, start) for start in starts]), rule)
+
+
+def pairs_table(
+    pairs: InfluencePairs, index: pa.Table, mem: NDArray[np.float64], epsilon: float
+) -> pa.Table:
+    """Pairs as rows of scores/influence.parquet; `index` is examples.parquet, train first."""
+    N = len(mem)
+    train, test = index.take(pairs.train_index), index.take(N + pairs.test_index)
+    values = {
+        "train_id": train["example_id"],
+        "test_id": test["example_id"],
+        "train_index": pairs.train_index,
+        "test_index": pairs.test_index,
+        "train_label": train["label"],
+        "test_label": test["label"],
+        "epsilon": np.full(len(pairs.influence), epsilon),
+        "influence": pairs.influence,
+        "influence_stderr": pa.array(pairs.stderr, from_pandas=True),
+        "memorization": pa.array(mem[pairs.train_index], from_pandas=True),
+        "strong": pairs.strong,
+    }
+    return pa.table(values).cast(columns.schema(columns.INFLUENCE))

@@ -1,0 +1,301 @@
+"""Trial files -> scores/examples.parquet, trials.parquet, folds.parquet, influence.parquet.
+
+Trials are read one by one into running sums, so memory grows with the number of examples, and by
+one bit per example and trial; a few files are read ahead.
+
+Shapes: N training and M test examples, F folds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raymem.memorization import (
+    InfluencePairs,
+    PairRule,
+    difference_of_means,
+    difference_of_proportions,
+    forecast_trials,
+    list_with_fdr,
+    probability_above,
+    ratio,
+    reliability,
+)
+from raymem.plan import Plan
+from raymem.scoring.groups import Copies, copies_in, group_columns
+from raymem.scoring.pairs import influence_pairs, pairs_table
+from raymem.scoring.sums import Outcomes, Sums, fold_sums, total
+from raymem.store import Store, TrialKey, columns
+
+# Split halves of more examples than this would only cost memory.
+EXAMPLES_FOR_RELIABILITY = 100_000
+TARGETS = (0.9, 0.95, 0.98)
+MEMORIZED_ABOVE = 0.25
+FALSE_DISCOVERIES = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsilonSummary:
+    """What the trials at one epsilon say together."""
+
+    epsilon: float
+    trials: int
+    """Trials scored."""
+    accuracy_in: float
+    """Mean accuracy of models on their own subsets, NaN without trials."""
+    accuracy_out: float
+    """Mean accuracy on the training examples they did not see."""
+    accuracy_test: float
+    """Mean accuracy on the test examples."""
+    reliability: float
+    """Split-half reliability of memorization (bit); NaN with fewer than two blocks."""
+    reliability_soft: float
+    """The same for memorization_soft."""
+    forecast: dict[str, float]
+    """Trials that would reach a reliability (bit), by reliability."""
+    null: dict[str, int]
+    """How many training examples have no memorization, by reason."""
+    memorized: int
+    """Training examples on the list memorized above 0.25, at a false-discovery rate of 5%."""
+    strong_pairs: int
+    """Influence pairs above 0.15, and above the noise."""
+    pairs: int
+    """Influence pairs kept in all."""
+    pairs_z: float
+    """Standard errors above zero that strong pairs had to be."""
+    pairs_considered: int
+    """Pairs among which strong ones were looked for."""
+    pairs_dropped: int
+    """Pairs that --max-pairs left no room for."""
+
+
+def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
+    """Score all committed trials of a store; replaces its scores/*.parquet.
+
+    `rule` says which influence pairs are kept. Raises DamagedObjectError for a trial that does not
+    read back.
+    """
+    body = store.study()
+    done, index = store.done(), store.examples()
+    target = store.target
+    epsilons = sorted({*target.epsilons, *(key.epsilon for key in done)})
+    tables: dict[str, list[pa.Table]] = {"folds": [], "examples": [], "influence": []}
+    summaries, trial_rows = [], []
+    scorer = _Scorer(store, store.plan(), index, body["hash"], rule or PairRule())
+    for epsilon in epsilons:
+        keys = sorted(key for key in done if key.epsilon == epsilon)
+        summary, rows = scorer.at(epsilon, keys, tables)
+        summaries.append(summary)
+        trial_rows += sorted(rows, key=lambda row: int(row["trial"]))
+    trial_rows += _unfinished(store, done)
+    about = {
+        "study_hash": body["hash"],
+        "summary": {f"eps-{s.epsilon:.12g}": _as_json(s) for s in summaries},
+    }
+    trials_schema = columns.schema(columns.SCORES_TRIALS)
+    store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
+    for name, of in (
+        ("folds", columns.FOLDS),
+        ("influence", columns.INFLUENCE),
+        ("examples", columns.SCORES_EXAMPLES),
+    ):
+        store.write_scores(name, _concatenate(tables[name], of), about)
+    return summaries
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores one epsilon after the other of one study."""
+
+    store: Store
+    plan: Plan
+    index: pa.Table
+    study_hash: str
+    rule: PairRule
+
+    def at(
+        self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]
+    ) -> tuple[EpsilonSummary, list[dict[str, Any]]]:
+        """The summary and the rows of the trials; adds this epsilon's part to each table."""
+        N, n_rows = self.plan.n, self.index.num_rows
+        copies = copies_in(self.index)
+        outcomes = Outcomes(N, n_rows - N, copies.rows)
+        rows: list[dict[str, Any]] = []
+        folds = list(fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes))
+        tables["folds"] += [
+            _fold_table(self.index, epsilon, n, sums, N) for n, sums in enumerate(folds)
+        ]
+        sums = _train_first(total(folds, n_rows), N)
+        table = _example_table(self.index, epsilon, sums, N, copies, outcomes)
+        tables["examples"].append(table)
+        mem = _floats(table["memorization"])[:N]
+        y = np.nan_to_num(_floats(self.index["label"]), nan=-1).astype(np.int64)
+        pairs = influence_pairs(outcomes, mem, y[:N], y[N:], self.rule)
+        tables["influence"].append(pairs_table(pairs, self.index, mem, epsilon))
+        return _summary(epsilon, rows, table, folds, self.plan, pairs), rows
+
+
+def _example_table(
+    index: pa.Table, epsilon: float, sums: Sums, N: int, copies: Copies, outcomes: Outcomes
+) -> pa.Table:
+    """scores/examples.parquet at one epsilon: train, then test, in the order of `index`."""
+    is_test = np.arange(index.num_rows) >= N
+    n_in = np.where(is_test, 0, sums["n_in"])
+    counts = (sums["correct_in"], n_in, sums["correct_out"], sums["n_out"])
+    bit = difference_of_proportions(*counts)
+    above = probability_above(MEMORIZED_ABOVE, *counts)
+    soft = difference_of_means(
+        sums["p_true_in"],
+        sums["p_true_squared_in"],
+        n_in,
+        sums["p_true_out"],
+        sums["p_true_squared_out"],
+        sums["n_out"],
+    )
+    reason = np.select(
+        [is_test, (n_in == 0) & (sums["n_out"] == 0), n_in == 0, sums["n_out"] == 0],
+        ["test example", "no trial yet", "no in-trial", "no out-trial"],
+        "",
+    )
+    values: dict[str, Any] = {
+        "n_in": pa.array(n_in.astype(np.int32), mask=is_test),
+        "n_out": sums["n_out"],
+        "loss_in": ratio(sums["loss_in"], n_in),
+        "loss_out": ratio(sums["loss_out"], sums["n_out"]),
+        "cumulative_loss": ratio(sums["cumulative_loss"], n_in),
+        "learning_epoch": ratio(sums["learning_epoch"], sums["learned"]),
+        "forgetting_count": ratio(sums["forgetting_count"], n_in),
+        "epsilon": np.full(len(n_in), epsilon),
+        "memorized_probability": above,
+        "memorized": pa.array(list_with_fdr(above, FALSE_DISCOVERIES), mask=np.isnan(above)),
+        **group_columns(copies, outcomes, index.num_rows),
+        "null_reason": pa.array(reason, mask=reason == ""),
+    }
+    for arm, n in (("in", n_in), ("out", sums["n_out"])):
+        values[f"accuracy_{arm}"] = ratio(sums[f"correct_{arm}"], n)
+        values[f"p_true_{arm}"] = ratio(sums[f"p_true_{arm}"], n)
+    for name, estimate in (("memorization", bit), ("memorization_soft", soft)):
+        values[name] = estimate.value
+        values[f"{name}_stderr"] = estimate.stderr
+        values[f"{name}_low"] = estimate.low
+        values[f"{name}_high"] = estimate.high
+    return _as_table(index, values, columns.SCORES_EXAMPLES)
+
+
+def _fold_table(index: pa.Table, epsilon: float, fold: int, sums: Sums, N: int) -> pa.Table:
+    values: dict[str, Any] = {
+        **_train_first(sums, N),
+        "epsilon": np.full(index.num_rows, epsilon),
+        "fold": np.full(index.num_rows, fold, np.int32),
+    }
+    return _as_table(index, values, columns.FOLDS)
+
+
+def _summary(
+    epsilon: float,
+    rows: Sequence[dict[str, Any]],
+    table: pa.Table,
+    folds: Sequence[Sums],
+    plan: Plan,
+    pairs: InfluencePairs,
+) -> EpsilonSummary:
+    step = math.ceil(plan.n / EXAMPLES_FOR_RELIABILITY)
+    train = slice(table.num_rows - plan.n, None, step)
+
+    def stack(name: str) -> NDArray[Any]:
+        return np.array([sums[name][train] for sums in folds])
+
+    if len(folds) > 1:
+        counts = stack("n_in"), stack("n_out")
+        hard = reliability(stack("correct_in"), counts[0], stack("correct_out"), counts[1])
+        soft = reliability(stack("p_true_in"), counts[0], stack("p_true_out"), counts[1])
+    else:
+        hard = soft = math.nan
+    reasons = Counter(table["null_reason"].slice(0, plan.n).drop_null().to_pylist())
+    return EpsilonSummary(
+        epsilon=epsilon,
+        trials=len(rows),
+        accuracy_in=_mean_of(rows, "accuracy_in"),
+        accuracy_out=_mean_of(rows, "accuracy_out"),
+        accuracy_test=_mean_of(rows, "accuracy_test"),
+        reliability=hard,
+        reliability_soft=soft,
+        forecast={f"{t:g}": forecast_trials(len(rows), hard, t) for t in TARGETS},
+        null=dict(reasons),
+        memorized=int(pc.sum(table["memorized"]).as_py() or 0),
+        strong_pairs=int(pairs.strong.sum()),
+        pairs=len(pairs.strong),
+        pairs_z=pairs.z,
+        pairs_considered=pairs.considered,
+        pairs_dropped=pairs.dropped,
+    )
+
+
+def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
+    """Rows of trials that have only failed so far: their last failure."""
+    last = {failure.key: failure for failure in store.failures() if failure.key not in done}
+    return [
+        {
+            "trial": failure.key.trial,
+            "epsilon": failure.key.epsilon,
+            "status": failure.cause,
+            "attempt": failure.attempt,
+        }
+        for failure in last.values()
+    ]
+
+
+def _train_first(sums: Sums, n_train: int) -> Sums:
+    """Trial files have test rows first, score tables train rows first."""
+    return {name: np.concatenate([v[-n_train:], v[:-n_train]]) for name, v in sums.items()}
+
+
+def _as_table(index: pa.Table, values: dict[str, Any], of: columns.Columns) -> pa.Table:
+    """The columns of `of` from `values` or the index; NaN becomes null."""
+    arrays = {
+        name: pa.array(values[name], from_pandas=True) if name in values else _from(index, name)
+        for name in of
+    }
+    return pa.Table.from_pydict(arrays).cast(columns.schema(of))
+
+
+def _from(index: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column of the index; indices made before near duplicates were looked for lack that one."""
+    if name == "near_duplicate_group" and name not in index.column_names:
+        name = "duplicate_group"
+    return index[name]
+
+
+def _concatenate(tables: Sequence[pa.Table], of: columns.Columns) -> pa.Table:
+    return pa.concat_tables([columns.schema(of).empty_table(), *tables]).combine_chunks()
+
+
+def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = column.cast(pa.float64()).to_numpy()
+    return values
+
+
+def _mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
+    values = [row[name] for row in rows if row[name] is not None]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _as_json(summary: EpsilonSummary) -> dict[str, Any]:
+    data = json.loads(json.dumps(vars(summary)))  # a copy; NaN and inf become null below
+    return {key: _finite(value) for key, value in data.items() if key != "epsilon"}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

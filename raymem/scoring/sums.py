@@ -1,0 +1,188 @@
+"""Reading trials one by one into running sums, and packed bits for what sums cannot say.
+
+Shapes: N training and M test examples, F folds. Rows of a trial file are M test, then N train.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from raymem.errors import DamagedObjectError, StudyMismatchError
+from raymem.memorization import Bits
+from raymem.plan import Plan
+from raymem.store import Store, TrialKey, columns
+from raymem.store.trials import metadata_of
+
+LARGEST_NUMBER_OF_FOLDS = 20
+READ_AHEAD = 8
+NEEDED = (
+    "in_subset", "correct", "margin", "cumulative_loss", "learning_epoch", "forgetting_count",
+)  # fmt: skip
+
+Sums = dict[str, NDArray[Any]]
+
+
+class Outcomes:
+    """Of each trial, as packed bits: its mask, and which test examples it gets right.
+
+    Beside them, unpacked, the same of the training examples in `members`: those with copies.
+    """
+
+    def __init__(self, n_train: int, n_test: int, members: NDArray[np.int64]) -> None:
+        self.masks, self.correct = Bits(n_train), Bits(n_test)
+        self.members = members
+        self._inside: list[NDArray[np.bool_]] = []
+        self._right: list[NDArray[np.bool_]] = []
+
+    def append(self, inside: NDArray[np.bool_], right: NDArray[np.bool_]) -> None:
+        """Add one trial; both in the order of trial files, [M + N]."""
+        M = self.correct.width
+        self.masks.append(inside[M:])
+        self.correct.append(right[:M])
+        self._inside.append(inside[M + self.members])
+        self._right.append(right[M + self.members])
+
+    def of_members(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """In the subset, right: each [T, members]."""
+        shape = (len(self._inside), len(self.members))
+        return np.array(self._inside, bool).reshape(shape), np.array(self._right, bool).reshape(
+            shape
+        )
+
+
+def fold_sums(
+    store: Store,
+    keys: Sequence[TrialKey],
+    plan: Plan,
+    study_hash: str,
+    rows: list[dict[str, Any]],
+    outcomes: Outcomes,
+) -> Iterator[Sums]:
+    """Sums over the trials of each fold, in order; `rows` and `outcomes` gain each trial's.
+
+    A fold is every F-th block: a block is never cut, so folds have the plan's balance.
+    """
+    n_folds = min(LARGEST_NUMBER_OF_FOLDS, len({key.trial // plan.block for key in keys}))
+    n_rows = outcomes.masks.width + outcomes.correct.width
+
+    def fold_of(key: TrialKey) -> int:
+        return (key.trial // plan.block) % n_folds
+
+    sums = zeros(n_rows)
+    before: int | None = None
+    for key, table in _read_ahead(store, sorted(keys, key=lambda k: (fold_of(k), k.trial))):
+        if before is not None and fold_of(key) != before:
+            yield sums
+            sums = zeros(n_rows)
+        before = fold_of(key)
+        rows.append(_add(sums, key, table, study_hash, outcomes))
+    if before is not None:
+        yield sums
+
+
+def _read_ahead(store: Store, keys: Sequence[TrialKey]) -> Iterator[tuple[TrialKey, pa.Table]]:
+    """Trial tables in order, the next few being read while one is used."""
+    waiting: deque[tuple[TrialKey, Future[pa.Table]]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="raymem-read") as pool:
+        for key in keys:
+            waiting.append((key, pool.submit(store.trial, key, NEEDED)))
+            if len(waiting) == READ_AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for key, future in waiting:
+            yield key, future.result()
+
+
+def zeros(n_rows: int) -> Sums:
+    """Empty sums."""
+    return {
+        name: np.zeros(n_rows, column.type.to_pandas_dtype())
+        for name, column in columns.SUMS.items()
+    }
+
+
+def total(folds: Iterable[Sums], n_rows: int) -> Sums:
+    """The sums over all folds."""
+    whole = zeros(n_rows)
+    for sums in folds:
+        for name, values in sums.items():
+            whole[name] += values
+    return whole
+
+
+def _add(
+    sums: Sums, key: TrialKey, table: pa.Table, study_hash: str, outcomes: Outcomes
+) -> dict[str, Any]:
+    """Add one trial to the sums and outcomes; returns its row of scores/trials.parquet."""
+    about = metadata_of(table, key.object_key)
+    if about["study_hash"] != study_hash:
+        raise StudyMismatchError(
+            f"{key.object_key} belongs to another study; run `raymem verify STORE --repair`"
+        )
+    M, N = outcomes.correct.width, outcomes.masks.width
+    if table.num_rows != M + N or table["in_subset"].null_count != M:
+        raise DamagedObjectError(
+            f"{key.object_key} has {table.num_rows} rows, {table['in_subset'].null_count} of them "
+            f"test, instead of {M + N} and {M}; run `raymem verify STORE --repair`"
+        )
+    inside = _numpy(table, "in_subset", False)
+    right = _numpy(table, "correct", False)
+    # Imported fleets may have no margins and no history: NaN then, and null in the tables.
+    margin = _numpy(table, "margin", np.nan).astype(np.float64)
+    p_true, loss = expit(margin), np.logaddexp(0, -margin)
+    for arm, member in (("in", inside), ("out", ~inside)):
+        sums[f"n_{arm}"] += member
+        sums[f"correct_{arm}"] += right & member
+        sums[f"p_true_{arm}"] += np.where(member, p_true, 0)
+        sums[f"p_true_squared_{arm}"] += np.where(member, p_true**2, 0)
+        sums[f"loss_{arm}"] += np.where(member, loss, 0)
+    _add_history(sums, table, inside)
+    outcomes.append(inside, right)
+    out = ~inside
+    out[:M] = False
+    return {
+        "trial": key.trial,
+        "epsilon": key.epsilon,
+        "status": "done",
+        "attempt": about["attempt"],
+        **{f"seed_{name}": seed for name, seed in about["seeds"].items()},
+        "subset_size": int(inside.sum()),
+        "accuracy_in": _mean(right[inside]),
+        "accuracy_out": _mean(right[out]),
+        "accuracy_test": _mean(right[:M]),
+        "loss_in": _mean(loss[inside]),
+        "loss_out": _mean(loss[out]),
+        "seconds": about["seconds"],
+        "device": about["device"],
+        "host": about["host"],
+        "digest": about["digest"],
+    }
+
+
+def _add_history(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None:
+    cumulative_loss = _numpy(table, "cumulative_loss", np.nan)
+    unknown = np.where(inside & np.isnan(cumulative_loss), np.nan, 0.0)
+    epoch = _numpy(table, "learning_epoch", 0)
+    sums["cumulative_loss"] += np.where(inside, cumulative_loss, 0)
+    sums["forgetting_count"] += _numpy(table, "forgetting_count", 0) + unknown
+    sums["learning_epoch"] += epoch + unknown
+    sums["learned"] += epoch > 0
+
+
+def _numpy(table: pa.Table, name: str, missing: float) -> NDArray[Any]:
+    column = table[name].combine_chunks().fill_null(missing)
+    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    mean = float(values.mean()) if len(values) else np.nan
+    return mean if np.isfinite(mean) else None
