@@ -107,7 +107,8 @@ def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
     T, N = arrays["masks"].shape
     arrays.setdefault("correct_test", np.zeros((T, 0), bool))
     M = arrays["correct_test"].shape[1]
-    if ("margins_train" in arrays) != ("margins_test" in arrays or M == 0):
+    given = ["margins_train" in arrays, "margins_test" in arrays]
+    if any(given) and not all(given) and (M > 0 or not given[0]):
         raise ImportFileError(f"{path}: give margins_train and margins_test, or neither")
     if "margins_train" in arrays:
         arrays.setdefault("margins_test", np.zeros((T, 0), np.float32))

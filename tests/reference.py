@@ -83,3 +83,34 @@ def crop_and_flip(image, down, right, flip, padding):
     if flip:
         columns = columns[::-1]
     return [[image[row][column] for column in columns] for row in rows]
+
+
+def influence(masks, correct):
+    """Feldman & Zhang 2020, eq. 2: [T][N], [T][M] -> [N][M], one column at a time."""
+    T, N, M = len(masks), len(masks[0]), len(correct[0])
+    found = [[None] * M for _ in range(N)]
+    for j in range(M):
+        right = [[correct[t][j]] * N for t in range(T)]
+        for i, value in enumerate(memorization(masks, right)):
+            found[i][j] = value
+    return found
+
+
+def kept_pairs(masks, correct, mem, y_train, y_test, *, least, least_mem, z, top, same_class):
+    """The pairs a rule keeps, by looking at each: {(i, j): strong}."""
+    T, values, kept = len(masks), influence(masks, correct), {}
+    for j in range(len(y_test)):
+        column = []
+        for i in range(len(y_train)):
+            value = values[i][j]
+            if value is None or (same_class and y_train[i] != y_test[j]):
+                continue
+            column.append((-value, i))
+            n_in, p = sum(mask[i] for mask in masks), sum(row[j] for row in correct) / T
+            null = math.sqrt(p * (1 - p) * (1 / n_in + 1 / (T - n_in)))
+            if mem[i] >= least_mem and value >= least and value >= z * null:
+                kept[i, j] = True
+        for negative, i in sorted(column)[:top]:
+            if negative < -1e-4:
+                kept.setdefault((i, j), False)
+    return kept

@@ -156,7 +156,7 @@ def test_a_job_runs_all_stages_or_one(tmp_path, capsys):
     job("score", "--store", tmp_path)
     text = capsys.readouterr().out
     assert "The ten most memorized" in text
-    assert len(re.findall(r"^train-\d+", text, re.MULTILINE)) == 10
+    assert len(re.findall(r"^train-\d+ +\d+ +\d+/\d+ ", text, re.MULTILINE)) == 10
     assert str(tmp_path / "scores" / "examples.parquet") in text
     job("--store", tmp_path, "--engine", "serial", "--trials", 25)
     assert "25 trials; mean accuracy" in capsys.readouterr().out

@@ -54,12 +54,13 @@ def test_heavy_packages_stay_in_their_rooms():
 def test_the_public_door_is_this_wide():
     assert set(raymem.__all__) == {
         "DamagedObjectError", "DivergedError", "EpsilonSummary", "Estimate", "Examples",
-        "ExamplesError", "FleetError", "Images", "ImportFileError", "InfluencePairs", "JobOptions", "Memorization", "OutOfMemoryError",
-        "PairRule", "Plan", "PlanError", "Problem", "Progress", "RaymemError", "Recipe", "RecipeError",
-        "ResultMismatchError", "Seeds", "Store", "StoreError", "StoreFullError", "StoreHeldError",
-        "Study", "StudyMismatchError", "Target", "TrialError", "TrialKey", "TrialResult",
-        "__version__", "find_pairs", "import_npz", "influence", "load_examples", "memorization", "run_fleet", "run_job", "run_trial",
-        "score", "verify",
+        "ExamplesError", "FleetError", "Images", "ImportFileError", "InfluencePairs",
+        "JobOptions", "Memorization", "OutOfMemoryError", "PairRule", "Plan", "PlanError",
+        "Problem", "Progress", "RaymemError", "Recipe", "RecipeError", "ResultMismatchError",
+        "Seeds", "Store", "StoreError", "StoreFullError", "StoreHeldError", "Study",
+        "StudyMismatchError", "Target", "TrialError", "TrialKey", "TrialResult", "__version__",
+        "find_pairs", "import_npz", "influence", "load_examples", "memorization", "run_fleet",
+        "run_job", "run_trial", "score", "verify",
     }  # fmt: skip
 
 

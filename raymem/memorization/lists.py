@@ -34,11 +34,9 @@ def probability_above(
     >>> probability_above(0.25, [70], [70], [3], [30]).round(3).tolist()
     [1.0]
     """
-    counts = np.stack(
-        np.broadcast_arrays(
-            *(np.asarray(a, np.float64) for a in (right_in, n_in, right_out, n_out))
-        )
-    )
+    arguments = (right_in, n_in, right_out, n_out)
+    arrays = [np.atleast_1d(np.asarray(a, np.float64)) for a in arguments]
+    counts = np.stack(np.broadcast_arrays(*arrays))
     unique, back = np.unique(counts, axis=1, return_inverse=True)
     found = np.full(unique.shape[1], np.nan)
     defined = np.flatnonzero((unique[1] > 0) & (unique[3] > 0))

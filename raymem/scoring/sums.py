@@ -137,7 +137,8 @@ def _add(
     right = _numpy(table, "correct", False)
     # Imported fleets may have no margins and no history: NaN then, and null in the tables.
     margin = _numpy(table, "margin", np.nan).astype(np.float64)
-    p_true, loss = expit(margin), np.logaddexp(0, -margin)
+    with np.errstate(invalid="ignore"):
+        p_true, loss = expit(margin), np.logaddexp(0, -margin)
     for arm, member in (("in", inside), ("out", ~inside)):
         sums[f"n_{arm}"] += member
         sums[f"correct_{arm}"] += right & member

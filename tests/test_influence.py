@@ -1,0 +1,225 @@
+"""Influence against the double loop, its tiles, its threshold, and a planted pair."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import reference
+from scipy import stats
+
+from raymem import Examples, PairRule, Plan, Recipe, Study, find_pairs, influence
+from raymem.memorization import Bits, join_pairs
+from raymem.scoring import pairs as scoring_pairs
+from raymem.scoring.sums import Outcomes
+
+
+def module():
+    import sys
+
+    return sys.modules["raymem.memorization.influence"]
+
+
+def fleet(T=60, N=50, M=30, seed=0, balanced=True):
+    """Masks, outcomes that depend on a few of them, memorization, labels."""
+    generator = np.random.default_rng(seed)
+    if balanced:
+        masks = Plan(n=N, seed=seed).masks(range(T))
+    else:
+        masks = generator.random((T, N)) < 0.7
+    p = generator.random(M)
+    correct = generator.random((T, M)) < p
+    for j in range(0, M, 3):
+        correct[:, j] = np.where(masks[:, j % N], generator.random(T) < 0.95, correct[:, j])
+    correct[:, 1], correct[:, 2] = True, False
+    mem = generator.random(N)
+    return masks, correct, mem, generator.integers(0, 3, N), generator.integers(0, 3, M)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_influence_is_the_double_loop(balanced):
+    masks, correct, *_ = fleet(balanced=balanced)
+    masks[:, 7], masks[:, 8] = True, False
+    value, stderr = influence(masks, correct)
+    expected = reference.influence(masks.tolist(), correct.tolist())
+    for i in range(50):
+        for j in range(30):
+            if expected[i][j] is None:
+                assert i in (7, 8)
+                assert math.isnan(value[i, j])
+                assert math.isnan(stderr[i, j])
+            else:
+                assert value[i, j] == pytest.approx(expected[i][j], abs=1e-9)
+    inside, outside = correct[masks[:, 0], 4], correct[~masks[:, 0], 4]
+    of_means = inside.var(ddof=1) / len(inside) + outside.var(ddof=1) / len(outside)
+    assert stderr[0, 4] == pytest.approx(math.sqrt(of_means))
+
+
+def as_dict(pairs):
+    return {
+        (int(i), int(j)): bool(s)
+        for i, j, s in zip(pairs.train_index, pairs.test_index, pairs.strong, strict=True)
+    }
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("same_class", [True, False])
+@pytest.mark.parametrize("top", [0, 1, 4, 60])
+def test_kept_pairs_are_those_of_the_rule_whatever_the_tiles(
+    monkeypatch, balanced, same_class, top
+):
+    masks, correct, mem, y_train, y_test = fleet(balanced=balanced)
+    rule = PairRule(top=top, z=1.5, same_class=same_class)
+    expected = reference.kept_pairs(
+        masks.tolist(), correct.tolist(), mem, y_train, y_test, least=0.15, least_mem=0.25, z=1.5,
+        top=top, same_class=same_class,
+    )  # fmt: skip
+    assert sum(expected.values()) > 5
+    for test_tile, train_tile in ((512, 4096), (8, 8), (16, 24)):
+        monkeypatch.setattr(module(), "TEST_TILE", test_tile)
+        monkeypatch.setattr(module(), "TRAIN_TILE", train_tile)
+        pairs = find_pairs(masks, correct, mem, y_train, y_test, rule)
+        assert as_dict(pairs) == expected
+        value, stderr = influence(masks, correct)
+        at = (pairs.train_index, pairs.test_index)
+        assert pairs.influence == pytest.approx(value[at], abs=1e-12)
+        assert pairs.stderr == pytest.approx(stderr[at], abs=1e-12)
+        order = list(zip(~pairs.strong, -pairs.influence, strict=True))
+        assert order == sorted(order)
+
+
+def test_parts_joined_are_the_whole_and_max_pairs_is_hard():
+    masks, correct, mem, y_train, y_test = fleet()
+    for most in (1_000_000, 12):
+        rule = PairRule(z=1.5, max_pairs=most)
+        whole = find_pairs(masks, correct, mem, y_train, y_test, rule)
+        parts = [
+            find_pairs(masks, correct, mem, y_train, y_test, rule, tests=slice(s, s + 8))
+            for s in range(0, 30, 8)
+        ]
+        joined = join_pairs(parts, rule)
+        for name in ("train_index", "test_index", "influence", "stderr", "strong"):
+            assert np.array_equal(getattr(whole, name), getattr(joined, name)), name
+        assert whole.dropped == joined.dropped
+        if most == 12:
+            assert len(whole.influence) == 12
+            full = find_pairs(masks, correct, mem, y_train, y_test, PairRule(z=1.5))
+            assert whole.dropped == len(full.influence) - 12
+            assert list(as_dict(whole).items()) == list(as_dict(full).items())[:12]
+
+
+def test_same_class_only_is_the_default_from_a_thousand_classes_up():
+    masks, correct, mem, *_ = fleet(N=50, M=30)
+    few = find_pairs(masks, correct, mem, np.arange(50) % 10, np.arange(30) % 10)
+    assert few.considered == (mem >= 0.25).sum() * 30
+    assert (few.train_index % 10 != few.test_index % 10).any()
+    many = np.arange(50) * 40, np.arange(30) * 40
+    kept = find_pairs(masks, correct, mem, *many, PairRule(same_class=None))
+    assert kept.considered == (mem >= 0.25).sum() * 30  # 50 classes only
+    masks, correct, mem, *_ = fleet(N=1200, M=30)
+    kept = find_pairs(masks, correct, mem, np.arange(1200), np.arange(30))
+    assert (kept.train_index == kept.test_index).all()
+    assert kept.considered == (mem[:30] >= 0.25).sum()
+
+
+def test_by_default_about_one_pair_is_kept_by_chance():
+    """Masks that have nothing to do with outcomes; 40 fleets, expectation 40, Poisson-like."""
+    strong = 0
+    for seed in range(40):
+        generator = np.random.default_rng(seed)
+        masks = Plan(n=200, seed=seed).masks(range(200))
+        correct = generator.random((200, 100)) < generator.uniform(0.3, 0.7, 100)
+        labels = np.zeros(200, int), np.zeros(100, int)
+        rule = PairRule(min_influence=0, top=0)
+        pairs = find_pairs(masks, correct, np.ones(200), *labels, rule)
+        assert pairs.considered == 20_000
+        assert stats.norm.sf(pairs.z) * 20_000 == pytest.approx(1)
+        strong += len(pairs.strong)
+    assert 10 <= strong <= 80
+
+
+def test_under_permuted_masks_the_threshold_keeps_what_it_says():
+    generator = np.random.default_rng(3)
+    masks = Plan(n=400).masks(range(200))
+    correct = generator.random((200, 300)) < generator.uniform(0.3, 0.7, 300)
+    for z in (1.5, 2.0, 3.0):
+        rule = PairRule(min_influence=0, top=0, z=z)
+        pairs = find_pairs(masks, correct, np.ones(400), np.zeros(400), np.zeros(300), rule)
+        expected = stats.norm.sf(z)
+        # 120,000 pairs, of which those of one row or column are nearly independent.
+        noise = math.sqrt(expected * (1 - expected) / 120_000)
+        assert len(pairs.strong) / 120_000 == pytest.approx(
+            expected, abs=8 * noise + 0.05 * expected
+        )
+
+
+def test_bits_pack_and_unpack():
+    table = np.random.default_rng(0).random((5, 29)) < 0.5
+    bits = Bits.of(table)
+    assert np.array_equal(bits.counts(), table.sum(axis=0))
+    assert np.array_equal(bits.columns(8, 100), table[:, 8:])
+    assert bits.columns(0, 8).dtype == np.float32
+    with pytest.raises(ValueError, match="a row of 29"):
+        bits.append(table[0, :10])
+
+
+@pytest.mark.parametrize("wrong", ["trials", "mem", "labels", "values"])
+def test_what_does_not_fit_is_refused(wrong):
+    masks, correct, mem, y_train, y_test = fleet()
+    change = {
+        "trials": (masks[:-1], correct, mem, y_train, y_test),
+        "mem": (masks, correct, mem[:-1], y_train, y_test),
+        "labels": (masks, correct, mem, y_train, y_test[:-1]),
+        "values": (masks * 2, correct, mem, y_train, y_test),
+    }
+    with pytest.raises(ValueError, match=r"trials|entries|true or false"):
+        find_pairs(*change[wrong])
+    with pytest.raises(ValueError, match="max_pairs"):
+        PairRule(max_pairs=0)
+
+
+def test_without_trials_there_are_no_pairs():
+    pairs = find_pairs(Bits(10), Bits(4), np.full(10, np.nan), np.zeros(10), np.zeros(4))
+    assert len(pairs.influence) == 0
+
+
+def test_on_ray_tasks_the_pairs_are_the_same(monkeypatch):
+    masks, correct, mem, y_train, y_test = fleet()
+    outcomes = Outcomes(50, 30, np.zeros(0, np.int64))
+    for mask, right in zip(masks, correct, strict=True):
+        outcomes.append(np.concatenate([np.zeros(30, bool), mask]), np.append(right, mask))
+    arguments = (outcomes, mem, y_train, y_test, PairRule(z=1.5))
+    here = scoring_pairs.influence_pairs(*arguments)
+    monkeypatch.setattr(scoring_pairs, "WORK_FOR_RAY", 0)
+    monkeypatch.setattr(scoring_pairs, "TESTS_PER_TASK", 8)
+    there = scoring_pairs.influence_pairs(*arguments)
+    assert as_dict(here) == as_dict(there)
+    assert len(here.strong) > 5
+
+
+def test_a_planted_pair_is_at_the_top(tmp_path, digits):
+    """A test image, mislabelled, and its copy in training: only the copy teaches that label."""
+    y_train, x_train = digits.y_train[:300].copy(), digits.x_train[:300].copy()
+    y_test = digits.y_test[:60].copy()
+    x_train[17] = digits.x_test[5]
+    y_train[17] = y_test[5] = (digits.y_test[5] + 3) % 10
+    study = Study(
+        examples=Examples(
+            x_train=x_train, y_train=y_train, x_test=digits.x_test[:60], y_test=y_test
+        ),
+        recipe=Recipe(model="mlp-256", epochs=30, batch_size=32),
+        store=tmp_path,
+        trials=40,
+    )
+    study.train(engine="serial")
+    study.score()
+    first = study.scores("influence").to_pylist()[0]
+    assert (first["train_index"], first["test_index"]) == (17, 5)
+    assert first["strong"]
+    assert first["influence"] > 0.9
+    assert (first["train_label"], first["test_label"]) == (y_train[17], y_test[5])
+    assert first["memorization"] > 0.9
+    group = study.open_store().examples()["near_duplicate_group"].to_pylist()
+    assert group[17] is not None
+    assert group[17] == group[300 + 5]
