@@ -21,10 +21,12 @@ check: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
-# Remakes the pages and pictures that come from code and from the demo's store.
+# Remakes the pages and pictures that come from code, from the demo's store, and from
+# jobs/feldman_mnist.py --data fashion-mnist --store runs/fashion_mnist --trials 240.
 docs: .venv/installed-dev
 	$(BIN)/python -c "from raymem.store.columns import as_markdown as m; print(m(), end='')" > docs/columns.md
 	$(BIN)/python docs/make_picture.py runs/feldman_digits docs/most_memorized.png
+	$(BIN)/python docs/make_pairs_picture.py runs/fashion_mnist fashion-mnist docs/strong_pairs.png
 
 # constraints.txt is the set of versions that was tested; `pip install .` works without it.
 .venv/installed: pyproject.toml constraints.txt

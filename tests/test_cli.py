@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from learners import errs_at_known_odds, numbered_examples, recipe
@@ -193,3 +194,62 @@ def test_the_job_file_of_digits_reads_its_options(monkeypatch, capsys):
     text = capsys.readouterr().out
     for option in ("--data", "--store", "--trials", "--subset-ratio", "--seed", "plan"):
         assert option in text
+
+
+def test_pairs_are_sorted_and_chosen(store):
+    table = Store(store).scores("influence").to_pandas()
+    assert len(table) > 10
+    rows = raymem("pairs", store, "--top", 3).splitlines()
+    assert rows[0].split()[:3] == ["train_id", "train_label", "test_id"]
+    assert len(rows) == 4
+    first = table.sort_values("influence", ascending=False, kind="stable").iloc[0]
+    assert rows[1].split()[0] == first["train_id"]
+    floor = float(table["influence"].median())
+    text = raymem("pairs", store, "--min-influence", floor, "--min-memorization", 0.6, "--all")
+    wanted = table[(table["influence"] >= floor) & (table["memorization"] >= 0.6)]
+    assert len(text.splitlines()) - 1 == len(wanted) > 0
+    strong = raymem("pairs", store, "--strong", "--all").splitlines()[1:]
+    assert len(strong) == table["strong"].sum()
+    exact = list(csv.DictReader(io.StringIO(raymem("pairs", store, "--csv", "--all"))))
+    assert len(exact) == len(table)
+
+
+def test_the_memorized_list_is_one_option(store):
+    table = Store(store).scores().to_pandas()
+    rows = raymem("scores", store, "--memorized", "--all").splitlines()[1:]
+    assert len(rows) == (table["memorized"] == True).sum() > 0  # noqa: E712
+
+
+def test_one_example_with_its_relations_in_both_directions(store):
+    pair = Store(store).scores("influence").to_pylist()[0]
+    text = raymem("example", store, pair["train_id"])
+    assert f"{pair['train_id']}: train example {pair['train_index']}, label" in text
+    assert re.search(r"rank \d+ of 60 by memorization", text)
+    assert "test examples that it makes right" in text
+    assert pair["test_id"] in text
+    text = raymem("example", store, pair["test_id"])
+    assert "training examples that make it right" in text
+    assert pair["train_id"] in text
+    assert "near duplicates:" in text  # the numbered images differ by their number only
+    wrong = raymem("example", store, "train-0000", code=1)
+    assert "did you mean train-00000" in wrong
+
+
+def test_a_fleet_from_elsewhere_is_imported_and_looked_at(tmp_path):
+    generator = np.random.default_rng(0)
+    masks = generator.random((20, 12)) < 0.5
+    np.savez(tmp_path / "fleet.npz", masks=masks, correct=masks, correct_test=masks[:, :3])
+    text = raymem("import", "npz", tmp_path / "fleet.npz", tmp_path / "store")
+    assert "20 trials" in text
+    assert "memorized above 0.25: 12 training examples" in text
+    assert "imported" in raymem("status", tmp_path / "store")
+    assert "1.000" in raymem("scores", tmp_path / "store", "--top", 1)
+    assert "train-00001" in raymem("pairs", tmp_path / "store")
+    assert "label none" in raymem("example", tmp_path / "store", "train-00001")
+    assert "0 objects damaged" in raymem("verify", tmp_path / "store")
+    assert "lacks" in raymem("import", "npz", empty(tmp_path), tmp_path / "other", code=1)
+
+
+def empty(folder):
+    np.savez(folder / "empty.npz", masks=np.zeros((2, 2), bool))
+    return folder / "empty.npz"

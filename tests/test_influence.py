@@ -24,10 +24,8 @@ def module():
 def fleet(T=60, N=50, M=30, seed=0, balanced=True):
     """Masks, outcomes that depend on a few of them, memorization, labels."""
     generator = np.random.default_rng(seed)
-    if balanced:
-        masks = Plan(n=N, seed=seed).masks(range(T))
-    else:
-        masks = generator.random((T, N)) < 0.7
+    plan, drawn = Plan(n=N, seed=seed), generator.random((T, N)) < 0.7
+    masks = plan.masks(range(T)) if balanced else drawn
     p = generator.random(M)
     correct = generator.random((T, M)) < p
     for j in range(0, M, 3):

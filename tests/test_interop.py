@@ -80,27 +80,34 @@ def test_without_test_examples_and_labels(tmp_path):
     assert Store(tmp_path / "store").target.trials == T
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"masks": None}, "lacks masks"),
-        ({"extra": np.zeros(3)}, "has extra"),
-        ({"correct_train": np.zeros((T, N - 1), bool)}, "correct_train is"),
-        ({"correct_test": np.zeros((T - 1, M), bool)}, "correct_test is"),
-        ({"masks": np.full((T, N), 2)}, "true or false"),
-        ({"masks": np.zeros(N, bool)}, "must be"),
-        ({"y_train": np.zeros(N - 1, int)}, "y_train is"),
-        ({"y_train": np.full(N, -1)}, "class numbers"),
-        ({"y_train": np.zeros(N)}, "class numbers"),
-        ({"train_ids": np.array(["a"] * N)}, "repeated: a"),
-        ({"margins_train": np.zeros((T, N))}, "give margins_train and margins_test"),
-        ({"margins_train": np.full((T, N), 9.0), "margins_test": np.zeros((T, M))}, "is above 0 where"),
-        ({"margins_train": np.full((T, N), np.nan), "margins_test": np.zeros((T, M))}, "not finite"),
-        ({"classes": np.array(["one"]), "y_train": np.arange(N) % 3}, "names 1 classes"),
-        ({"masks": np.zeros((0, N), bool), "correct_train": np.zeros((0, N), bool), "correct_test": None}, "no fleet"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_right_is_refused(tmp_path, changes, message):
+WRONG = {
+    "lacks masks": {"masks": None},
+    "has extra": {"extra": np.zeros(3)},
+    "correct_train is": {"correct_train": np.zeros((T, N - 1), bool)},
+    "correct_test is": {"correct_test": np.zeros((T - 1, M), bool)},
+    "true or false": {"masks": np.full((T, N), 2)},
+    "must be": {"masks": np.zeros(N, bool)},
+    "y_train is": {"y_train": np.zeros(N - 1, int)},
+    "class numbers from 0": {"y_train": np.full(N, -1)},
+    "class numbers": {"y_train": np.zeros(N)},
+    "repeated: a": {"train_ids": np.array(["a"] * N)},
+    "give margins_train and margins_test": {"margins_train": np.zeros((T, N))},
+    "is above 0 where": {
+        "margins_train": np.full((T, N), 9.0),
+        "margins_test": np.zeros((T, M)),
+    },
+    "not finite": {"margins_train": np.full((T, N), np.nan), "margins_test": np.zeros((T, M))},
+    "names 1 classes": {"classes": np.array(["one"]), "y_train": np.arange(N) % 3},
+    "no fleet": {
+        "masks": np.zeros((0, N), bool),
+        "correct_train": np.zeros((0, N), bool),
+        "correct_test": None,
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "changes"), WRONG.items(), ids=WRONG)
+def test_what_cannot_be_right_is_refused(tmp_path, message, changes):
     with pytest.raises(ImportFileError, match=message):
         import_npz(write(tmp_path, **changes), tmp_path / "store")
     assert not (tmp_path / "store").exists()
