@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 import numpy as np
+import psutil
 
 from benchmarks.rows import Row
 from raymem import PairRule, find_pairs, memorization
@@ -64,14 +65,34 @@ def ours(masks, correct_train, correct_test, z: float):
     return {(int(j), int(i)) for j, i in strong}, float(value[place < TOP].sum())
 
 
+class Peak:
+    """Most resident memory while the block runs, above what there was before, in GB."""
+
+    def __enter__(self) -> Peak:
+        process = psutil.Process()
+        start = process.memory_info().rss
+        self.gigabytes, self._done = 0.0, threading.Event()
+
+        def watch() -> None:
+            while not self._done.wait(0.002):
+                self.gigabytes = max(self.gigabytes, (process.memory_info().rss - start) / 1e9)
+
+        self._thread = threading.Thread(target=watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+
 def measure(way: str, N: int, M: int, T: int) -> None:
     data = fleet(N, M, T)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    pairs, top = {"dense": dense, "ours": ours}[way](*data, 5.0)
-    took = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    answer = {"seconds": took, "peak": peak / 1e6, "pairs": sorted(pairs), "top": top}
+    with Peak() as peak:
+        start = time.perf_counter()
+        pairs, top = {"dense": dense, "ours": ours}[way](*data, 5.0)
+        took = time.perf_counter() - start
+    answer = {"seconds": took, "peak": peak.gigabytes, "pairs": sorted(pairs), "top": top}
     print(json.dumps(answer))
 
 

@@ -31,7 +31,7 @@ def commits(store: Store) -> list[tuple[float, float]]:
 
 def useful_share(quick: bool) -> Iterator[Row]:
     digits = load_examples("digits")
-    epochs, trials = (300, 8) if quick else (420, 40)
+    epochs, trials = (220, 8) if quick else (250, 24)
     with tempfile.TemporaryDirectory() as folder:
         study = Study(
             examples=digits,

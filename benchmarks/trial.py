@@ -17,7 +17,7 @@ from raymem import Images, Plan, Recipe
 from raymem.models import build_model
 from raymem.training import train
 
-NETS = ("mlp-512-256", "tiny-resnet", "small-resnet")
+NETS = ("mlp-64", "mlp-512-256", "tiny-resnet", "small-resnet")
 
 
 def images_like_cifar(n: int) -> tuple[np.ndarray, np.ndarray]:
