@@ -50,16 +50,7 @@ RECIPES = {
 
 
 def study(options: JobOptions) -> Study:
-    assert options.recipe is not None
-    return Study(
-        examples=options.load_examples(),
-        recipe=options.recipe,
-        store=options.store,
-        trials=options.trials,
-        subset_ratio=options.subset_ratio,
-        kind=options.kind,
-        seed=options.seed,
-    )
+    return options.study()
 
 
 if __name__ == "__main__":

@@ -12,15 +12,7 @@ RECIPE = Recipe(model="mlp-512-256", epochs=30, batch_size=64, learning_rate=0.1
 
 
 def study(options: JobOptions) -> Study:
-    return Study(
-        examples=options.load_examples(),
-        recipe=RECIPE,
-        store=options.store,
-        trials=options.trials,
-        subset_ratio=options.subset_ratio,
-        kind=options.kind,
-        seed=options.seed,
-    )
+    return options.study(RECIPE)
 
 
 if __name__ == "__main__":

@@ -32,15 +32,7 @@ RECIPE = Recipe(
 
 
 def study(options: JobOptions) -> Study:
-    return Study(
-        examples=options.load_examples(),
-        recipe=RECIPE,
-        store=options.store,
-        trials=options.trials,
-        subset_ratio=options.subset_ratio,
-        kind=options.kind,
-        seed=options.seed,
-    )
+    return options.study(RECIPE)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
-from raymem.examples import fingerprint_of, group_column
+from raymem.examples import arrays_of_npz, fingerprint_of, group_column
 from raymem.plan import Plan
 from raymem.store import Store, Target, TrialKey, columns, study_hash
 
@@ -80,15 +80,7 @@ def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> S
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError as error:
-        raise ImportFileError(f"there is no file {path}; give the path of an .npz file") from error
-    except Exception as error:  # zip, npy header and pickle refusals all mean one thing to the user
-        raise ImportFileError(
-            f"{path} cannot be read ({error}); write it with numpy.savez, without object arrays"
-        ) from error
+    arrays = arrays_of_npz(path, ImportFileError)
     if "correct" in arrays:
         arrays.setdefault("correct_train", arrays.pop("correct"))
     unknown = [key for key in arrays if key not in NPZ_KEYS]

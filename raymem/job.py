@@ -12,7 +12,7 @@ from typing import Any, cast
 import click
 
 from raymem.cli import command_errors
-from raymem.errors import StoreError
+from raymem.errors import RecipeError, StoreError
 from raymem.examples import NAMED, Examples, load_examples
 from raymem.fleet import Engine, duration
 from raymem.memorization import PairRule
@@ -49,6 +49,21 @@ class JobOptions:
             data_root=self.data_root,
             download=self.download,
             image_size=self.image_size,
+        )
+
+    def study(self, recipe: Recipe | None = None) -> Study:
+        """The study of these options, with `recipe` or the one of --recipe."""
+        chosen = recipe or self.recipe
+        if chosen is None:
+            raise RecipeError("give study() a recipe, or run_job() recipes to choose from")
+        return Study(
+            examples=self.load_examples(),
+            recipe=chosen,
+            store=self.store,
+            trials=self.trials,
+            subset_ratio=self.subset_ratio,
+            kind=self.kind,
+            seed=self.seed,
         )
 
 

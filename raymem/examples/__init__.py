@@ -6,6 +6,7 @@ Out: `Examples`. What cannot be used as it is, is refused with the ids concerned
      clipped or dropped in silence.
 """
 
+from raymem.examples.checks import arrays_of_npz
 from raymem.examples.examples import Examples, fingerprint_of, group_column
 from raymem.examples.near import near_duplicates
 from raymem.examples.readers import NAMED, load_examples
@@ -13,6 +14,7 @@ from raymem.examples.readers import NAMED, load_examples
 __all__ = [
     "NAMED",
     "Examples",
+    "arrays_of_npz",
     "fingerprint_of",
     "group_column",
     "load_examples",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raymem.errors import ExamplesError
+from raymem.errors import ExamplesError, RaymemError
 
 SHOWN = 5
 
@@ -85,3 +86,16 @@ def some(items: Iterable[Any]) -> str:
     shown = [str(item) for item in items]
     more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
     return ", ".join(shown[:SHOWN]) + more
+
+
+def arrays_of_npz(path: Path, error: type[RaymemError]) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file; pickled objects are never loaded. Raises `error`."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except FileNotFoundError as cause:
+        raise error(f"there is no file {path}; give the path of an .npz file") from cause
+    except Exception as cause:  # zip, npy header and pickle refusals all mean one thing to the user
+        raise error(
+            f"{path} cannot be read ({cause}); write it with numpy.savez, without object arrays"
+        ) from cause

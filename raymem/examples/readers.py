@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymem.errors import ExamplesError
-from raymem.examples.checks import some
+from raymem.examples.checks import arrays_of_npz, some
 from raymem.examples.examples import Examples
 
 NAMED = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
@@ -104,15 +104,7 @@ def _torchvision(name: str, root: Path, download: bool) -> Examples:
 
 def _npz(path: Path) -> Examples:
     needed = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except FileNotFoundError as error:
-        raise ExamplesError(f"there is no file {path}; give the path of an .npz file") from error
-    except Exception as error:  # zip, npy header and pickle refusals all mean one thing to the user
-        raise ExamplesError(
-            f"{path} cannot be read ({error}); write it with numpy.savez, without object arrays"
-        ) from error
+    arrays = arrays_of_npz(path, ExamplesError)
     missing = [key for key in needed if key not in arrays]
     if missing:
         raise ExamplesError(

@@ -47,12 +47,7 @@ def model(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
 
 
 def study(options: JobOptions) -> Study:
-    return Study(
-        examples=options.load_examples(),
-        recipe=Recipe(model="gated:model", epochs=2),
-        store=options.store,
-        trials=options.trials,
-    )
+    return options.study(Recipe(model="gated:model", epochs=2))
 
 
 if __name__ == "__main__":
