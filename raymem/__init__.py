@@ -5,6 +5,9 @@
 Each stage is a module; this is the public door to all of them.
 """
 
+# Before torch: with torch loaded first, pyarrow's threads abort some processes as they exit.
+import pyarrow.parquet as _  # noqa: F401
+
 from raymem.errors import (
     DamagedObjectError,
     DivergedError,

@@ -40,6 +40,11 @@ def command_errors(debug: bool) -> Iterator[None]:
     except BrokenPipeError:  # `raymem scores STORE | head`
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}; check the path and what is there", err=True)
+        sys.exit(1)
 
 
 def _debug(function: Any) -> Any:
@@ -136,7 +141,7 @@ def _cost(store: Store) -> str:
 @click.argument("store")
 @click.option("--sort", default="memorization", help="Column to sort by, largest first.")
 @click.option("--ascending", is_flag=True, help="Smallest first.")
-@click.option("--memorized", is_flag=True, help="Only the list memorized above 0.25.")
+@click.option("--memorized", is_flag=True, help="Only those very likely above 0.25.")
 @click.option("--where", "conditions", help="Such as 'label == 3 and memorization > 0.25'.")
 @_row_options
 @_debug
@@ -177,7 +182,7 @@ def _print(table: pa.Table, shown: pa.Table, csv: bool) -> None:
 @click.option("--min-influence", type=float, default=-1.0, help="Least influence.")
 @click.option("--min-memorization", type=float, help="Least memorization of the training example.")
 @click.option("--strong", is_flag=True, help="Only pairs above 0.15 and above the noise.")
-@click.option("--where", "conditions", help="Such as 'train_label != test_label'.")
+@click.option("--where", "conditions", help="Such as 'train_label == 3'.")
 @_row_options
 @_debug
 def pairs_command(

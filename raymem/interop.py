@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> S
     arrays = _load(Path(path))
     T, N = arrays["masks"].shape
     M = arrays["correct_test"].shape[1]
-    index = _index(arrays, N, M)
     classes = _classes(arrays)
+    index = _index(arrays, N, M)
     study = {
         "data": {
             "fingerprint": fingerprint_of(index, (0, 0, 0), classes),
@@ -56,7 +57,7 @@ def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> S
         "plan": Plan(
             n=N, subset_ratio=round(float(arrays["masks"].mean()), 4), kind="imported"
         ).as_dict(),
-        "recipe": {"model": {"name": f"imported from {Path(path).name}"}},
+        "recipe": {"model": {"name": "imported"}},
         "outcomes": _digest(arrays),
     }
     opened = Store(store)
@@ -81,8 +82,8 @@ def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> S
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     arrays = arrays_of_npz(path, ImportFileError)
-    if "correct" in arrays:
-        arrays.setdefault("correct_train", arrays.pop("correct"))
+    if "correct" in arrays and "correct_train" not in arrays:
+        arrays["correct_train"] = arrays.pop("correct")
     unknown = [key for key in arrays if key not in NPZ_KEYS]
     missing = [key for key in ("masks", "correct_train") if key not in arrays]
     if missing or unknown:
@@ -117,6 +118,8 @@ def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
             )
     if T == 0 or N == 0:
         raise ImportFileError(f"{path}: masks are {(T, N)}; there is no fleet in it")
+    if not arrays["masks"].any():
+        raise ImportFileError(f"{path}: masks are all false; true is an example in the subset")
     _check_margins(arrays, path)
 
 
@@ -134,26 +137,34 @@ def _check_margins(arrays: dict[str, NDArray[Any]], path: Path) -> None:
         margins, correct = arrays.get(f"margins_{split}"), arrays[f"correct_{split}"]
         if margins is None:
             continue
-        if not np.isfinite(margins).all():
+        if margins.dtype.kind not in "fiu":
+            raise ImportFileError(f"{path}: margins_{split} must be numbers, got {margins.dtype}")
+        if not (np.abs(margins) < np.finfo(np.float32).max).all():
             raise ImportFileError(f"{path}: margins_{split} has values that are not finite")
         wrong = (margins > 1e-4) & ~correct
+        if "classes" in arrays:
+            # The largest of K probabilities is at least 1/K.
+            wrong |= (margins < -math.log(max(len(arrays["classes"]) - 1, 1)) - 1e-4) & correct
         if wrong.any():
             rows = [f"trial {t} example {i}" for t, i in np.argwhere(wrong)[:SHOWN]]
             raise ImportFileError(
-                f"{path}: margins_{split} is above 0 where correct_{split} is false "
-                f"({wrong.sum()} times: {', '.join(rows)}); margins must be log p_y - log of the "
-                "sum of the others, in the order of correct"
+                f"{path}: margins_{split} is above 0 where correct_{split} is false, or too low "
+                f"where it is true ({wrong.sum()} times: {', '.join(rows)}); margins must be log "
+                "p_y - log of the sum of the others, in the order of correct"
             )
 
 
 def _index(arrays: dict[str, NDArray[Any]], N: int, M: int) -> pa.Table:
     ids = [
-        str(value)
+        value.decode(errors="replace") if isinstance(value, bytes) else str(value)
         for name, n in (("train", N), ("test", M))
         for value in arrays.get(f"{name}_ids", [f"{name}-{i:05d}" for i in range(n)])
     ]
+    odd = [repr(value) for value in ids if not value.isprintable()]
+    if odd:
+        raise ImportFileError(f"ids must be printable text; not so: {', '.join(odd[:SHOWN])}")
     if len(set(ids)) != len(ids):
-        twice = sorted({value for value in ids if ids.count(value) > 1})[:SHOWN]
+        twice = sorted(value for value, n in Counter(ids).items() if n > 1)[:SHOWN]
         raise ImportFileError(f"ids must be unique over both splits; repeated: {', '.join(twice)}")
     labels = [
         None if values is None else int(values[i])
@@ -178,9 +189,13 @@ def _index(arrays: dict[str, NDArray[Any]], N: int, M: int) -> pa.Table:
 def _classes(arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
     labels = [arrays[name] for name in ("y_train", "y_test") if name in arrays]
     for values in labels:
-        if values.dtype.kind not in "iu" or (len(values) and values.min() < 0):
+        if values.dtype.kind not in "iu" or (
+            len(values) and not (values.min() >= 0 and values.max() < 2**31)
+        ):
             raise ImportFileError("y_train and y_test must be class numbers from 0")
     K = 1 + max((int(values.max()) for values in labels if len(values)), default=-1)
+    if arrays.get("classes", np.zeros(0)).ndim != 1:
+        raise ImportFileError("classes must be a list of names, [K]")
     names = tuple(map(str, arrays.get("classes", range(K))))
     if len(names) < K:
         raise ImportFileError(f"classes names {len(names)} classes, but labels go up to {K - 1}")

@@ -117,6 +117,7 @@ class Study:
 
     def score(self, rule: PairRule | None = None) -> list[EpsilonSummary]:
         """Score what is committed; `rule` says which influence pairs are kept. See `score`."""
+        Store(self.store).study()  # a store that is not there is a wrong path, not a new study
         return score(self.open_store(), rule)
 
     def scores(self, name: str = "examples") -> Any:

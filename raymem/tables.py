@@ -13,6 +13,8 @@ OPERATORS = {
     "==": pc.equal, "=": pc.equal, "!=": pc.not_equal,
     "<=": pc.less_equal, ">=": pc.greater_equal, "<": pc.less, ">": pc.greater,
 }  # fmt: skip
+# Not inside quotes: ids may have the word in them.
+AND = re.compile(r"""\s+and\s+(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""", re.IGNORECASE)
 CONDITION = re.compile(r"\s*(\w+)\s*(==|!=|<=|>=|=|<|>)\s*(.+?)\s*")
 
 
@@ -26,7 +28,7 @@ def where(table: pa.Table, conditions: str) -> pa.Table:
     >>> where(pa.table({"label": [3, 4], "x": [0.1, None]}), "label=3 and x<0.5").num_rows
     1
     """
-    for condition in re.split(r"\s+and\s+", conditions.strip(), flags=re.IGNORECASE):
+    for condition in AND.split(conditions.strip()):
         match = CONDITION.fullmatch(condition)
         if match is None:
             raise TableError(

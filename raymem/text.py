@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymem.errors import StoreError
 from raymem.scoring import EpsilonSummary
 from raymem.store import Store
 from raymem.tables import TableError, top
@@ -70,7 +71,10 @@ def example_text(store: Store, example_id: str, n: int) -> str:
     for row in scores.filter(pc.equal(scores["example_id"], example_id)).to_pylist():
         same = train.filter(pc.equal(train["epsilon"], row["epsilon"]))
         lines += ["", f"epsilon {row['epsilon']:g}:", *_score_lines(row, same)]
-    pairs = store.scores("influence")
+    try:
+        pairs = store.scores("influence")
+    except StoreError as error:
+        return "\n".join([*lines, "", f"no influence: {error}"])
     mine = pairs.filter(pc.equal(pairs[f"{me['split']}_id"], example_id))
     what = (
         "test examples that it makes right"

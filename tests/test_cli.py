@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,7 +89,7 @@ def test_csv_has_all_columns_and_all_digits(store):
     ("arguments", "message"),
     [
         (("status", "/nowhere"), "there is no study"),
-        (("scores", "/nowhere"), "has no scores/examples.parquet"),
+        (("scores", "/nowhere"), "there is no study in"),
         (("scores", "STORE", "--sort", "beauty"), "there is no column beauty"),
         (("scores", "STORE", "--where", "label ~ 3"), "is no condition"),
         (("scores", "STORE", "--where", "label == three"), "three is no value of label"),
@@ -253,3 +255,42 @@ def test_a_fleet_from_elsewhere_is_imported_and_looked_at(tmp_path):
 def empty(folder):
     np.savez(folder / "empty.npz", masks=np.zeros((2, 2), bool))
     return folder / "empty.npz"
+
+
+def test_commands_leave_cleanly(store):
+    """With torch loaded before pyarrow, two of five processes aborted as they exited."""
+    program = "import sys; sys.argv[0] = 'raymem'; from raymem.cli import main; main()"
+    for _ in range(5):
+        command = [sys.executable, "-c", program, "scores", str(store), "--top", "1"]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_wrong_paths_are_one_line(store, tmp_path):
+    for command in (["scores"], ["pairs"], ["status"], ["verify"], ["example"]):
+        more = ["train-00001"] if command == ["example"] else []
+        for path in (tmp_path / "nothing", store / "scores" / "examples.parquet"):
+            text = raymem(*command, path, *more, code=1)
+            assert "there is no study in" in text
+            assert len(text.splitlines()) == 1
+
+
+def test_a_stray_file_is_no_trial_and_a_torn_target_is_repaired(store, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    trial = copy / "trials" / "eps-inf" / "000003.parquet"
+    trial.rename(trial.with_suffix(".parquet.bak"))
+    assert "1 missing" in raymem("verify", copy, code=1)
+    assert len(Store(copy).done()) == 19
+    (copy / "target.json").write_text('{"trials": ')
+    assert "target.json is damaged" in raymem("status", copy, code=1)
+    assert "damaged: target.json" in raymem("verify", copy, "--repair", code=1)
+    assert (copy / "damaged" / "target.json").exists()
+    assert Store(copy).target.trials == 0
+
+
+def test_conditions_may_quote_the_word_and(store):
+    assert (
+        raymem("scores", store, "--where", "example_id == 'a and b' and label == 1").count("\n")
+        == 1
+    )

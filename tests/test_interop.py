@@ -96,6 +96,19 @@ WRONG = {
         "margins_train": np.full((T, N), 9.0),
         "margins_test": np.zeros((T, M)),
     },
+    "must be numbers": {
+        "margins_train": np.full((T, N), "a"),
+        "margins_test": np.full((T, M), "a"),
+    },
+    "list of names": {"classes": np.array("one")},
+    "printable": {"train_ids": np.array([f"a\n{i}" for i in range(N)])},
+    "all false": {"masks": np.zeros((T, N), bool)},
+    "class numbers from": {"y_train": np.full(N, 2**63, np.uint64)},
+    "too low": {
+        "margins_train": np.full((T, N), -9.0),
+        "margins_test": np.full((T, M), -9.0),
+        "classes": np.array(["a", "b"]),
+    },
     "not finite": {"margins_train": np.full((T, N), np.nan), "margins_test": np.zeros((T, M))},
     "names 1 classes": {"classes": np.array(["one"]), "y_train": np.arange(N) % 3},
     "no fleet": {

@@ -185,3 +185,18 @@ def test_reliability_is_undefined_without_halves_or_variation():
 def test_wrong_arrays_are_refused(masks, correct, p_true, message):
     with pytest.raises(ValueError, match=message):
         memorization(masks, correct, p_true)
+
+
+def test_reliability_of_opposite_and_of_unequal_halves():
+    opposite = np.array([[0, 1, 2], [2, 1, 0]])
+    n, none = np.full((2, 3), 2), np.zeros((2, 3))
+    assert reliability(opposite, n, none, n) == -1
+    # 20 and 10 trials: the truth is the squared correlation with what is estimated.
+    generator = np.random.default_rng(0)
+    p = generator.random(20_000)
+    n_out = np.array([[6], [3]]) * np.ones((1, 20_000), int)
+    n_in = np.array([[14], [7]]) * np.ones((1, 20_000), int)
+    out = generator.binomial(n_out, p)
+    R = reliability(n_in, n_in, out, n_out)
+    estimate = 1 - out.sum(axis=0) / 9
+    assert pytest.approx(np.corrcoef(estimate, 1 - p)[0, 1] ** 2, abs=0.03) == R

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse import csgraph
 
 # Root mean square difference of pixels on the 0..255 scale, below which two images are near
 # duplicates.
@@ -15,6 +17,8 @@ NEAR_RMS = 5.0
 MOST_WORK = 5e12
 GRID = 8
 TILE = 2048
+# Pairs compared whole: sets of nearly blank images would have all of them.
+LOOKS_PER_IMAGE, SOME_LOOKS = 20, 100_000
 
 
 def near_duplicates(x: NDArray[np.uint8], rms: float = NEAR_RMS) -> list[NDArray[np.int64]] | None:
@@ -23,20 +27,43 @@ def near_duplicates(x: NDArray[np.uint8], rms: float = NEAR_RMS) -> list[NDArray
     Two images are linked if the root mean square difference of their pixels is at most `rms` (0 to
     255); groups are what links connect, smallest row first. All pairs count: the mean over blocks
     of pixels brings images nearer, never farther, so pairs that are far apart there need no further
-    look. None if the set is too large for that.
+    look. None if the set is very large, or most of it is alike.
 
     >>> x = np.zeros((3, 4, 4, 1), np.uint8)
     >>> x[1], x[2] = 2, 90
     >>> [group.tolist() for group in near_duplicates(x)]
     [[0, 1]]
     """
+    first, exact = _exact(x)
+    distinct = x[first]
+    links = _links(distinct, rms)
+    return (
+        None
+        if links is None
+        else _connected(len(x), [*exact, *((first[a], first[b]) for a, b in links)])
+    )
+
+
+def _exact(x: NDArray[np.uint8]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    """The first row of each image, and links of its exact copies to it."""
+    seen: dict[bytes, int] = {}
+    links = []
+    for row, image in enumerate(x):
+        first = seen.setdefault(np.ascontiguousarray(image).tobytes(), row)
+        if first != row:
+            links.append((first, row))
+    return np.array(list(seen.values()), np.int64), links
+
+
+def _links(x: NDArray[np.uint8], rms: float) -> list[tuple[int, int]] | None:
     small, weight = _shrunk(x)
     n, D = small.shape
     if float(n) * n * D > MOST_WORK:
         return None
     most = rms**2 * x[0].size
     squares = (small.astype(np.float64) ** 2).sum(axis=1)
-    links = []
+    links: list[tuple[int, int]] = []
+    looks = 0
     for start in range(0, n, TILE):
         rows = small[start : start + TILE]
         for other in range(start, n, TILE):
@@ -46,12 +73,16 @@ def near_duplicates(x: NDArray[np.uint8], rms: float = NEAR_RMS) -> list[NDArray
             # float32 products: a margin, as the whole images decide.
             row, column = np.nonzero(apart <= most + 1e-5 * weight * squares.max())
             row, column = row + start, column + other
+            row, column = row[row < column], column[row < column]
+            looks += len(row)
+            if looks > LOOKS_PER_IMAGE * n + SOME_LOOKS:
+                return None
             links += [
                 (int(a), int(b))
-                for a, b in zip(row[row < column], column[row < column], strict=True)
+                for a, b in zip(row, column, strict=True)
                 if _squared_distance(x[a], x[b]) <= most
             ]
-    return _connected(links)
+    return links
 
 
 def _shrunk(x: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
@@ -72,19 +103,12 @@ def _squared_distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     return float((difference * difference).sum())
 
 
-def _connected(links: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
-    parent: dict[int, int] = {}
-
-    def root(a: int) -> int:
-        while parent.setdefault(a, a) != a:
-            parent[a] = parent[parent[a]]
-            a = parent[a]
-        return a
-
-    for a, b in links:
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    groups: dict[int, list[int]] = {}
-    for a in sorted(parent):
-        groups.setdefault(root(a), []).append(a)
-    return [np.array(group) for group in groups.values()]
+def _connected(n: int, links: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
+    if not links:
+        return []
+    a, b = np.array(links, np.int64).T
+    graph = sparse.coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n))
+    _, group = csgraph.connected_components(graph, directed=False)
+    members = np.unique(np.concatenate([a, b]))
+    numbers = dict.fromkeys(group[members].tolist())
+    return [members[group[members] == number] for number in numbers]

@@ -174,9 +174,11 @@ def reliability(
 ) -> float:
     """Split-half reliability R of memorization, from sums per fold, each [F, N].
 
-    R = 2 rho / (1 + rho), rho the Pearson correlation over examples between the memorization of two
-    random halves of the folds (Spearman-Brown), averaged over fixed random splits. sqrt(R) is the
-    expected correlation with the truth. NaN with fewer than two folds, or if nothing varies.
+    The Pearson correlation rho over examples between the memorization of two random halves of the
+    folds, averaged over fixed random splits, extrapolated to all trials: R = 2 rho / (1 + rho) for
+    equal halves (Spearman-Brown), its generalization for halves of a and b trials. sqrt(R) is the
+    expected correlation with the truth; R is cut at -1. NaN with fewer than two folds, or if
+    nothing varies.
     """
     sums = [np.asarray(a, np.float64) for a in (right_in, n_in, right_out, n_out)]
     F = len(sums[0])
@@ -193,9 +195,27 @@ def reliability(
         both = np.isfinite(first) & np.isfinite(second)
         if both.sum() < 3 or first[both].std() == 0 or second[both].std() == 0:
             return math.nan
-        rho = float(np.corrcoef(first[both], second[both])[0, 1])
-        found.append(2 * rho / (1 + rho))
-    return float(np.mean(found))
+        trials = [_effective(*(s[side].sum(axis=0) for s in sums[1::2])) for side in (half, ~half)]
+        found.append((float(np.corrcoef(first[both], second[both])[0, 1]), *trials))
+    rho, a, b = np.mean(found, axis=0)
+    return _of_all_trials(float(rho), float(a), float(b))
+
+
+def _effective(n_in: Floats, n_out: Floats) -> float:
+    """Half the trials an even design would need for the same noise: 1 / (1/n_in + 1/n_out)."""
+    return float(np.nanmean(ratio(n_in * n_out, n_in + n_out)))
+
+
+def _of_all_trials(rho: float, a: float, b: float) -> float:
+    """Reliability of a + b trials, if a and b trials correlate with rho.
+
+    With x the noise of one trial over the signal, both variances, rho^2 (1 + x/a) (1 + x/b) = 1.
+    """
+    if rho <= 0:
+        return max(-1.0, 2 * rho / (1 + rho)) if rho > -1 else -1.0
+    p, q = 1 / (a * b), 1 / a + 1 / b
+    x = (-q + math.sqrt(q * q + 4 * p * (1 / rho**2 - 1))) / (2 * p)
+    return 1 / (1 + x / (a + b))
 
 
 def forecast_trials(trials: int, reliability: float, target: float) -> float:

@@ -12,6 +12,7 @@ from scipy import special
 from raymem.memorization.estimates import Floats
 
 JEFFREYS = 0.5
+ROUNDING = 1e-12
 QUADRATURE_POINTS = 200
 # Rows of N x points that are worked on at once.
 TILE = 4096
@@ -69,7 +70,7 @@ def list_with_fdr(probability: ArrayLike, rate: float = 0.05) -> NDArray[np.bool
     if len(order) == 0:
         return np.zeros(len(wrong), bool)
     last_of_equals = np.append(order[1:] > order[:-1], True)
-    allowed = (np.cumsum(order) / np.arange(1, len(order) + 1) <= rate) & last_of_equals
+    allowed = (np.cumsum(order) / np.arange(1, len(order) + 1) <= rate + ROUNDING) & last_of_equals
     if not allowed.any():
         return np.zeros(len(wrong), bool)
     listed: NDArray[np.bool_] = wrong <= order[np.flatnonzero(allowed)[-1]]

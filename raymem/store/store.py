@@ -151,7 +151,7 @@ class Store:
         """study.json. Raises StoreError if there is none or it is from a newer raymem."""
         try:
             body: dict[str, Any] = json.loads(self.files.read("study.json"))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(
                 f"there is no study in {self.url}; check the path, or run a job with --store "
                 f"{self.url}"
@@ -174,17 +174,28 @@ class Store:
     def examples(self) -> pa.Table:
         """The set's index, examples.parquet: train first."""
         key = "examples.parquet"
-        return trials.decode(self.files.read(key), key)
+        try:
+            return trials.decode(self.files.read(key), key)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self.study()  # says so if there is no store at all
+            raise StoreError(
+                f"{self.url} has no {key}; run the study's job, which writes it"
+            ) from error
 
     @property
     def target(self) -> Target:
         """What the study wants to have; no trials if nothing was asked for yet."""
         try:
             body = json.loads(self.files.read("target.json"))
+            epsilons = tuple(float(epsilon) for epsilon in body["epsilons"])
+            return Target(trials=int(body["trials"]), epsilons=epsilons)
         except FileNotFoundError:
             return Target(trials=0)
-        epsilons = tuple(float(epsilon) for epsilon in body["epsilons"])
-        return Target(trials=body["trials"], epsilons=epsilons)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedObjectError(
+                f"target.json is damaged ({error}); run `raymem verify STORE --repair`, then the "
+                "job"
+            ) from error
 
     @target.setter
     def target(self, target: Target) -> None:
@@ -268,9 +279,11 @@ class Store:
         key = f"scores/{name}.parquet"
         try:
             return trials.decode(self.files.read(key), key)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self.study()  # says so if there is no store at all
             raise StoreError(
-                f"{self.url} has no {key} yet; run the study's job, or its `score` stage"
+                f"{self.url} has no {key} yet; run the study's job or its `score` stage, or import "
+                "again"
             ) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from raymem.errors import DamagedObjectError
 from raymem.store import columns
 from raymem.training import TrialResult
 
+KEY = re.compile(r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json)")
 METADATA, CHECKSUM = b"raymem", b"raymem_checksum"
 
 
@@ -51,11 +53,11 @@ class TrialKey(NamedTuple):
     @classmethod
     def parse(cls, key: str) -> TrialKey | None:
         """The trial whose result or failure is at `key`; None if that is no such key."""
-        parts = key.split("/")
-        if len(parts) != 3 or parts[0] not in ("trials", "failed"):
+        if not KEY.fullmatch(key):
             return None
+        _, epsilon, name = key.split("/")
         try:
-            return cls(float(parts[1].removeprefix("eps-")), int(parts[2].split(".")[0]))
+            return cls(float(epsilon.removeprefix("eps-")), int(name.split(".")[0]))
         except ValueError:
             return None
 
@@ -134,7 +136,9 @@ def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
 def decode(data: bytes, key: str, names: list[str] | None = None) -> pa.Table:
     """The table in Parquet bytes, checksums verified. Raises DamagedObjectError."""
     try:
-        return pq.read_table(pa.BufferReader(data), columns=names, page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        # Objects are read side by side; threads inside each would only race with torch's at exit.
+        return file.read(columns=names, use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise DamagedObjectError(
             f"{key} does not read back ({error}); run `raymem verify STORE --repair`, then the job"

@@ -76,7 +76,11 @@ def _problems(store: Store) -> Iterator[Problem]:
         elif key.startswith("scores/"):
             yield from _damage(key, partial(_check_table, store, key))
     done = store.done()
-    for wanted in store.target.wanted():
+    try:
+        target = store.target
+    except DamagedObjectError:  # found above, with the other JSON
+        return
+    for wanted in target.wanted():
         if wanted not in done:
             detail = "not trained yet, or given up"
             yield Problem(kind="missing", key=wanted.object_key, detail=detail)
@@ -107,6 +111,8 @@ def _examples_problems(store: Store, body: Mapping[str, Any]) -> Iterator[Proble
 
 def _check_json(store: Store, key: str) -> None:
     json.loads(store.files.read(key))
+    if key == "target.json":
+        _ = store.target
 
 
 def _check_table(store: Store, key: str) -> pa.Table:
