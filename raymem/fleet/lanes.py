@@ -231,9 +231,10 @@ class Lanes:
     def _start(self, node_id: str, workers: int) -> None:
         name = f"lane-{self._started:03d}"
         self._started += 1
-        # Ray Train's watchdog looks its controller up in the newest Ray of the machine unless told
-        # which is meant: a second Ray started there would end this lane. Children inherit this.
-        where = {"env_vars": {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}}
+        # Ray Train's watchdog asks the newest Ray of the machine whether its controller lives, and
+        # ends the lane if that is another Ray. Nobody answers here: then it leaves the lane alone,
+        # and a lane's placement group goes with its runner anyway. Children inherit this.
+        where = {"env_vars": {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}}
         runner = (
             ray.remote(LaneRunner)
             .options(num_cpus=0, label_selector={NODE_LABEL: node_id}, runtime_env=where)
