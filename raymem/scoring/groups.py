@@ -1,7 +1,7 @@
 """Memorization of groups of near duplicates: what no copy in training would cost.
 
-A copy hides its twin: with one copy in, models know the other. Science of it: at ratio r, a pair of
-copies that cover each other has memorization 1 - r each, however much the pair is memorized.
+A copy hides its twin: with one copy in, models know the other. At ratio r, two copies that cover
+each other have memorization 1 - r each, however much the pair is memorized.
 
 Shapes: N training examples, G of them with copies in training, T trials.
 """

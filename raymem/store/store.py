@@ -173,14 +173,7 @@ class Store:
 
     def examples(self) -> pa.Table:
         """The set's index, examples.parquet: train first."""
-        key = "examples.parquet"
-        try:
-            return trials.decode(self.files.read(key), key)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            self.study()  # says so if there is no store at all
-            raise StoreError(
-                f"{self.url} has no {key}; run the study's job, which writes it"
-            ) from error
+        return self._table("examples.parquet", "run the study's job, which writes it")
 
     @property
     def target(self) -> Target:
@@ -276,15 +269,15 @@ class Store:
 
     def scores(self, name: str = "examples") -> pa.Table:
         """scores/NAME.parquet. Raises StoreError if there are no scores yet."""
-        key = f"scores/{name}.parquet"
+        advice = "run the study's job or its `score` stage, or import again"
+        return self._table(f"scores/{name}.parquet", advice)
+
+    def _table(self, key: str, advice: str) -> pa.Table:
         try:
             return trials.decode(self.files.read(key), key)
         except (FileNotFoundError, NotADirectoryError) as error:
             self.study()  # says so if there is no store at all
-            raise StoreError(
-                f"{self.url} has no {key} yet; run the study's job or its `score` stage, or import "
-                "again"
-            ) from error
+            raise StoreError(f"{self.url} has no {key} yet; {advice}") from error
 
 
 def study_hash(study: Mapping[str, Any]) -> str:
