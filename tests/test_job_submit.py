@@ -27,6 +27,8 @@ def head():
     # Ray's sockets live in its folder, and their paths must be short.
     folder = tempfile.mkdtemp(prefix="ray")
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
+    # As in an activated environment: the job's `python` is this one.
+    environment["PATH"] = os.pathsep.join([str(RAY.parent), environment["PATH"]])
     environment.pop("RAY_ADDRESS", None)
     start = subprocess.Popen(
         [
