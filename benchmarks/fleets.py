@@ -15,6 +15,7 @@ from benchmarks.rows import Row, seconds
 from raymem import Examples, Recipe, Store, Study, TrialKey, load_examples, memorization
 
 WORKERS = 2
+WARM_UP = 20
 
 
 def commits(store: Store) -> list[tuple[float, float]]:
@@ -31,7 +32,7 @@ def commits(store: Store) -> list[tuple[float, float]]:
 
 def useful_share(quick: bool) -> Iterator[Row]:
     digits = load_examples("digits")
-    epochs, trials = (220, 8) if quick else (250, 24)
+    epochs, trials = (210, 6) if quick else (250, 24)
     with tempfile.TemporaryDirectory() as folder:
         study = Study(
             examples=digits,
@@ -55,20 +56,22 @@ def useful_share(quick: bool) -> Iterator[Row]:
 
 
 def overhead(quick: bool) -> Iterator[Row]:
-    digits, trials = load_examples("digits"), 100 if quick else 1000
+    digits, trials = load_examples("digits"), 200 if quick else 1000
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(model="mlp-8", epochs=1, batch_size=1200)
         study = Study(examples=digits, recipe=recipe, store=folder, trials=trials)
         study.train(max_workers=WORKERS)
         found = commits(Store(folder))
-    span, n = found[-1][0] - found[0][0], len(found) - 1
-    per_trial = WORKERS * span / n - np.mean([took for _, took in found])
+    # A worker's first trials load kernels: they are longer, and began before the span.
+    start, later = found[WARM_UP][0], found[WARM_UP + 1 :]
+    span = later[-1][0] - start
+    per_trial = WORKERS * span / len(later) - np.mean([took for _, took in later])
     yield Row(
         what=f"overhead of a nearly empty trial of 1,797 examples, lease to commit on a local disk "
         f"({trials:,} trials, {WORKERS} workers)",
         result=f"{1e3 * per_trial:.1f} ms",
         goal="20 ms",
-        met=bool(per_trial < 0.02),
+        met=bool(0 < per_trial < 0.02),
     )
 
 
@@ -98,7 +101,7 @@ def resume(quick: bool) -> Iterator[Row]:
 
 def models_needed(quick: bool) -> Iterator[Row]:
     """Variance of memorization over disjoint fleets of 40, by plan and by outcome."""
-    groups, size = (4, 20) if quick else (12, 40)
+    groups, size = (3, 20) if quick else (12, 40)
     digits = load_examples("digits")
     variance: dict[tuple[str, str], np.ndarray] = {}
     for kind in ("balanced", "fixed-size"):

@@ -64,7 +64,7 @@ def our_loop(data: Images, recipe: Recipe) -> None:
 
 
 def against_the_plain_loop(quick: bool) -> Iterator[Row]:
-    n, repeats = (512, 3) if quick else (2048, 5)
+    n, repeats = (512, 2) if quick else (2048, 5)
     x, y = images_like_cifar(n)
     data = Images.from_arrays(x, y, x[:1], y[:1], 10)
     for net in NETS:
@@ -99,7 +99,7 @@ def flop_rates() -> tuple[float, float]:
 
 
 def utilization(quick: bool) -> Iterator[Row]:
-    n, repeats = (512, 3) if quick else (2048, 5)
+    n, repeats = (512, 2) if quick else (2048, 5)
     for net, shape in (("mlp-512-256", (28, 28, 1)), ("small-resnet", (32, 32, 3))):
         generator = np.random.default_rng(0)
         x = generator.integers(0, 256, (n, *shape), dtype=np.uint8)
