@@ -4,6 +4,7 @@
     ├── ExamplesError            the data set cannot be used as it is
     ├── PlanError                subsets asked for do not exist
     ├── RecipeError              the training recipe makes no sense
+    ├── CurvatureError           curvature cannot be measured so
     ├── StoreError               the store cannot be read or written
     │   ├── StudyMismatchError   the store belongs to another study, data set or recipe
     │   ├── StoreHeldError       another live driver holds the store (exit code 3)
@@ -38,6 +39,10 @@ class PlanError(RaymemError, ValueError):
 
 class RecipeError(RaymemError, ValueError):
     """The training recipe makes no sense."""
+
+
+class CurvatureError(RaymemError, ValueError):
+    """Curvature cannot be measured so: of this model, with these inputs or settings."""
 
 
 class StoreError(RaymemError):

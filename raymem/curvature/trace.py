@@ -1,0 +1,341 @@
+"""tr H and tr H^2 of the input Hessian H, per example: exact where it can be, else unbiased.
+
+For logits f(x), p = softmax(f), J = df/dx and cross entropy,
+
+    H = J' S J + sum_k (p_k - 1[k = y]) grad^2 f_k,    S = diag(p) - p p'.
+
+The first part is the Gauss-Newton matrix. Nets of convolutions, linear layers, ReLU, max-pool and
+BatchNorm in eval mode are piecewise linear: grad^2 f_k = 0 almost everywhere, and H is that part.
+
+**Gauss-Newton.** Let c be the likeliest class, D_k = J_k - J_c for the K-1 others. S restricted to
+them factors as B B', b_j = sqrt(p_j) (e_j - p / (1 + sqrt(p_c))), so that tr H = sum_j |D'b_j|^2: a
+sum of squares, without cancellation however confident the model is, from K-1 backward passes. With
+many classes the likeliest columns b_j are taken exactly, and the sum over the rest is estimated
+with Rademacher probes, unbiased.
+
+**Hessian.** For other nets the second part is added by Hutchinson's estimator (1990),
+E[v'Hv - v'J'SJv] over Rademacher v, where Hv and Jv come from one forward-over-reverse pass
+(Pearlmutter 1994): only the part that Gauss-Newton misses has an error.
+
+Shapes: B batch, K classes, q exact columns, s logit probes, n input probes, d values per image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from raymem.curvature.checks import check_inputs, check_logits, plain_arithmetic
+from raymem.curvature.paper import PaperRule
+from raymem.curvature.probes import image_signs, keys_of, signs
+from raymem.errors import CurvatureError
+
+Mode = Literal["gauss-newton", "hessian"]
+# Piecewise linear nets measure 1e-5 in float32, GroupNorm and GELU 0.05 and more.
+RESIDUAL_IS_NOISE = 1e-3
+CHECKED = 8
+# Streams of probes: no two uses of one example's key share signs.
+LOGIT_STREAM, INPUT_STREAM, CHECK_STREAM = 0, 1 << 20, 2 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvatureRule:
+    """How curvature is measured. Part of a study's identity if the study measures it.
+
+    Raises CurvatureError for settings that make no sense.
+
+    >>> CurvatureRule(mode="hessian").probes
+    20
+    """
+
+    mode: Literal["auto", "gauss-newton", "hessian"] = "auto"
+    """auto: Gauss-Newton if that is all of H for this model, see `pick_mode`."""
+    exact_classes: int = 16
+    """Up to this many classes the Gauss-Newton trace takes K-1 passes and is exact."""
+    columns: int = 8
+    """Above: this many of the likeliest classes' columns exactly ..."""
+    logit_probes: int = 2
+    """... and the rest from so many Rademacher probes; two or more, for the standard error."""
+    probes: int = 20
+    """Hessian mode: Rademacher probes of the part that Gauss-Newton misses; two or more."""
+    paper: PaperRule | None = PaperRule()
+    """The paper's score, beside; None: not."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "gauss-newton", "hessian"):
+            raise CurvatureError(f"no mode {self.mode!r}; take auto, gauss-newton or hessian")
+        for name, least in (("exact_classes", 1), ("columns", 0), ("logit_probes", 2)):
+            if getattr(self, name) < least:
+                raise CurvatureError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if self.probes < 2:
+            raise CurvatureError(f"probes must be 2 or more, got {self.probes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """Curvature of the loss of B examples, and the cheap baselines beside it; all [B]."""
+
+    trace: Tensor
+    """tr H, nats per squared pixel unit; may be negative where H has a second part."""
+    trace_stderr: Tensor
+    """Standard error of `trace` over its probes; 0 where it is exact."""
+    squared: Tensor
+    """tr H^2 = |H|_F^2, or an unbiased estimate of it, which can be negative."""
+    gradient_norm: Tensor
+    """|d loss / dx|_2, nats per pixel unit."""
+    loss: Tensor
+    """Cross entropy, nats."""
+    mode: Mode
+    """What was computed."""
+    backward_passes: int
+    """Vector-Jacobian products that were needed; one in each Hessian-vector product."""
+
+
+class _GaussNewton(NamedTuple):
+    trace: Tensor
+    variance: Tensor
+    squared: Tensor
+    gradient: Tensor
+    logits: Tensor
+    passes: int
+    root: Tensor | None
+    """[B, K-1, d] with root'root = J'SJ, if all columns were computed."""
+
+
+def curvature(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    rule: CurvatureRule | None = None,
+    *,
+    seed: int = 0,
+) -> Curvature:
+    """tr H of the cross entropy in the pixels: eq. 7 of Ravikumar et al. 2024.
+
+    model: logits [B, K] from x, in eval mode. x: [B, C, H, W], float32 or float64. y: int64 [B].
+    Examples do not influence each other: any batch gives the same, to rounding.
+
+    In Gauss-Newton mode the trace is label-free: it is tr of the Fisher information of the pixels.
+
+    Raises CurvatureError for a model in training mode, wrong types and shapes, and models that
+    cannot be differentiated as the mode needs it.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    >>> result = curvature(net, torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))
+    >>> result.mode, result.backward_passes, bool((result.trace > 0).all())
+    ('gauss-newton', 2, True)
+    """
+    rule = rule or CurvatureRule()
+    check_inputs(model, x, y)
+    mode: Mode = pick_mode(model, x, y, seed=seed) if rule.mode == "auto" else rule.mode
+    with plain_arithmetic(model, x):
+        keys = keys_of(x, seed)
+        gn = _gauss_newton(model, x, y, keys, rule)
+        if mode == "hessian":
+            trace, variance, squared = _with_residual(model, x, y, keys, rule, gn)
+        else:
+            trace, variance, squared = gn.trace, gn.variance, gn.squared
+    return Curvature(
+        trace=trace,
+        trace_stderr=variance.sqrt(),
+        squared=squared,
+        gradient_norm=gn.gradient.flatten(1).norm(dim=1),
+        loss=F.cross_entropy(gn.logits, y, reduction="none"),
+        mode=mode,
+        backward_passes=gn.passes + (rule.probes if mode == "hessian" else 0),
+    )
+
+
+def pick_mode(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Mode:
+    """Gauss-Newton if it is all of the Hessian for this model, as far as the first 8 images tell.
+
+    Compares Hv with J'SJv for one random v. The logits are divided by their spread first: with
+    confident models both vanish, and their ratio would be rounding.
+
+    Raises CurvatureError if the model has no Hessian-vector products; then a mode must be forced.
+    """
+    check_inputs(model, x, y)
+    x, y = x[:CHECKED].detach(), y[:CHECKED]
+    with plain_arithmetic(model, x):
+        v = image_signs(keys_of(x, seed), CHECK_STREAM, x)
+        with torch.no_grad():
+            spread = model(x).std(dim=1, keepdim=True).clamp(min=1)
+        product = _hessian_vector(model, x, y, v, spread)
+        moved, p = product.logits_tangent / spread, (product.logits / spread).softmax(1)
+        up = p * (moved - (p * moved).sum(1, keepdim=True)) / spread
+        at = x.clone().requires_grad_()
+        (gn_vector,) = torch.autograd.grad(model(at), at, up)
+    total = float(product.vector.norm())
+    residual = float((product.vector - gn_vector).norm())
+    return "hessian" if residual > RESIDUAL_IS_NOISE * total else "gauss-newton"
+
+
+def _gauss_newton(
+    model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, rule: CurvatureRule
+) -> _GaussNewton:
+    at = x.detach().clone().requires_grad_()
+    logits = model(at)
+    check_logits(logits, y)
+    p = logits.detach().softmax(1)
+    order = p.argsort(dim=1, descending=True, stable=True)
+    exact = logits.shape[1] <= rule.exact_classes
+    columns = _all_columns if exact else _some_columns
+    return columns(logits, at, y, p, order, keys, rule)
+
+
+def _all_columns(
+    logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor, keys: Tensor,
+    rule: CurvatureRule,
+) -> _GaussNewton:  # fmt: skip
+    """All K-1 rows D_k; the gradient comes with them, as J'(p - y) = sum_k (p_k - y_k) D_k."""
+    K = logits.shape[1]
+    likeliest, others = order[:, :1], order[:, 1:]
+    rows = []
+    for j in range(K - 1):
+        up = torch.zeros_like(p).scatter_(1, others[:, j : j + 1], 1.0)
+        up.scatter_(1, likeliest, -1.0)
+        rows.append(_vjp(logits, at, up, last=j == K - 2).flatten(1))
+    D = torch.stack(rows, 1)
+    q = p.gather(1, others)
+    beta = 1 / (1 + p.gather(1, likeliest).sqrt())
+    mixed = D - beta[:, :, None] * (q[:, None] @ D)
+    root = q.sqrt()[:, :, None] * mixed
+    M = root @ root.mT
+    missed = q - (others == y[:, None]).to(q)
+    return _GaussNewton(
+        trace=M.diagonal(dim1=1, dim2=2).sum(1),
+        variance=torch.zeros_like(q[:, 0]),
+        squared=M.square().sum((1, 2)),
+        gradient=(missed[:, None] @ D)[:, 0],
+        logits=logits.detach(),
+        passes=K - 1,
+        root=root,
+    )
+
+
+def _some_columns(
+    logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor, keys: Tensor,
+    rule: CurvatureRule,
+) -> _GaussNewton:  # fmt: skip
+    """The likeliest columns of B one by one, the rest by probes, and one pass for the gradient."""
+    K = logits.shape[1]
+    n_exact = min(rule.columns, K - 1)
+    likeliest, others = order[:, :1], order[:, 1:]
+    q = p.gather(1, others)
+    top = p.gather(1, likeliest)
+
+    def up(w: Tensor) -> Tensor:
+        """sum_j w_j b_j as a direction of the logits, w [B, K-1]."""
+        scaled = w * q.sqrt()
+        total = scaled.sum(1, keepdim=True)
+        found = torch.zeros_like(p).scatter_(1, others, scaled - total * q / (1 + top.sqrt()))
+        return found.scatter_(1, likeliest, -total * top.sqrt())
+
+    chosen = []
+    for j in range(n_exact):
+        w = torch.zeros_like(q)
+        w[:, j] = 1
+        chosen.append(_vjp(logits, at, up(w)).flatten(1))
+    probed = []
+    n_probes = rule.logit_probes if n_exact < K - 1 else 0
+    for k in range(n_probes):
+        w = signs(keys, LOGIT_STREAM + k, K - 1, p.dtype)
+        # By class, not by rank: ranks of equal logits may differ between batches.
+        w = w.gather(1, others - (others > likeliest).long())
+        w[:, :n_exact] = 0
+        probed.append(_vjp(logits, at, up(w)).flatten(1))
+    gradient = _vjp(logits, at, p - F.one_hot(y, K).to(p), last=True)
+    E = torch.stack(chosen, 1) if chosen else p.new_zeros(len(p), 0, at[0].numel())
+    M = E @ E.mT
+    trace, squared = M.diagonal(dim1=1, dim2=2).sum(1), M.square().sum((1, 2))
+    variance = torch.zeros_like(trace)
+    if probed:
+        R = torch.stack(probed, 1)
+        Q = R @ R.mT
+        lengths = Q.diagonal(dim1=1, dim2=2)
+        trace = trace + lengths.mean(1)
+        variance = lengths.var(1) / n_probes
+        pairs = (Q.square().sum((1, 2)) - lengths.square().sum(1)) / (n_probes * (n_probes - 1))
+        squared = squared + 2 * (E @ R.mT).square().sum((1, 2)) / n_probes + pairs
+    return _GaussNewton(
+        trace=trace,
+        variance=variance,
+        squared=squared,
+        gradient=gradient,
+        logits=logits.detach(),
+        passes=n_exact + n_probes + 1,
+        root=None,
+    )
+
+
+def _with_residual(
+    model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, rule: CurvatureRule, gn: _GaussNewton
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Trace, its variance, and tr H^2, with what Gauss-Newton misses."""
+    p = gn.logits.softmax(1)
+    traces, squares = [], []
+    for k in range(rule.probes):
+        v = image_signs(keys, INPUT_STREAM + k, x)
+        product = _hessian_vector(model, x, y, v)
+        vector, moved = product.vector.flatten(1), product.logits_tangent
+        known = (p * (moved - (p * moved).sum(1, keepdim=True)).square()).sum(1)
+        traces.append((v.flatten(1) * vector).sum(1) - known)
+        length = vector.square().sum(1)
+        if gn.root is not None:
+            along = gn.root @ v.flatten(1)[:, :, None]
+            length = length - (gn.root.mT @ along).square().sum((1, 2))
+        squares.append(length)
+    missed, square = torch.stack(traces, 1), torch.stack(squares, 1).mean(1)
+    variance = gn.variance + missed.var(1) / rule.probes
+    squared = square if gn.root is None else gn.squared + square
+    return gn.trace + missed.mean(1), variance, squared
+
+
+class _Product(NamedTuple):
+    vector: Tensor
+    """Hv, in the shape of x."""
+    logits: Tensor
+    logits_tangent: Tensor
+    """Jv, [B, K]."""
+
+
+def _hessian_vector(
+    model: nn.Module, x: Tensor, y: Tensor, v: Tensor, divided_by: Tensor | float = 1.0
+) -> _Product:
+    """Hv and Jv of the summed loss of logits / divided_by, forward over reverse."""
+
+    def loss(at: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(at)
+        check_logits(logits, y)
+        return F.cross_entropy(logits / divided_by, y, reduction="sum"), logits
+
+    # The fused attention kernels have no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            (_, logits), (vector, tangent) = torch.func.jvp(
+                torch.func.grad(loss, has_aux=True), (x.detach(),), (v,)
+            )
+        except CurvatureError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise CurvatureError(
+                f"the model has no Hessian-vector products ({_first_line(error)}); force "
+                "mode='gauss-newton' if it is piecewise linear, else replace that layer"
+            ) from error
+    return _Product(vector.detach(), logits.detach(), tangent.detach())
+
+
+def _vjp(logits: Tensor, at: Tensor, up: Tensor, *, last: bool = False) -> Tensor:
+    (found,) = torch.autograd.grad(logits, at, up, retain_graph=not last)
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
