@@ -12,6 +12,7 @@ from typing import Any, cast
 import click
 
 from raymem.cli import command_errors
+from raymem.curvature import CurvatureRule, PaperRule
 from raymem.errors import RecipeError, StoreError
 from raymem.examples import NAMED, Examples, load_examples
 from raymem.fleet import Engine, duration
@@ -41,6 +42,10 @@ class JobOptions:
     seed: int
     recipe: Recipe | None = None
     """The one of --recipe, for jobs that have several."""
+    curvature: CurvatureRule | None = None
+    """How curvature is measured, with --curvature."""
+    curvature_trials: int | None = None
+    keep_models: int = 0
 
     def load_examples(self) -> Examples:
         """The data set of --data."""
@@ -64,6 +69,9 @@ class JobOptions:
             subset_ratio=self.subset_ratio,
             kind=self.kind,
             seed=self.seed,
+            curvature=self.curvature,
+            curvature_trials=self.curvature_trials,
+            keep_models=self.keep_models,
         )
 
 
@@ -76,11 +84,13 @@ def run_job(
     subset_ratio: float = 0.7,
     seed: int = 0,
     recipes: Mapping[str, Recipe] | None = None,
+    curvature: bool = False,
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Run a job file: `build` makes the study from the options, whose defaults are given here.
 
-    `recipes` adds an option --recipe to choose one by name, the first by default.
+    `recipes` adds an option --recipe to choose one by name, the first by default. `curvature` says
+    if trials measure it unless --no-curvature (or --curvature) is given.
 
     Exits with 0 when done, 1 on failure, 2 on wrong usage, 3 if another driver holds the store, 4
     without space.
@@ -124,6 +134,7 @@ def run_job(
         "--max-pairs", type=click.IntRange(1), default=1_000_000, help="Influence pairs kept."
     )
     @_recipe_option(recipes or {})
+    @_curvature_options(curvature)
     @click.option("--verbose", is_flag=True, help="Show what Ray says.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     def command(
@@ -135,10 +146,17 @@ def run_job(
         verbose: bool,
         debug: bool,
         max_pairs: int,
+        curvature: bool,
+        curvature_mode: str,
+        paper_step: float,
         recipe: str | None = None,
         **settings: Any,
     ) -> None:
         with command_errors(debug):
+            if curvature:
+                settings["curvature"] = CurvatureRule(
+                    mode=cast(Any, curvature_mode), paper=PaperRule(step=paper_step)
+                )
             settings["recipe"] = recipes[recipe] if recipes and recipe else None
             settings["store"] = absolute_store(settings["store"])
             study = build(JobOptions(**settings))
@@ -172,6 +190,44 @@ def _recipe_option(recipes: Mapping[str, Recipe]) -> Callable[[Any], Any]:
     return click.option(
         "--recipe", type=click.Choice(names), default=names[0], help="How each model is trained."
     )
+
+
+def _curvature_options(on: bool) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for option in (
+            click.option(
+                "--keep-models",
+                type=click.IntRange(0),
+                default=0,
+                help="Keep the weights of the first so many trials.",
+            ),
+            click.option(
+                "--paper-step",
+                type=float,
+                default=PaperRule.step,
+                help="Step h of the paper's score, in [0, 1] pixels.",
+            ),
+            click.option(
+                "--curvature-mode",
+                type=click.Choice(["auto", "gauss-newton", "hessian"]),
+                default="auto",
+                help="How the trace is computed.",
+            ),
+            click.option(
+                "--curvature-trials",
+                type=click.IntRange(1),
+                help="Measure it in the first so many trials only, whole blocks.  [default: all]",
+            ),
+            click.option(
+                "--curvature/--no-curvature",
+                default=on,
+                help="Measure every training example's curvature in each trial.",
+            ),
+        ):
+            function = option(function)
+        return function
+
+    return add
 
 
 def score_and_print(study: Study, rule: PairRule) -> None:

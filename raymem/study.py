@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from raymem.curvature import CurvatureRule
 from raymem.errors import PlanError, StoreError
 from raymem.examples import Examples
-from raymem.fleet import Engine, Progress, duration, run_fleet
+from raymem.fleet import Engine, Extras, Progress, duration, run_fleet
 from raymem.memorization import PairRule
 from raymem.plan import Kind, Plan
 from raymem.scoring import EpsilonSummary, score
@@ -57,12 +58,20 @@ class Study:
     """Start of all randomness."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only, see Plan."""
+    curvature: CurvatureRule | None = None
+    """How trials measure every training example's input loss curvature; None: they do not."""
+    curvature_trials: int | None = None
+    """Only the first so many trials do, whole blocks; None: all. Can be raised for later trials."""
+    keep_models: int = 0
+    """Weights of the first so many trials are kept in the store."""
     plan: Plan = field(init=False)
     """The subsets."""
 
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise PlanError(f"trials must be 1 or more, got {self.trials}")
+        if self.keep_models < 0:
+            raise PlanError(f"keep_models must be 0 or more, got {self.keep_models}")
         plan = Plan(
             n=len(self.examples.train_ids),
             subset_ratio=self.subset_ratio,
@@ -71,6 +80,20 @@ class Study:
             pool=self.pool,
         )
         object.__setattr__(self, "plan", plan)
+        self._check_curvature_trials()
+
+    def _check_curvature_trials(self) -> None:
+        limit, block = self.curvature_trials, self.plan.block
+        if limit is None:
+            return
+        if self.curvature is None:
+            raise PlanError("curvature_trials needs curvature; give a CurvatureRule")
+        if limit < 1 or (limit % block and limit < self.trials and self.kind != "fixed-size"):
+            raise PlanError(
+                f"curvature_trials must be whole blocks of {block} trials, got {limit}; take "
+                f"{max(1, -(-limit // block)) * block}, so that every example has its share of "
+                "in and out"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """What makes its trials comparable, JSON-ready: its hash is the study's identity."""
@@ -83,6 +106,8 @@ class Study:
             },
             "plan": self.plan.as_dict(),
             "recipe": self.recipe.as_dict(),
+            # Absent if not measured: such studies are those of before there was curvature.
+            **({} if self.curvature is None else {"curvature": self.curvature.as_dict()}),
         }
 
     def open_store(self) -> Store:
@@ -112,7 +137,15 @@ class Study:
             cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
             max_workers=max_workers,
+            extras=self._extras(),
             verbose=verbose,
+        )
+
+    def _extras(self) -> Extras:
+        return Extras(
+            curvature=self.curvature,
+            curvature_trials=self.curvature_trials,
+            keep_models=self.keep_models,
         )
 
     def score(self, rule: PairRule | None = None) -> list[EpsilonSummary]:
@@ -151,7 +184,8 @@ class Study:
         warm_up = dataclasses.replace(self.recipe, epochs=1)
         run_trial(images, mask, warm_up, self.plan.seeds(0), threads=threads)
         start = time.perf_counter()
-        result = run_trial(images, mask, self.recipe, self.plan.seeds(0), threads=threads)
+        extras = self._extras().of(0)
+        result = run_trial(images, mask, self.recipe, self.plan.seeds(0), threads=threads, **extras)
         seconds = time.perf_counter() - start
         return seconds, len(encode(trial_table(key, mask, result), {}))
 

@@ -22,9 +22,9 @@ Shapes: B batch, K classes, q exact columns, s logit probes, n input probes, d v
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class CurvatureRule:
     """... and the rest from so many Rademacher probes; two or more, for the standard error."""
     probes: int = 20
     """Hessian mode: Rademacher probes of the part that Gauss-Newton misses; two or more."""
-    paper: PaperRule | None = PaperRule()
+    paper: PaperRule | None = field(default_factory=PaperRule)
     """The paper's score, beside; None: not."""
 
     def __post_init__(self) -> None:
@@ -75,6 +75,10 @@ class CurvatureRule:
                 raise CurvatureError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.probes < 2:
             raise CurvatureError(f"probes must be 2 or more, got {self.probes}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The rule as JSON-ready data: what a study's hash covers."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +322,7 @@ def _hessian_vector(
     # The fused attention kernels have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
         try:
-            (_, logits), (vector, tangent) = torch.func.jvp(
+            derivatives: Any = torch.func.jvp(
                 torch.func.grad(loss, has_aux=True), (x.detach(),), (v,)
             )
         except CurvatureError:
@@ -328,6 +332,7 @@ def _hessian_vector(
                 f"the model has no Hessian-vector products ({_first_line(error)}); force "
                 "mode='gauss-newton' if it is piecewise linear, else replace that layer"
             ) from error
+    (_, logits), (vector, tangent) = derivatives
     return _Product(vector.detach(), logits.detach(), tangent.detach())
 
 

@@ -7,5 +7,6 @@ Out: trial objects in the store. `run_fleet` is all there is to call; rerunning 
 from raymem.fleet.fleet import Engine, Stopped, run_fleet
 from raymem.fleet.ledger import Ledger, Progress
 from raymem.fleet.report import duration
+from raymem.fleet.work import Extras
 
-__all__ = ["Engine", "Ledger", "Progress", "Stopped", "duration", "run_fleet"]
+__all__ = ["Engine", "Extras", "Ledger", "Progress", "Stopped", "duration", "run_fleet"]

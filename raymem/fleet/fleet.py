@@ -21,7 +21,7 @@ from raymem.errors import (
 from raymem.examples import Examples
 from raymem.fleet.ledger import Ledger, Lost, Progress
 from raymem.fleet.report import ProgressLine
-from raymem.fleet.work import Job, work
+from raymem.fleet.work import Extras, Job, work
 from raymem.models import build_model
 from raymem.plan import Plan
 from raymem.store import DriverLock, Store
@@ -54,6 +54,7 @@ def run_fleet(
     cpus_per_trial: int = 1,
     gpus_per_trial: float | None = None,
     max_workers: int | None = None,
+    extras: Extras | None = None,
     verbose: bool = False,
 ) -> Progress:
     """Train what `store.target` wants and the store does not have yet.
@@ -61,7 +62,7 @@ def run_fleet(
     Each trial is committed to the store by itself, once; whatever is killed, calling this again
     goes on where it was. `engine="serial"` runs the same trials in this process, without Ray.
     `gpus_per_trial` is 1 by default where the cluster has GPUs, else 0; fractions pack small
-    models.
+    models. `extras` says which trials measure curvature, and which keep their weights.
 
     The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
     another live driver has it, StoreFullError without space, FleetError if trials cannot run,
@@ -108,7 +109,7 @@ def run_fleet(
         try:
             progress = ledger.progress()
             if not progress.complete:
-                job = Job.of(examples, plan, recipe, store, cpus_per_trial)
+                job = Job.of(examples, plan, recipe, store, cpus_per_trial, extras or Extras())
                 run = _run_serial if engine == "serial" else _run_ray
                 slots = {
                     "cpus_per_trial": cpus_per_trial,

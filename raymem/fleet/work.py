@@ -15,13 +15,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from raymem.curvature import CurvatureRule
 from raymem.errors import ResultMismatchError, StoreFullError, TrialError
 from raymem.examples import Examples
 from raymem.fleet.ledger import Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.store import Store, TrialKey, trial_table
-from raymem.training import Images, Recipe, TrialResult, run_trial
+from raymem.training import Images, Measured, Recipe, TrialResult, run_trial
 from raymem.version import VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What trials do beside training and evaluation, and which of them."""
+
+    curvature: CurvatureRule | None = None
+    """How curvature is measured; None: not at all."""
+    curvature_trials: int | None = None
+    """Only in trials below this number; None: in all."""
+    keep_models: int = 0
+    """Weights are kept of the trials below this number."""
+
+    def of(self, trial: int) -> dict[str, Any]:
+        """Arguments for `run_trial`."""
+        measured = self.curvature_trials is None or trial < self.curvature_trials
+        return {
+            "curvature": self.curvature if measured else None,
+            "keep_weights": trial < self.keep_models,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +55,8 @@ class Job:
     recipe: Recipe
     threads: int
     """CPU threads per trial."""
+    extras: Extras
+    """What trials do beside training and evaluation."""
     x_train: NDArray[np.uint8]
     y_train: NDArray[np.int64]
     x_test: NDArray[np.uint8]
@@ -41,7 +64,15 @@ class Job:
     n_classes: int
 
     @classmethod
-    def of(cls, examples: Examples, plan: Plan, recipe: Recipe, store: Store, threads: int) -> Job:
+    def of(
+        cls,
+        examples: Examples,
+        plan: Plan,
+        recipe: Recipe,
+        store: Store,
+        threads: int,
+        extras: Extras,
+    ) -> Job:
         """The job of a study."""
         return cls(
             store_url=store.url,
@@ -49,6 +80,7 @@ class Job:
             plan=plan,
             recipe=recipe,
             threads=threads,
+            extras=extras,
             x_train=examples.x_train,
             y_train=examples.y_train,
             x_test=examples.x_test,
@@ -99,8 +131,12 @@ def attempt(job: Job, images: Images, store: Store, lease: Lease) -> tuple[Outco
     mask = job.plan.mask(key.trial)
     seeds = job.plan.seeds(key.trial, key.epsilon, lease.seed_attempt)
     try:
-        result = run_trial(images, mask, job.recipe, seeds, threads=job.threads)
+        result = run_trial(
+            images, mask, job.recipe, seeds, threads=job.threads, **job.extras.of(key.trial)
+        )
         about = provenance(job, lease, seeds, result, images.device)
+        if result.weights is not None:
+            store.keep_weights(key, result.weights, about)
         committed: Any = store.commit(key, trial_table(key, mask, result), about)
     except StoreFullError as error:
         return "full", str(error)
@@ -122,7 +158,10 @@ def provenance(
 ) -> dict[str, Any]:
     """How a trial came about, for the metadata of its object."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    measured = result.curvature
+    curvature = {} if measured is None else {"curvature": curvature_about(job, measured)}
     return {
+        **curvature,
         "study_hash": job.study_hash,
         "attempt": lease.attempt,
         "seeds": vars(seeds),
@@ -135,3 +174,9 @@ def provenance(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "raymem": VERSION,
     }
+
+
+def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:
+    """How curvature was measured, for the metadata beside it."""
+    rule = None if job.extras.curvature is None else job.extras.curvature.as_dict()
+    return {"mode": measured.mode, "rule": rule, "seconds": round(measured.seconds, 3)}

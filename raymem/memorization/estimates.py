@@ -150,12 +150,10 @@ def difference_of_means(
     arms = ((sum_in, squares_in, n_in), (sum_out, squares_out, n_out))
     means, variances, freedoms = [], [], []
     for total, squares, count in arms:
-        s, q, n = (np.asarray(a, np.float64) for a in (total, squares, count))
-        mean = ratio(s, n)
-        of_mean = ratio(np.maximum(q - n * mean**2, 0), (n - 1) * n)
+        mean, of_mean = mean_and_stderr(total, squares, count)
         means.append(mean)
-        variances.append(of_mean)
-        freedoms.append(ratio(of_mean**2, n - 1))
+        variances.append(of_mean**2)
+        freedoms.append(ratio(of_mean**4, np.asarray(count, np.float64) - 1))
     value, variance = means[0] - means[1], variances[0] + variances[1]
     stderr = np.sqrt(variance)
     with np.errstate(invalid="ignore"):
@@ -167,6 +165,16 @@ def difference_of_means(
         low=np.maximum(value - half, -1),
         high=np.minimum(value + half, 1),
     )
+
+
+def mean_and_stderr(total: ArrayLike, squares: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
+    """Mean of n values and its standard error, from their sum and sum of squares; all [N].
+
+    NaN without values, and the error with fewer than two.
+    """
+    s, q, n = (np.asarray(a, np.float64) for a in (total, squares, n))
+    mean = ratio(s, n)
+    return mean, np.sqrt(ratio(np.maximum(q - n * mean**2, 0), (n - 1) * n))
 
 
 def reliability(

@@ -27,6 +27,7 @@ from raymem.memorization import (
     difference_of_proportions,
     forecast_trials,
     list_with_fdr,
+    mean_and_stderr,
     probability_above,
     ratio,
     reliability,
@@ -105,9 +106,12 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     trials_schema = columns.schema(columns.SCORES_TRIALS)
     store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
     for name, of in (
-        ("folds", columns.FOLDS),
+        ("folds", _with_more(columns.FOLDS, columns.SUMS_CURVATURE, tables["folds"])),
         ("influence", columns.INFLUENCE),
-        ("examples", columns.SCORES_EXAMPLES),
+        (
+            "examples",
+            _with_more(columns.SCORES_EXAMPLES, columns.SCORES_CURVATURE, tables["examples"]),
+        ),
     ):
         store.write_scores(name, _concatenate(tables[name], of), about)
     return summaries
@@ -189,7 +193,29 @@ def _example_table(
         values[f"{name}_stderr"] = estimate.stderr
         values[f"{name}_low"] = estimate.low
         values[f"{name}_high"] = estimate.high
-    return _as_table(index, values, columns.SCORES_EXAMPLES)
+    of = dict(columns.SCORES_EXAMPLES)
+    if "n_curvature_in" in sums:
+        found = _curvature_columns(sums, is_test)
+        of.update({name: columns.SCORES_CURVATURE[name] for name in found})
+        values.update(found)
+    return _as_table(index, values, of)
+
+
+def _curvature_columns(sums: Sums, is_test: NDArray[np.bool_]) -> dict[str, Any]:
+    """Means over the trials of each arm, in the order of the columns; unmeasured ones left out."""
+    found: dict[str, Any] = {}
+    for arm in ("in", "out"):
+        n = np.where(is_test, 0, sums[f"n_curvature_{arm}"])
+        found[f"n_curvature_{arm}"] = pa.array(n.astype(np.int32), mask=is_test)
+        for name in columns.TRIAL_CURVATURE:
+            total = sums[f"{name}_{arm}"]
+            if not np.isfinite(total).any():
+                continue
+            found[f"{name}_{arm}"] = ratio(total, n)
+            if f"{name}_{arm}_squares" in sums:
+                _, stderr = mean_and_stderr(total, sums[f"{name}_{arm}_squares"], n)
+                found[f"{name}_{arm}_stderr"] = stderr
+    return {name: found[name] for name in columns.SCORES_CURVATURE if name in found}
 
 
 def _fold_table(index: pa.Table, epsilon: float, fold: int, sums: Sums, N: int) -> pa.Table:
@@ -198,7 +224,8 @@ def _fold_table(index: pa.Table, epsilon: float, fold: int, sums: Sums, N: int) 
         "epsilon": np.full(index.num_rows, epsilon),
         "fold": np.full(index.num_rows, fold, np.int32),
     }
-    return _as_table(index, values, columns.FOLDS)
+    more = {name: c for name, c in columns.SUMS_CURVATURE.items() if name in sums}
+    return _as_table(index, values, {**columns.FOLDS, **more})
 
 
 def _summary(
@@ -276,8 +303,17 @@ def _from(index: pa.Table, name: str) -> pa.ChunkedArray:
     return index[name]
 
 
+def _with_more(
+    of: columns.Columns, more: columns.Columns, tables: Sequence[pa.Table]
+) -> columns.Columns:
+    """`of`, and those of `more` that any table has."""
+    there = {name for table in tables for name in table.column_names}
+    return {**of, **{name: column for name, column in more.items() if name in there}}
+
+
 def _concatenate(tables: Sequence[pa.Table], of: columns.Columns) -> pa.Table:
-    return pa.concat_tables([columns.schema(of).empty_table(), *tables]).combine_chunks()
+    empty = columns.schema(of).empty_table()
+    return pa.concat_tables([empty, *tables], promote_options="default").combine_chunks()
 
 
 def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:

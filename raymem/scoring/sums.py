@@ -25,6 +25,7 @@ LARGEST_NUMBER_OF_FOLDS = 20
 READ_AHEAD = 8
 NEEDED = (
     "in_subset", "correct", "margin", "cumulative_loss", "learning_epoch", "forgetting_count",
+    *columns.TRIAL_CURVATURE,
 )  # fmt: skip
 
 Sums = dict[str, NDArray[Any]]
@@ -102,11 +103,12 @@ def _read_ahead(store: Store, keys: Sequence[TrialKey]) -> Iterator[tuple[TrialK
 
 
 def zeros(n_rows: int) -> Sums:
-    """Empty sums."""
-    return {
-        name: np.zeros(n_rows, column.type.to_pandas_dtype())
-        for name, column in columns.SUMS.items()
-    }
+    """Empty sums, those of curvature left out: they come with the first trial that has it."""
+    return _zeros(n_rows, columns.SUMS)
+
+
+def _zeros(n_rows: int, of: columns.Columns) -> Sums:
+    return {name: np.zeros(n_rows, c.type.to_pandas_dtype()) for name, c in of.items()}
 
 
 def total(folds: Iterable[Sums], n_rows: int) -> Sums:
@@ -114,7 +116,7 @@ def total(folds: Iterable[Sums], n_rows: int) -> Sums:
     whole = zeros(n_rows)
     for sums in folds:
         for name, values in sums.items():
-            whole[name] += values
+            whole[name] = whole[name] + values if name in whole else values.copy()
     return whole
 
 
@@ -146,6 +148,8 @@ def _add(
         sums[f"p_true_squared_{arm}"] += np.where(member, p_true**2, 0)
         sums[f"loss_{arm}"] += np.where(member, loss, 0)
     _add_history(sums, table, inside)
+    if "curvature" in table.column_names:
+        _add_curvature(sums, table, inside)
     outcomes.append(inside, right)
     out = ~inside
     out[:M] = False
@@ -161,6 +165,7 @@ def _add(
         "accuracy_test": _mean(right[:M]),
         "loss_in": _mean(loss[inside]),
         "loss_out": _mean(loss[out]),
+        **_curvature_row(table, about, inside, out),
         "seconds": about["seconds"],
         "device": about["device"],
         "host": about["host"],
@@ -176,6 +181,39 @@ def _add_history(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None
     sums["forgetting_count"] += _numpy(table, "forgetting_count", 0) + unknown
     sums["learning_epoch"] += epoch + unknown
     sums["learned"] += epoch > 0
+
+
+def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None:
+    """Sums of each arm. Where a value is missing nothing is added, and nothing counted."""
+    if "n_curvature_in" not in sums:
+        sums.update(_zeros(table.num_rows, columns.SUMS_CURVATURE))
+    found = {
+        name: _numpy(table, name, np.nan).astype(np.float64)
+        if name in table.column_names
+        else np.full(table.num_rows, np.nan)
+        for name in columns.TRIAL_CURVATURE
+    }
+    has = np.isfinite(found["curvature"])
+    for arm, member in (("in", inside & has), ("out", ~inside & has)):
+        sums[f"n_curvature_{arm}"] += member
+        for name, values in found.items():
+            sums[f"{name}_{arm}"] += np.where(member, values, 0)
+            if f"{name}_{arm}_squares" in sums:
+                sums[f"{name}_{arm}_squares"] += np.where(member, values**2, 0)
+
+
+def _curvature_row(
+    table: pa.Table, about: dict[str, Any], inside: NDArray[np.bool_], out: NDArray[np.bool_]
+) -> dict[str, Any]:
+    if "curvature" not in table.column_names:
+        return {}
+    values = _numpy(table, "curvature", np.nan).astype(np.float64)
+    return {
+        "curvature_in": _mean(values[inside]),
+        "curvature_out": _mean(values[out]),
+        "curvature_mode": about["curvature"]["mode"],
+        "curvature_seconds": about["curvature"]["seconds"],
+    }
 
 
 def _numpy(table: pa.Table, name: str, missing: float) -> NDArray[Any]:

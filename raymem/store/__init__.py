@@ -5,6 +5,8 @@
     driver.json                         who drives it now
     examples.parquet                    the set's index
     trials/eps-inf/000017.parquet       one trained model; that it exists means "done"
+    models/eps-inf/000017.safetensors   its weights, for the trials whose weights are kept
+    curvature/MODEL/SHARD.parquet       curvature under one model, streamed over shards
     failed/eps-inf/000017.1.json        an attempt that failed: cause
     scores/*.parquet                    derived, replaced whole
     damaged/...                         what `verify --repair` moved away

@@ -90,6 +90,23 @@ TRIAL: Columns = {
     ),
 }
 
+_TRACE = "trace of the Hessian of the loss in the pixels (Ravikumar et al. 2024, eq. 7)"
+_SQUARED = "trace of the squared Hessian, or an unbiased estimate of it"
+_GRADIENT = "length of the gradient of the loss in the pixels"
+_PAPER = (
+    "the paper's score (Ravikumar et al. 2024, eq. 14), a finite difference, not divided by h^2; "
+    "h, probes and variant are in the metadata; no estimate of the trace"
+)
+PER_PIXEL, PER_PIXEL2, PER_PIXEL4 = "nats/pixel", "nats/pixel^2", "nats^2/pixel^4"
+
+# Of the summed loss, pixels in [0, 1]; null for test examples. Only if the study measures it.
+TRIAL_CURVATURE: Columns = {
+    "curvature": Column(pa.float32(), f"{_TRACE}; may be negative on smooth nets", PER_PIXEL2),
+    "curvature_squared": Column(pa.float32(), _SQUARED, PER_PIXEL4),
+    "gradient_norm": Column(pa.float32(), _GRADIENT, PER_PIXEL),
+    "curvature_paper": Column(pa.float32(), _PAPER, "nats^2/pixel^2"),
+}
+
 SCORES_EXAMPLES: Columns = {
     "example_id": _ID,
     "index": _INDEX,
@@ -159,6 +176,28 @@ SCORES_EXAMPLES: Columns = {
     ),
 }
 
+_OVER = {"in": "in-trials that measured curvature", "out": "out-trials that measured curvature"}
+
+# Added to scores/examples.parquet if trials measured curvature.
+SCORES_CURVATURE: Columns = {
+    **{f"n_curvature_{arm}": Column(pa.int32(), over) for arm, over in _OVER.items()},
+    **{
+        f"{name}_{arm}{tail}": Column(
+            pa.float64(),
+            (f"standard error of {name}_{arm} over trials" if tail else f"mean over {over}: {of}"),
+            unit,
+        )
+        for name, of, unit, tails in (
+            ("curvature", _TRACE, PER_PIXEL2, ("", "_stderr")),
+            ("curvature_squared", _SQUARED, PER_PIXEL4, ("",)),
+            ("gradient_norm", _GRADIENT, PER_PIXEL, ("",)),
+            ("curvature_paper", _PAPER, "nats^2/pixel^2", ("", "_stderr")),
+        )
+        for arm, over in _OVER.items()
+        for tail in tails
+    },
+}
+
 SUMS: Columns = {
     "n_in": Column(pa.int32(), "in-trials"),
     "n_out": Column(pa.int32(), "out-trials; for test examples, all"),
@@ -174,6 +213,24 @@ SUMS: Columns = {
     "learning_epoch": Column(pa.float64(), "sum of learning_epoch where learned", "epochs"),
     "learned": Column(pa.int32(), "in-trials that learned it"),
     "forgetting_count": Column(pa.float64(), "sum of forgetting_count over in-trials"),
+}
+
+# Added to the sums if trials measured curvature.
+SUMS_CURVATURE: Columns = {
+    **{f"n_curvature_{arm}": Column(pa.int32(), over) for arm, over in _OVER.items()},
+    **{
+        f"{name}_{arm}{tail}": Column(
+            pa.float64(), f"sum of {'the squares of ' if tail else ''}{name} over {over}"
+        )
+        for name, tails in (
+            ("curvature", ("", "_squares")),
+            ("curvature_squared", ("",)),
+            ("gradient_norm", ("",)),
+            ("curvature_paper", ("", "_squares")),
+        )
+        for arm, over in _OVER.items()
+        for tail in tails
+    },
 }
 
 FOLDS: Columns = {
@@ -221,7 +278,13 @@ SCORES_TRIALS: Columns = {
     "accuracy_test": Column(pa.float64(), "accuracy on the test examples", "0..1"),
     "loss_in": Column(pa.float64(), "mean cross entropy on the subset", "nats"),
     "loss_out": Column(pa.float64(), "mean cross entropy on the other training examples", "nats"),
+    "curvature_in": Column(
+        pa.float64(), f"mean over the subset: {_TRACE}; null: not measured", PER_PIXEL2
+    ),
+    "curvature_out": Column(pa.float64(), "the same over the other training examples", PER_PIXEL2),
+    "curvature_mode": Column(pa.string(), "how the trace was computed; null: not measured"),
     "seconds": Column(pa.float64(), "wall time of training and evaluation", "seconds"),
+    "curvature_seconds": Column(pa.float64(), "wall time of measuring curvature", "seconds"),
     "device": Column(pa.string(), "where it ran"),
     "host": Column(pa.string(), "on which machine"),
     "digest": Column(pa.string(), "SHA-256 of the trial's data columns"),
@@ -229,10 +292,10 @@ SCORES_TRIALS: Columns = {
 
 TABLES: Mapping[str, Columns] = {
     "examples.parquet": EXAMPLES,
-    "trials/**/*.parquet": TRIAL,
-    "scores/examples.parquet": SCORES_EXAMPLES,
+    "trials/**/*.parquet": {**TRIAL, **TRIAL_CURVATURE},
+    "scores/examples.parquet": {**SCORES_EXAMPLES, **SCORES_CURVATURE},
     "scores/trials.parquet": SCORES_TRIALS,
-    "scores/folds.parquet": FOLDS,
+    "scores/folds.parquet": {**FOLDS, **SUMS_CURVATURE},
     "scores/influence.parquet": INFLUENCE,
 }
 

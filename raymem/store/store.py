@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from raymem.errors import (
     DamagedObjectError,
@@ -25,6 +26,7 @@ from raymem.plan import Plan
 from raymem.store import columns, trials
 from raymem.store.files import Files
 from raymem.store.trials import TrialKey
+from raymem.store.weights import decode_weights, encode_weights
 from raymem.version import VERSION
 
 FORMAT = 1
@@ -238,6 +240,32 @@ class Store:
             "draws randomness that raymem does not seed, or the code changed; fix that and start a "
             "new store"
         )
+
+    def keep_weights(
+        self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]
+    ) -> None:
+        """Keep a trial's weights; those that are there stay."""
+        self.files.create(key.weights_key, encode_weights(weights, provenance))
+
+    def kept(self) -> set[TrialKey]:
+        """The trials whose weights are kept."""
+        found = (TrialKey.parse(key) for key in self.files.list("models"))
+        return {key for key in found if key is not None}
+
+    def weights(self, key: TrialKey) -> dict[str, Tensor]:
+        """A trial's state dict. Raises StoreError if it was not kept."""
+        try:
+            data = self.files.read(key.weights_key)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StoreError(
+                f"{self.url} keeps no weights of {key}; train its study with --keep-models, or "
+                "choose one of "
+                + (", ".join(str(k.trial) for k in sorted(self.kept())[:SHOWN]) or "none")
+            ) from error
+        weights, about = decode_weights(data, key.weights_key)
+        if about["study_hash"] != self.study()["hash"]:
+            raise StudyMismatchError(f"{key.weights_key} belongs to another study; remove it")
+        return weights
 
     def record_failure(self, key: TrialKey, attempt: int, cause: str, message: str) -> None:
         """Record that an attempt at a trial failed; it is never counted as a trial."""

@@ -20,7 +20,10 @@ from raymem.errors import DamagedObjectError
 from raymem.store import columns
 from raymem.training import TrialResult
 
-KEY = re.compile(r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json)")
+KEY = re.compile(
+    r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
+    r"|models/eps-[^/]+/\d+\.safetensors)"
+)
 METADATA, CHECKSUM = b"raymem", b"raymem_checksum"
 
 
@@ -46,13 +49,18 @@ class TrialKey(NamedTuple):
         """Where its result is; that it exists means the trial is done."""
         return f"trials/{self.folder}/{self.trial:06d}.parquet"
 
+    @property
+    def weights_key(self) -> str:
+        """Where its model's weights are, if the study keeps them."""
+        return f"models/{self.folder}/{self.trial:06d}.safetensors"
+
     def failed_key(self, attempt: int) -> str:
         """Where a failed attempt is recorded."""
         return f"failed/{self.folder}/{self.trial:06d}.{attempt}.json"
 
     @classmethod
     def parse(cls, key: str) -> TrialKey | None:
-        """The trial whose result or failure is at `key`; None if that is no such key."""
+        """The trial whose result, failure or weights are at `key`; None if that is no such key."""
         if not KEY.fullmatch(key):
             return None
         _, epsilon, name = key.split("/")
@@ -67,7 +75,10 @@ class TrialKey(NamedTuple):
 
 
 def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> pa.Table:
-    """The table of one trial: M + N rows, columns as in `columns.TRIAL`; mask is bool [N]."""
+    """The table of one trial: M + N rows, mask is bool [N].
+
+    Columns are those of `columns.TRIAL`, and of `columns.TRIAL_CURVATURE` if it was measured.
+    """
     N, M = len(mask), len(result.test.correct)
     subset = np.flatnonzero(mask)
 
@@ -93,7 +104,14 @@ def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> 
         "learning_epoch": over_all(history.learning_epoch, history.learning_epoch == 0),
         "forgetting_count": over_all(history.forgetting_count, none),
     }
-    return pa.Table.from_pydict(arrays, schema=columns.schema(columns.TRIAL))
+    of = dict(columns.TRIAL)
+    if result.curvature is not None:
+        found = {k: v for k, v in result.curvature.values.items() if k in columns.TRIAL_CURVATURE}
+        for name, values in found.items():
+            spread = np.concatenate([np.zeros(M, np.float32), values])
+            arrays[name] = pa.array(spread, mask=is_test | ~np.isfinite(spread))
+        of.update({k: c for k, c in columns.TRIAL_CURVATURE.items() if k in found})
+    return pa.Table.from_pydict(arrays, schema=columns.schema(of))
 
 
 def digest(table: pa.Table) -> str:

@@ -73,7 +73,9 @@ def _problems(store: Store) -> Iterator[Problem]:
             yield from _damage(key, partial(_check_trial, store, trial, plan, body["hash"]))
         elif key.endswith(".json") and key != "driver.json" and not key.startswith("damaged/"):
             yield from _damage(key, partial(_check_json, store, key))
-        elif key.startswith("scores/"):
+        elif trial is not None and key.startswith("models/"):
+            yield from _damage(key, partial(store.weights, trial))
+        elif key.startswith(("scores/", "curvature/")) and key.endswith(".parquet"):
             yield from _damage(key, partial(_check_table, store, key))
     done = store.done()
     try:

@@ -9,6 +9,7 @@ scaled as one tensor on the device; there is no data loader and no Python per im
 """
 
 from raymem.training.images import Images, as_input, augment, default_device
+from raymem.training.measure import Measured, Meter, batch_of, measure
 from raymem.training.recipe import Recipe, learning_rate_factor
 from raymem.training.trial import (
     Evaluation,
@@ -24,16 +25,20 @@ from raymem.training.trial import (
 __all__ = [
     "Evaluation",
     "Images",
+    "Measured",
+    "Meter",
     "OnEpoch",
     "Recipe",
     "SubsetHistory",
     "TrialResult",
     "as_input",
     "augment",
+    "batch_of",
     "default_device",
     "evaluate",
     "learning_rate_factor",
     "margins",
+    "measure",
     "run_trial",
     "train",
 ]

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raymem import models
+from raymem.curvature import CurvatureRule
 from raymem.errors import DivergedError, OutOfMemoryError, TrialError
 from raymem.plan import Seeds
 from raymem.training.images import Images, as_input, augment
+from raymem.training.measure import Measured, measure
 from raymem.training.recipe import Recipe, learning_rate_factor
 
 OnEpoch = Callable[[int], None]
@@ -65,7 +67,11 @@ class TrialResult:
     history: SubsetHistory
     """Over the n examples of the subset."""
     seconds: float
-    """Wall seconds of training and evaluation."""
+    """Wall seconds of training and evaluation; curvature's are in `curvature`."""
+    curvature: Measured | None = None
+    """Over all N training examples, if it was asked for."""
+    weights: dict[str, Tensor] | None = None
+    """The trained model's, on the CPU, if they were asked for."""
 
 
 def run_trial(
@@ -75,14 +81,19 @@ def run_trial(
     seeds: Seeds,
     *,
     threads: int = 1,
+    curvature: CurvatureRule | None = None,
+    keep_weights: bool = False,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> TrialResult:
     """Train one model on the examples of `mask` (bool [N]) and evaluate it on every example.
 
+    With `curvature`, every training example's is measured too, by probes of the trial's own.
+
     With the same arguments on the same CPU and versions the result is the same to the bit, whatever
     ran before in the process; nothing is left behind.
 
-    Raises DivergedError, OutOfMemoryError, and RecipeError for models that do not fit the images.
+    Raises DivergedError, OutOfMemoryError, RecipeError for models that do not fit the images, and
+    CurvatureError for those that cannot be differentiated as the rule says.
     """
     start = time.perf_counter()
     with _alone(seeds.init, threads), _out_of_memory_named():
@@ -96,8 +107,25 @@ def run_trial(
         history = train(model, images, mask, recipe, seeds, on_epoch=on_epoch)
         train_side = evaluate(model, images.x_train, images.y_train)
         test_side = evaluate(model, images.x_test, images.y_test)
+        seconds = time.perf_counter() - start
+        weights = _on_cpu(model) if keep_weights else None
+        measured = None
+        if curvature is not None:
+            measured = measure(
+                model,
+                images.x_train,
+                images.y_train,
+                curvature,
+                seed=seeds.init,
+                channels_last=recipe.channels_last,
+            )
     return TrialResult(
-        train=train_side, test=test_side, history=history, seconds=time.perf_counter() - start
+        train=train_side,
+        test=test_side,
+        history=history,
+        seconds=seconds,
+        curvature=measured,
+        weights=weights,
     )
 
 
@@ -213,6 +241,14 @@ def margins(logits: Tensor, y: Tensor) -> Tensor:
     label = y[:, None]
     others = logits.scatter(1, label, -torch.inf).logsumexp(1)
     return logits.gather(1, label)[:, 0] - others
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {
+        name: t.detach().to("cpu", memory_format=torch.contiguous_format).clone()
+        for name, t in state.items()
+    }
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -1,0 +1,137 @@
+"""Curvature of many examples, batch by batch: what trials store and shards are scored with.
+
+Shapes: N examples, B batch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from raymem.curvature import CurvatureRule, Mode, curvature, paper_score, pick_mode
+from raymem.curvature.fold import folded
+from raymem.errors import CurvatureError
+from raymem.training.images import as_input
+
+# Values in a batch of images: 85 images of 32x32, 8 of 224x224.
+BATCH_VALUES, SMALLEST_BATCH, LARGEST_BATCH = 2**18, 8, 256
+COLUMNS = (
+    "curvature", "curvature_stderr", "curvature_squared", "gradient_norm", "loss",
+    "curvature_paper",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Curvature of N examples under one model, and the cheap baselines beside it."""
+
+    values: dict[str, NDArray[np.float32]] = field(repr=False)
+    """[N] each: curvature (tr H), curvature_stderr, curvature_squared (tr H^2), gradient_norm,
+    loss, and curvature_paper unless the rule leaves it out."""
+    mode: Mode
+    """How the trace was computed."""
+    seconds: float
+    """Wall time."""
+
+
+class Meter:
+    """Measures batches of uint8 images with one model, which is prepared once.
+
+    BatchNorm is folded into convolutions where that gives the same logits. Results do not depend on
+    the batches. Raises CurvatureError as `curvature` does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        rule: CurvatureRule,
+        *,
+        seed: int = 0,
+        channels_last: bool = False,
+    ) -> None:
+        """x (uint8 [N, H, W, C]) and y (int64 [N]): some examples, to choose the mode with."""
+        self.rule, self.seed = rule, seed
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        few = as_input(x[:8], self.memory_format)
+        # What the model is, is asked of the model itself; folding adds rounding.
+        self.mode: Mode = (
+            pick_mode(model, few, y[:8], seed=seed) if rule.mode == "auto" else rule.mode
+        )
+        self.model = folded(model, few)
+
+    def __call__(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """One batch: x uint8 [B, H, W, C], y int64 [B]; [B] each, halved where memory is short."""
+        try:
+            return self._measure(as_input(x, self.memory_format), y)
+        except torch.OutOfMemoryError:
+            if len(x) == 1:
+                raise
+        half = len(x) // 2
+        first, second = self(x[:half], y[:half]), self(x[half:], y[half:])
+        return {name: torch.cat([first[name], second[name]]) for name in first}
+
+    def _measure(self, images: Tensor, y: Tensor) -> dict[str, Tensor]:
+        rule = self.rule
+        forced = CurvatureRule(**{**vars(rule), "mode": self.mode})
+        found = curvature(self.model, images, y, forced, seed=self.seed)
+        values = {
+            "curvature": found.trace,
+            "curvature_stderr": found.trace_stderr,
+            "curvature_squared": found.squared,
+            "gradient_norm": found.gradient_norm,
+            "loss": found.loss,
+        }
+        if rule.paper is not None:
+            score = paper_score(self.model, images, y, rule.paper, seed=self.seed)
+            values["curvature_paper"] = score
+        return values
+
+
+def batch_of(image_values: int) -> int:
+    """How many images of so many values fit a batch of moderate memory.
+
+    >>> [batch_of(side * side * 3) for side in (8, 32, 64, 224)]
+    [256, 85, 21, 8]
+    """
+    return int(np.clip(BATCH_VALUES // image_values, SMALLEST_BATCH, LARGEST_BATCH))
+
+
+def measure(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    rule: CurvatureRule | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    channels_last: bool = False,
+) -> Measured:
+    """Curvature of images x (uint8 [N, H, W, C]) with labels y (int64 [N]) under `model`.
+
+    The model is put into eval mode. Raises CurvatureError as `curvature` does, also without images.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    >>> found = measure(net, torch.zeros(5, 2, 2, 1, dtype=torch.uint8), torch.arange(5) % 3)
+    >>> found.mode, found.values["curvature"].shape
+    ('gauss-newton', (5,))
+    """
+    if len(x) == 0:
+        raise CurvatureError("there is no image to measure; give one or more")
+    start = time.perf_counter()
+    size = batch_size or batch_of(x[0].numel())
+    meter = Meter(
+        model.eval(), x, y, rule or CurvatureRule(), seed=seed, channels_last=channels_last
+    )
+    parts = [meter(x[at : at + size], y[at : at + size]) for at in range(0, len(x), size)]
+    values = {
+        name: torch.cat([part[name] for part in parts]).to(torch.float32).cpu().numpy()
+        for name in parts[0]
+    }
+    return Measured(values=values, mode=meter.mode, seconds=time.perf_counter() - start)
