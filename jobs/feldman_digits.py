@@ -16,4 +16,4 @@ def study(options: JobOptions) -> Study:
 
 
 if __name__ == "__main__":
-    run_job(study, data="digits", store="runs/feldman_digits", trials=400)
+    run_job(study, data="digits", store="runs/feldman_digits", trials=400, curvature=True)

@@ -16,12 +16,19 @@ from raymem.curvature import CurvatureRule, PaperRule
 from raymem.errors import RecipeError, StoreError
 from raymem.examples import NAMED, Examples, load_examples
 from raymem.fleet import Engine, duration
+from raymem.links import correlations
 from raymem.memorization import PairRule
 from raymem.plan import Kind
 from raymem.store import Store
 from raymem.study import Study
 from raymem.tables import top, where
-from raymem.text import as_text, for_people, pairs_for_people, summary_text
+from raymem.text import (
+    as_text,
+    correlations_text,
+    for_people,
+    pairs_for_people,
+    summary_text,
+)
 from raymem.training import Recipe
 
 STAGES = ("all", "plan", "train", "score")
@@ -241,6 +248,9 @@ def score_and_print(study: Study, rule: PairRule) -> None:
     click.echo(as_text(pairs_for_people(top(pairs, "influence", 5))))
     click.echo("\n" + summary_text(summaries))
     store = Store(study.store)
+    compared = correlations(store)
+    if compared:
+        click.echo("\n" + correlations_text(compared))
     click.echo(f"\nscores:  {store.files.path('scores/examples.parquet')}")
     click.echo(f"pairs:   {store.files.path('scores/influence.parquet')}")
     click.echo(f"trials:  {store.files.path('scores/trials.parquet')}")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymem.errors import StoreError
+from raymem.links import Coefficient, Correlation
 from raymem.scoring import EpsilonSummary
 from raymem.store import Store
 from raymem.tables import TableError, top
@@ -158,6 +159,31 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
         lines.append(_pairs(s))
         lines += [f"no memorization for {n:,} examples: {why}" for why, n in s.null.items()]
     return "\n".join(lines)
+
+
+def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
+    """Memorization against curvature and its baselines, a table for each epsilon."""
+    parts = []
+    for epsilon, rows in found.items():
+        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
+        over = "blocks of trials and examples" if rows[0].folds > 1 else "examples only: one block"
+        table = pa.table(
+            {
+                "memorization against": [row.measure for row in rows],
+                "Spearman": [_coefficient(row.spearman) for row in rows],
+                "Pearson": [_coefficient(row.pearson) for row in rows],
+                "examples": [row.examples for row in rows],
+            }
+        )
+        parts.append(
+            f"Memorization and curvature over training examples{at} (95% bootstrap intervals over "
+            f"{over}; loss and gradient are what curvature must be better than):\n{as_text(table)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _coefficient(c: Coefficient) -> str:
+    return "" if math.isnan(c.value) else f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]"
 
 
 def _reliability(s: EpsilonSummary) -> str:

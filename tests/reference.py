@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
+import torch
+from torch.nn import functional as F
+
 M64 = 2**64 - 1
 
 
@@ -114,3 +117,19 @@ def kept_pairs(masks, correct, mem, y_train, y_test, *, least, least_mem, z, top
             if negative < -1e-4:
                 kept.setdefault((i, j), False)
     return kept
+
+
+def input_hessian(model, image, label):
+    """The Hessian of the cross entropy of an image [C, H, W] in its pixels, by autograd: [d, d]."""
+
+    def loss(pixels):
+        return F.cross_entropy(model(pixels.reshape(1, *image.shape)), torch.tensor([label]))
+
+    return torch.autograd.functional.hessian(loss, image.flatten())
+
+
+def input_gradient(model, image, label):
+    """The gradient of the same: [d]."""
+    pixels = image.clone().requires_grad_()
+    loss = F.cross_entropy(model(pixels[None]), torch.tensor([label]))
+    return torch.autograd.grad(loss, pixels)[0].flatten()

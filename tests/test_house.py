@@ -16,10 +16,15 @@ from raymem.store import columns
 ROOT = Path(__file__).parents[1]
 # In the data's way: a module imports from its left only.
 LAYERS = [
-    "version", "errors", "examples", "plan", "models", "training", "store", "fleet",
-    "memorization", "scoring", "interop", "study", "tables", "text", "cli", "job",
+    "version", "errors", "examples", "plan", "models", "curvature", "training", "store", "fleet",
+    "memorization", "scoring", "links", "shards", "interop", "study", "tables", "text", "cli",
+    "job",
 ]  # fmt: skip
-ONLY_HERE = {"ray": {"fleet", "scoring"}, "torchvision": {"examples"}, "sklearn": {"examples"}}
+ONLY_HERE = {
+    "ray": {"fleet", "scoring", "shards"},
+    "torchvision": {"examples"},
+    "sklearn": {"examples"},
+}
 
 
 def imports_of(path):

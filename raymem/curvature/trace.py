@@ -23,6 +23,7 @@ Shapes: B batch, K classes, q exact columns, s logit probes, n input probes, d v
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -169,7 +170,9 @@ def pick_mode(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Mode:
     with plain_arithmetic(model, x):
         v = image_signs(keys_of(x, seed), CHECK_STREAM, x)
         with torch.no_grad():
-            spread = model(x).std(dim=1, keepdim=True).clamp(min=1)
+            logits = model(x)
+            check_logits(logits, y)
+            spread = logits.std(dim=1, keepdim=True).clamp(min=1)
         product = _hessian_vector(model, x, y, v, spread)
         moved, p = product.logits_tangent / spread, (product.logits / spread).softmax(1)
         up = p * (moved - (p * moved).sum(1, keepdim=True)) / spread
@@ -319,8 +322,9 @@ def _hessian_vector(
         check_logits(logits, y)
         return F.cross_entropy(logits / divided_by, y, reduction="sum"), logits
 
-    # The fused attention kernels have no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    # The fused attention kernels have no second derivative. torch warns of its own torch.jit.
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
         try:
             derivatives: Any = torch.func.jvp(
                 torch.func.grad(loss, has_aux=True), (x.detach(),), (v,)
