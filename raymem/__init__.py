@@ -1,6 +1,6 @@
 """raymem measures what a training algorithm memorizes.
 
-    examples -> plan -> train (fleet) -> scores
+    examples -> plan -> train (fleet) -> scores -> links
 
 Each stage is a module; this is the public door to all of them.
 """
@@ -8,7 +8,9 @@ Each stage is a module; this is the public door to all of them.
 # Before torch: with torch loaded first, pyarrow's threads abort some processes as they exit.
 import pyarrow.parquet as _  # noqa: F401
 
+from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
 from raymem.errors import (
+    CurvatureError,
     DamagedObjectError,
     DivergedError,
     ExamplesError,
@@ -28,7 +30,8 @@ from raymem.errors import (
 from raymem.examples import Examples, load_examples
 from raymem.fleet import Progress, run_fleet
 from raymem.interop import import_npz
-from raymem.job import JobOptions, run_job
+from raymem.job import JobOptions, run_curvature_job, run_job
+from raymem.links import Correlation, correlations
 from raymem.memorization import (
     Estimate,
     InfluencePairs,
@@ -40,12 +43,17 @@ from raymem.memorization import (
 )
 from raymem.plan import Plan, Seeds
 from raymem.scoring import EpsilonSummary, score
+from raymem.shards import ScoringModel, Transform, list_shards, stream_curvature
 from raymem.store import Problem, Store, Target, TrialKey, verify
 from raymem.study import Study
-from raymem.training import Images, Recipe, TrialResult, run_trial
+from raymem.training import Images, Measured, Recipe, TrialResult, measure, run_trial
 from raymem.version import VERSION as __version__
 
 __all__ = [
+    "Correlation",
+    "Curvature",
+    "CurvatureError",
+    "CurvatureRule",
     "DamagedObjectError",
     "DivergedError",
     "EpsilonSummary",
@@ -57,9 +65,11 @@ __all__ = [
     "ImportFileError",
     "InfluencePairs",
     "JobOptions",
+    "Measured",
     "Memorization",
     "OutOfMemoryError",
     "PairRule",
+    "PaperRule",
     "Plan",
     "PlanError",
     "Problem",
@@ -68,6 +78,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ResultMismatchError",
+    "ScoringModel",
     "Seeds",
     "Store",
     "StoreError",
@@ -76,18 +87,26 @@ __all__ = [
     "Study",
     "StudyMismatchError",
     "Target",
+    "Transform",
     "TrialError",
     "TrialKey",
     "TrialResult",
     "__version__",
+    "correlations",
+    "curvature",
     "find_pairs",
     "import_npz",
     "influence",
+    "list_shards",
     "load_examples",
+    "measure",
     "memorization",
+    "paper_score",
+    "run_curvature_job",
     "run_fleet",
     "run_job",
     "run_trial",
     "score",
+    "stream_curvature",
     "verify",
 ]

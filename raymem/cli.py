@@ -17,6 +17,7 @@ from raymem.errors import RaymemError
 from raymem.fleet import duration
 from raymem.interop import import_npz
 from raymem.scoring import score
+from raymem.shards import join_curvature
 from raymem.store import Store, is_alive, read_driver, verify
 from raymem.tables import top, where
 from raymem.text import as_text, example_text, for_people, pairs_for_people, summary_text
@@ -110,6 +111,8 @@ def describe_store(store: Store) -> str:
             f"driver: process {driver['pid']} on {driver['host']} since {driver['started']}"
         )
         lines.append(_rate(driver["progress"]))
+    for model in store.streamed_models():
+        lines.append(f"curvature of {model}: {len(store.streamed_shards(model)):,} shards")
     if done:
         lines.append(_cost(store))
     return "\n".join(line for line in lines if line)
@@ -143,10 +146,12 @@ def _cost(store: Store) -> str:
 @click.option("--ascending", is_flag=True, help="Smallest first.")
 @click.option("--memorized", is_flag=True, help="Only those very likely above 0.25.")
 @click.option("--where", "conditions", help="Such as 'label == 3 and memorization > 0.25'.")
+@click.option("--with", "model", help="Join curvature/MODEL, scored from shards, by example id.")
 @_row_options
 @_debug
 def scores_command(
     store: str,
+    model: str | None,
     sort: str,
     ascending: bool,
     memorized: bool,
@@ -161,13 +166,16 @@ def scores_command(
     Example: raymem scores runs/feldman_digits --where "label == 8" --sort memorization_soft
     """
     with command_errors(debug):
-        table = Store(store).scores()
+        opened = Store(store)
+        table = opened.scores()
+        if model:
+            table = join_curvature(opened, table, model)
         if memorized:
             table = where(table, "memorized == true")
         if conditions:
             table = where(table, conditions)
         table = top(table, sort, None if everything else n, ascending=ascending)
-        _print(table, for_people(table, sort), csv)
+        _print(table, for_people(table, *(["curvature"] if model else []), sort), csv)
 
 
 def _print(table: pa.Table, shown: pa.Table, csv: bool) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from raymem.errors import ExamplesError
 from raymem.examples.checks import as_images, as_labels, numbered_ids, repeated_ids, some
 from raymem.examples.near import near_duplicates
+from raymem.examples.pixels import content_hash
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,12 +126,7 @@ class Examples:
     @functools.cached_property
     def content_hashes(self) -> tuple[str, ...]:
         """128 bits of SHA-256 over each image's shape and pixels, train then test. Labels not."""
-        header = repr(self.image_shape).encode()
-        return tuple(
-            hashlib.sha256(header + np.ascontiguousarray(image).tobytes()).hexdigest()[:32]
-            for x in (self.x_train, self.x_test)
-            for image in x
-        )
+        return tuple(content_hash(image) for x in (self.x_train, self.x_test) for image in x)
 
     def duplicate_groups(self) -> list[NDArray[np.int64]]:
         """Rows (train then test) with exactly equal pixels, one array per group of two or more."""

@@ -13,11 +13,9 @@ from numpy.typing import NDArray
 from raymem.errors import ExamplesError
 from raymem.examples.checks import arrays_of_npz, some
 from raymem.examples.examples import Examples
+from raymem.examples.pixels import IMAGE_SUFFIXES, example_id, fit, open_image
 
 NAMED = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-)
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
@@ -227,18 +225,13 @@ def _read_folder_split(
         raise ExamplesError(
             f"images have {len(sizes)} different sizes, as {some(odd)}; give --image-size"
         )
-    ids = tuple(p.relative_to(root).as_posix() for p, _ in paths)
+    ids = tuple(example_id(p.relative_to(root).as_posix()) for p, _ in paths)
     return np.stack(images), np.array([label for _, label in paths], np.int64), ids
 
 
 def _read_image(path: Path, image_size: int | None, grey: bool) -> NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as opened:
-        if opened.mode.startswith(("I", "F")):
-            raise ExamplesError(f"mode {opened.mode}: more than 8 bits per channel")
-        image = ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
+    image = open_image(path, grey=grey)
     if image_size is not None:
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        image = fit(image, (image_size, image_size))
     pixels: NDArray[np.uint8] = np.asarray(image, np.uint8)
     return pixels

@@ -4,9 +4,19 @@ In:  examples, plan, recipe, and a store whose target says what is wanted.
 Out: trial objects in the store. `run_fleet` is all there is to call; rerunning it resumes.
 """
 
-from raymem.fleet.fleet import Engine, Stopped, run_fleet
+from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
 from raymem.fleet.ledger import Ledger, Progress
-from raymem.fleet.report import duration
+from raymem.fleet.report import ProgressLine, duration
 from raymem.fleet.work import Extras
 
-__all__ = ["Engine", "Extras", "Ledger", "Progress", "Stopped", "duration", "run_fleet"]
+__all__ = [
+    "Engine",
+    "Extras",
+    "Ledger",
+    "Progress",
+    "ProgressLine",
+    "Stopped",
+    "duration",
+    "run_fleet",
+    "stop_signals",
+]

@@ -15,12 +15,15 @@ QUIET_LOGGERS = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
 
 
 @contextlib.contextmanager
-def connected(*, data_bytes: int = 0, verbose: bool = False) -> Iterator[None]:
+def connected(
+    *, data_bytes: int = 0, num_cpus: int | None = None, verbose: bool = False
+) -> Iterator[None]:
     """Ray, connected: as it is if the process is connected, else RAY_ADDRESS's cluster, else local.
 
     A local cluster lives as long as the block, and is protected by a token of its own that is never
     written to disk: a token that `ray.init()` leaves in the home folder would switch authentication
     on in a later `ray start`, and break `ray job submit`. Unless `verbose`, Ray is silent.
+    `num_cpus` is what a local cluster says it has.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
@@ -44,6 +47,7 @@ def connected(*, data_bytes: int = 0, verbose: bool = False) -> Iterator[None]:
         ray.init(
             address="local",
             include_dashboard=False,
+            num_cpus=num_cpus,
             object_store_memory=max(200_000_000, 2 * data_bytes),
             **options,
         )

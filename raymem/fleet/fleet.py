@@ -79,7 +79,7 @@ def run_fleet(
         )
     line = ProgressLine()
     latest: dict[str, Any] = {}
-    with DriverLock(store.files, progress=lambda: latest) as lock, _stop_signals() as stops:
+    with DriverLock(store.files, progress=lambda: latest) as lock, stop_signals() as stops:
         target = store.target
         wanted, done = target.wanted(), store.done()
         pending = [key for key in wanted if key not in done]
@@ -172,14 +172,16 @@ def _run_ray(
         return run_on_ray(ledger, job, Slots(**slots), watch=watch)
 
 
-class _Stops:
+class Stops:
+    """How often the user asked to stop."""
+
     count = 0
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stops]:
+def stop_signals() -> Iterator[Stops]:
     """Counts Ctrl-C, the second ends at once, as SIGTERM does. Only the main thread can do this."""
-    stops = _Stops()
+    stops = Stops()
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return

@@ -19,12 +19,15 @@ class ProgressLine:
 
     def show(self, progress: Progress) -> None:
         """Show where the fleet is, if it is time."""
-        text = describe(progress)
+        self.show_text(describe(progress), last=progress.complete)
+
+    def show_text(self, text: str, *, last: bool) -> None:
+        """Show a line, if it is time; the last one always."""
         now = time.monotonic()
         if self._terminal:
             if text != self._last_text:
                 print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-        elif now - self._last_time < LOG_SECONDS and not progress.complete:
+        elif now - self._last_time < LOG_SECONDS and not last:
             return
         elif text != self._last_text:
             print(text, file=sys.stderr, flush=True)

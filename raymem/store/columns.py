@@ -198,6 +198,29 @@ SCORES_CURVATURE: Columns = {
     },
 }
 
+STREAMED_VALUES: Columns = {
+    "curvature": TRIAL_CURVATURE["curvature"],
+    "curvature_stderr": Column(
+        pa.float32(), "standard error of curvature over its probes; 0: exact", PER_PIXEL2
+    ),
+    "curvature_squared": TRIAL_CURVATURE["curvature_squared"],
+    "gradient_norm": TRIAL_CURVATURE["gradient_norm"],
+    "loss": Column(pa.float32(), "cross entropy", "nats"),
+    "curvature_paper": TRIAL_CURVATURE["curvature_paper"],
+}
+
+STREAMED: Columns = {
+    "example_id": Column(pa.string(), "the example's id in its shard"),
+    "label": _LABEL,
+    "content_hash": Column(
+        pa.string(), "128 bits of SHA-256 over shape and pixels as the model saw them; null: not ok"
+    ),
+    "ok": Column(pa.bool_(), "was it scored?"),
+    "error": Column(pa.string(), "why not; null: it was"),
+    "mode": Column(pa.string(), "how the trace was computed; null: not ok"),
+    **STREAMED_VALUES,
+}
+
 SUMS: Columns = {
     "n_in": Column(pa.int32(), "in-trials"),
     "n_out": Column(pa.int32(), "out-trials; for test examples, all"),
@@ -293,6 +316,7 @@ SCORES_TRIALS: Columns = {
 TABLES: Mapping[str, Columns] = {
     "examples.parquet": EXAMPLES,
     "trials/**/*.parquet": {**TRIAL, **TRIAL_CURVATURE},
+    "curvature/MODEL/SHARD.parquet": STREAMED,
     "scores/examples.parquet": {**SCORES_EXAMPLES, **SCORES_CURVATURE},
     "scores/trials.parquet": SCORES_TRIALS,
     "scores/folds.parquet": {**FOLDS, **SUMS_CURVATURE},

@@ -300,6 +300,41 @@ class Store:
         advice = "run the study's job or its `score` stage, or import again"
         return self._table(f"scores/{name}.parquet", advice)
 
+    # What is streamed
+
+    def streamed_models(self) -> list[str]:
+        """The models in curvature/."""
+        return sorted({key.split("/")[1] for key in self.files.list("curvature")})
+
+    def streamed_shards(self, model: str) -> set[str]:
+        """The shards that were scored with a model: a listing, nothing is read."""
+        prefix = f"curvature/{model}/"
+        found = self.files.list(prefix.rstrip("/"))
+        return {
+            key.removeprefix(prefix).removesuffix(".parquet")
+            for key in found
+            if key.endswith(".parquet")
+        }
+
+    def write_streamed(
+        self, model: str, shard: str, table: pa.Table, about: Mapping[str, Any]
+    ) -> bool:
+        """Create curvature/MODEL/SHARD.parquet, once; False if it is there."""
+        key = f"curvature/{model}/{shard}.parquet"
+        return self.files.create(key, trials.encode(table, dict(about)))
+
+    def curvature(self, model: str) -> pa.Table:
+        """All shards scored with a model as one table. Raises StoreError if there are none."""
+        shards = sorted(self.streamed_shards(model))
+        if not shards:
+            known = ", ".join(self.streamed_models()) or "none"
+            raise StoreError(
+                f"{self.url} has no curvature of {model!r}; there is {known}; score shards with "
+                "jobs/curvature_imagenet.py"
+            )
+        keys = [f"curvature/{model}/{shard}.parquet" for shard in shards]
+        return pa.concat_tables([trials.decode(self.files.read(key), key) for key in keys])
+
     def _table(self, key: str, advice: str) -> pa.Table:
         try:
             return trials.decode(self.files.read(key), key)

@@ -1,0 +1,27 @@
+"""Large sets in shards: WebDataset tar, Parquet with encoded images, folders; at any fsspec URL.
+
+    list_shards        a URL -> the shards there
+    Transform          how a model wants its pixels: resize, crop, channels
+    ScoringModel       a model with its transform: of a store, of timm, or of a weights file
+    stream_curvature   shards + models -> curvature/MODEL/SHARD.parquet in a store, with Ray Data
+    join_curvature     those, beside a table of scores
+
+Images are decoded by CPU workers and scored by actors that hold one model each; no machine ever
+holds the set.
+"""
+
+from raymem.shards.join import join_curvature
+from raymem.shards.models import ScoringModel
+from raymem.shards.readers import Shard, list_shards
+from raymem.shards.stream import StreamSummary, stream_curvature
+from raymem.shards.transform import Transform
+
+__all__ = [
+    "ScoringModel",
+    "Shard",
+    "StreamSummary",
+    "Transform",
+    "join_curvature",
+    "list_shards",
+    "stream_curvature",
+]

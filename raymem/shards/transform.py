@@ -1,0 +1,93 @@
+"""From an encoded image to the pixels a model wants: uint8 [H, W, C], without normalization."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from raymem.errors import ExamplesError
+from raymem.examples.pixels import fit, open_image
+
+Way = Literal["fit", "crop", "squash"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """How a model wants its pixels. Comes with the model; normalization is inside the model.
+
+    >>> PAPER.resize, PAPER.size
+    (256, (224, 224))
+    """
+
+    size: tuple[int, int]
+    """(H, W) of the result."""
+    way: Way = "crop"
+    """crop: the short side to `resize`, then the centre, as timm and torchvision do. fit: the
+    largest centred part, resized, as raymem makes its own sets. squash: resized to `size` as is."""
+    resize: int | None = None
+    """Short side before the crop; None: the larger of `size`."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Pillow's filters, antialiased."""
+    grey: bool = False
+    """One channel instead of three."""
+
+    def __call__(self, data: bytes) -> NDArray[np.uint8]:
+        """Decode and transform. Raises whatever Pillow raises for images that cannot be read."""
+        image = open_image(io.BytesIO(data), grey=self.grey)
+        if self.way == "fit":
+            image = fit(image, self.size)
+        elif self.way == "squash":
+            image = image.resize(self.size[::-1], self._filter())
+        else:
+            image = self._crop(image)
+        pixels = np.asarray(image, np.uint8)
+        return pixels[:, :, None] if self.grey else pixels
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        short = self.resize or max(self.size)
+        if short < max(self.size):
+            raise ExamplesError(f"resize {short} is smaller than the crop {self.size}")
+        width, height = image.size
+        if width <= height:
+            wanted = (short, int(short * height / width))
+        else:
+            wanted = (int(short * width / height), short)
+        if image.size != wanted:
+            image = image.resize(wanted, self._filter())
+        top = round((wanted[1] - self.size[0]) / 2)
+        left = round((wanted[0] - self.size[1]) / 2)
+        return image.crop((left, top, left + self.size[1], top + self.size[0]))
+
+    def _filter(self) -> Image.Resampling:
+        return Image.Resampling[self.interpolation.upper()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready, to be recorded and compared."""
+        return {**dataclasses.asdict(self), "size": list(self.size)}
+
+
+# The paper's and the published scorers' transform of ImageNet.
+PAPER = Transform(size=(224, 224), resize=256, interpolation="bilinear")
+
+
+def of_timm(config: dict[str, Any]) -> Transform:
+    """The evaluation transform of timm's data config of a model. Raises ExamplesError."""
+    _, H, W = config["input_size"]
+    mode = config.get("crop_mode") or "center"
+    if mode not in ("center", "squash") or (H != W and mode == "center"):
+        raise ExamplesError(
+            f"timm's transform of this model (crop_mode {mode}, {H}x{W}) has no equal here; give "
+            "--transform paper"
+        )
+    return Transform(
+        size=(H, W),
+        way="crop" if mode == "center" else "squash",
+        resize=int(np.floor(H / config["crop_pct"])),
+        interpolation=config["interpolation"],
+    )

@@ -1,0 +1,642 @@
+"""Shards of encoded images: what is read, how it is decoded, and what is written once."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import shard_files
+import torch
+from PIL import Image
+
+from raymem import (
+    CurvatureRule,
+    ExamplesError,
+    Recipe,
+    RecipeError,
+    ScoringModel,
+    Store,
+    StoreError,
+    Study,
+    StudyMismatchError,
+    Transform,
+    TrialKey,
+    list_shards,
+    measure,
+    run_curvature_job,
+    stream_curvature,
+)
+from raymem.cli import main
+from raymem.models import build_model
+from raymem.shards import join_curvature
+from raymem.shards.models import read_weights
+from raymem.shards.readers import read_shard
+
+N = 60
+INF = float("inf")
+ROOT = Path(__file__).parents[1]
+FORMS = ("tar", "parquet", "folders")
+
+
+def scoring_model(name="net", seed=0, size=16, **more):
+    torch.manual_seed(seed)
+    net = build_model("tiny-resnet", n_classes=10, image_shape=(size, size, 3))
+    transform = Transform(size=(size, size), way="fit")
+    return ScoringModel(name=name, net=net, transform=transform, n_classes=10, **more)
+
+
+@pytest.fixture(scope="module")
+def records(digits):
+    return shard_files.encoded(digits, N)
+
+
+@pytest.fixture(scope="module")
+def shards_at(records, tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    shard_files.write_all(root, records)
+    return root
+
+
+def by_id(table, name="curvature"):
+    ids = [Path(i).stem for i in table["example_id"].to_pylist()]
+    return dict(zip(ids, table[name].to_pylist(), strict=True))
+
+
+def stream(at, store, model=None, **more):
+    return stream_curvature(
+        list_shards(str(at)), model or scoring_model(), Store(store), engine="serial", **more
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_scores_of_the_same_pixels_in_memory(
+    records, shards_at, tmp_path, form
+):
+    model = scoring_model()
+    summary = stream(shards_at / form, tmp_path, model)
+    assert (summary.scored, summary.bad, summary.mode) == (N, [], "gauss-newton")
+    assert summary.shards == (10 if form == "folders" else 3)
+    table = Store(tmp_path).curvature("net")
+    pixels = np.stack([model.transform(data) for _, _, data in records])
+    labels = torch.tensor([label for _, label, _ in records])
+    expected = measure(model.net, torch.from_numpy(pixels), labels)
+    for name, values in expected.values.items():
+        found = by_id(table, name)
+        np.testing.assert_allclose(
+            [found[key] for key, _, _ in records], values, rtol=2e-3, atol=1e-6 * values.max()
+        )
+    assert by_id(table, "label") == {key: label for key, label, _ in records}
+    assert set(table["ok"].to_pylist()) == {True}
+    assert set(table["mode"].to_pylist()) == {"gauss-newton"}
+    assert table["error"].null_count == N
+
+
+def test_ray_data_gives_what_this_process_gives_once_per_shard(shards_at, tmp_path):
+    model = scoring_model()
+    stream(shards_at / "tar", tmp_path / "here", model)
+    store = Store(tmp_path / "ray")
+    shards = list_shards(str(shards_at / "tar"))
+    summary = stream_curvature(shards, model, store, batch_size=7)
+    assert (summary.scored, summary.shards, summary.done_before) == (N, 3, 0)
+    here, there = (Store(tmp_path / name).curvature("net") for name in ("here", "ray"))
+    for name in ("example_id", "label", "content_hash", "ok", "mode"):
+        assert here[name].to_pylist() == there[name].to_pylist()
+    np.testing.assert_allclose(here["curvature"], there["curvature"], rtol=2e-3)
+    files = sorted(key for key in store.files.list("curvature") if key.endswith("parquet"))
+    assert files == [f"curvature/net/part-{k}.parquet" for k in range(3)]
+
+
+def test_what_is_in_the_store_is_not_scored_again(shards_at, tmp_path):
+    model, store = scoring_model(), Store(tmp_path)
+    shards = list_shards(str(shards_at / "tar"))
+    first = stream_curvature(shards[1:2], model, store, engine="serial")
+    assert first.scored == 20
+    before = store.files.read("curvature/net/part-1.parquet")
+    second = stream_curvature(shards, model, store, engine="serial")
+    assert (second.scored, second.done_before, second.shards) == (40, 1, 3)
+    assert store.files.read("curvature/net/part-1.parquet") == before
+    third = stream_curvature(shards, model, store, engine="serial")
+    assert (third.scored, third.done_before) == (0, 3)
+    assert store.curvature("net").num_rows == N
+
+
+def test_another_model_or_rule_under_the_same_name_is_refused(shards_at, tmp_path):
+    stream(shards_at / "tar", tmp_path)
+    with pytest.raises(StudyMismatchError, match="weights"):
+        stream(shards_at / "tar", tmp_path, scoring_model(seed=1))
+    with pytest.raises(StudyMismatchError, match="rule"):
+        stream(shards_at / "tar", tmp_path, rule=CurvatureRule(probes=5))
+    with pytest.raises(StudyMismatchError, match="transform"):
+        stream(shards_at / "tar", tmp_path, scoring_model(size=8))
+    other = stream(shards_at / "tar", tmp_path, scoring_model("other", seed=1))
+    assert other.scored == N
+    assert Store(tmp_path).streamed_models() == ["net", "other"]
+
+
+# Bad images
+
+
+def truncated(data):
+    return data[: len(data) // 2]
+
+
+def spoil(records):
+    bad = list(records)
+    bad[3] = (bad[3][0], bad[3][1], truncated(bad[3][2]))
+    bad[25] = (bad[25][0], bad[25][1], b"this is no picture")
+    bad[41] = (bad[41][0], None, bad[41][2])
+    bad[59] = (bad[59][0], 10, bad[59][2])
+    return bad
+
+
+WRONG = {"digit0003", "digit0025", "digit0041", "digit0059"}
+
+
+@pytest.mark.parametrize("form", ["tar", "parquet"])
+def test_bad_images_are_named_counted_and_never_scored(records, tmp_path, form):
+    write = shard_files.write_tar if form == "tar" else shard_files.write_parquet
+    for number, part in enumerate(shard_files.parts(spoil(records), 3)):
+        write(tmp_path / form / f"part-{number}.{form}", part)
+    with pytest.raises(ExamplesError, match=r"digit0003 in shard part-0 .*--on-bad skip"):
+        stream(tmp_path / form, tmp_path / "fatal")
+    assert Store(tmp_path / "fatal").streamed_shards("net") == set()
+    summary = stream(tmp_path / form, tmp_path / "store", skip_bad=True)
+    assert {bad.example_id for bad in summary.bad} == WRONG
+    assert {bad.shard for bad in summary.bad} == {"part-0", "part-1", "part-2"}
+    assert summary.scored == N - 4
+    table = Store(tmp_path / "store").curvature("net")
+    rows = {row["example_id"]: row for row in table.to_pylist()}
+    assert len(rows) == N
+    for key, row in rows.items():
+        assert row["ok"] == (key not in WRONG)
+        for name in ("curvature", "loss", "content_hash", "mode"):
+            assert (row[name] is None) == (key in WRONG), (key, name)
+    assert "no label" in rows["digit0041"]["error"]
+    assert "label 10" in rows["digit0059"]["error"]
+    good = stream_good(records, tmp_path)
+    for key in set(rows) - WRONG:
+        assert rows[key]["curvature"] == pytest.approx(good[key], rel=2e-3)
+
+
+def stream_good(records, tmp_path):
+    shard_files.write_tar(tmp_path / "good" / "all.tar", records)
+    stream(tmp_path / "good", tmp_path / "good-store")
+    return by_id(Store(tmp_path / "good-store").curvature("net"))
+
+
+def test_a_tar_that_ends_early_keeps_what_it_has_and_says_so(records, tmp_path):
+    shard_files.write_tar(tmp_path / "s" / "a.tar", records[:30])
+    data = (tmp_path / "s" / "a.tar").read_bytes()
+    (tmp_path / "s" / "a.tar").write_bytes(data[: len(data) // 2])
+    summary = stream(tmp_path / "s", tmp_path / "store", skip_bad=True)
+    (bad,) = [bad for bad in summary.bad if "ends early" in bad.error]
+    assert bad.shard == "a"
+    assert 5 < summary.scored < 25
+    with pytest.raises(ExamplesError, match="ends early"):
+        stream(tmp_path / "s", tmp_path / "fatal")
+
+
+def test_a_damaged_parquet_shard_is_reported_not_lost(records, tmp_path):
+    shard_files.write_parquet(tmp_path / "s" / "a.parquet", records[:20])
+    shard_files.write_parquet(tmp_path / "s" / "b.parquet", records[20:40])
+    data = (tmp_path / "s" / "b.parquet").read_bytes()
+    (tmp_path / "s" / "b.parquet").write_bytes(data[:-500])
+    summary = stream(tmp_path / "s", tmp_path / "store", skip_bad=True)
+    assert summary.scored == 20
+    assert [bad.shard for bad in summary.bad] == ["b"]
+
+
+def test_an_empty_tar_is_an_empty_object(records, tmp_path):
+    shard_files.write_tar(tmp_path / "s" / "a.tar", records[:5])
+    shard_files.write_tar(tmp_path / "s" / "b.tar", [])
+    assert stream(tmp_path / "s", tmp_path / "store").scored == 5
+    assert Store(tmp_path / "store").streamed_shards("net") == {"a", "b"}
+
+
+def test_a_set_without_any_good_image_is_refused(records, tmp_path):
+    shard_files.write_tar(tmp_path / "s" / "a.tar", records[:5], labels=False)
+    with pytest.raises(ExamplesError, match="no image of the set can be scored"):
+        stream(tmp_path / "s", tmp_path / "store", skip_bad=True)
+
+
+# Reading
+
+
+def test_webdataset_conventions(records, tmp_path):
+    (key, _, data), path = records[0], tmp_path / "a.tar"
+    members = [
+        ("x/n01440764_10026.JPEG", data), ("x/n01440764_10026.json", b'{"label": 7}'),
+        ("x/.hidden.jpg", data), ("x/one.txt", b"a caption"), ("x/one.cls", b"3"),
+        (f"{key}.seg.png", data), (f"{key}.cls", b" 4\n"),
+        ("bad.jpg", data), ("bad.cls", b"cat"),
+    ]  # fmt: skip
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(_folder("x"))
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (shard,) = list_shards(str(path))
+    found = [(r.example_id, r.label, r.data == data, bool(r.error)) for r in read_shard(shard)]
+    assert found == [
+        ("n01440764_10026", 7, True, False), (key, 4, True, False), ("bad", None, True, True),
+    ]  # fmt: skip
+
+
+def _folder(name):
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.DIRTYPE
+    return info
+
+
+def test_parquet_conventions(records, tmp_path):
+    data = records[0][2]
+    tables = {
+        "cifar": {"img": [{"bytes": data, "path": None}], "fine_label": [3], "coarse_label": [1]},
+        "ilsvrc": {"image": [{"bytes": data, "path": "n01440764_1_n01440764.JPEG"}], "label": [5]},
+        "binary": {"jpg": [data], "cls": [6], "__key__": ["k"]},
+        "null": {"image": [{"bytes": None, "path": "a.jpg"}], "label": [0]},
+    }
+    expected = {
+        "cifar": ("cifar-000000", 3, ""), "ilsvrc": ("n01440764_1", 5, ""),
+        "binary": ("k", 6, ""), "null": ("a", 0, "the row has no image"),
+    }  # fmt: skip
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        (shard,) = list_shards(str(tmp_path / f"{name}.parquet"))
+        (record,) = read_shard(shard)
+        assert (record.example_id, record.label, record.error) == expected[name]
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
+    with pytest.raises(ExamplesError, match="columns text"):
+        list(read_shard(list_shards(str(tmp_path / "text.parquet"))[0]))
+
+
+def test_folders_number_classes_by_name_or_as_the_model_does(records, tmp_path):
+    for name, (_, _, data) in zip(("cat", "dog", "ant"), records, strict=False):
+        folder = tmp_path / "set" / name
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(data)
+    at = str(tmp_path / "set")
+
+    def labels(classes):
+        return {s.name: s.label for s in list_shards(at, classes)}
+
+    assert labels(None) == {"ant": 0, "cat": 1, "dog": 2}
+    assert labels(("dog", "cat", "bat", "ant")) == {"ant": 3, "cat": 1, "dog": 0}
+    assert labels(("dog", "cat")) == {"ant": 0, "cat": 1, "dog": 2}
+    ids = [r.example_id for s in list_shards(at) for r in read_shard(s)]
+    assert ids == ["ant/1.jpg", "cat/1.jpg", "dog/1.jpg"]
+
+
+def test_patterns_single_files_and_other_file_systems(records, shards_at, tmp_path):
+    import fsspec
+
+    at = str(shards_at / "tar")
+    assert [s.name for s in list_shards(f"{at}/part-[01].tar*")] == ["part-0", "part-1"]
+    assert [s.name for s in list_shards(f"{at}/part-2.tar")] == ["part-2"]
+    shard_files.write_tar(tmp_path / "x.tar.gz", records[:4])
+    assert len(list(read_shard(list_shards(str(tmp_path / "x.tar.gz"))[0]))) == 4
+    memory = fsspec.filesystem("memory")
+    for name in ("part-0.tar", "part-1.tar"):
+        memory.pipe_file(f"/shards-test/{name}", (shards_at / "tar" / name).read_bytes())
+    summary = stream("memory://shards-test", "memory://shards-test-store")
+    assert summary.scored == 40
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [("nowhere", "no .tar"), ("{0..3}.tar", "not with braces"), ("x*.tar", "no .tar"),
+     ("nofs://a", "no file system")],
+)  # fmt: skip
+def test_nothing_to_read_is_an_error(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExamplesError, match=message):
+        list_shards(data)
+
+
+def test_two_shards_of_one_name_are_refused(records, tmp_path):
+    shard_files.write_tar(tmp_path / "a.tar", records[:2])
+    shard_files.write_parquet(tmp_path / "a.parquet", records[:2])
+    with pytest.raises(ExamplesError, match="two shards"):
+        list_shards(str(tmp_path))
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 40), (33, 33), (224, 300)])
+def test_the_crop_is_torchvisions(size):
+    from torchvision import transforms as T
+
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    for resize, crop, name in ((36, 32, "bilinear"), (32, 32, "bicubic")):
+        ours = Transform(size=(crop, crop), resize=resize, interpolation=name)(file.getvalue())
+        mode = T.InterpolationMode(name)
+        theirs = T.Compose([T.Resize(resize, mode), T.CenterCrop(crop)])(image)
+        np.testing.assert_array_equal(ours, np.asarray(theirs))
+
+
+def test_timms_models_bring_their_transform():
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    from raymem.shards.transform import of_timm
+
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (300, 260, 3), dtype=np.uint8))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    for name in ("resnet18", "resnet50", "mobilenetv2_100"):
+        config = resolve_model_data_config(timm.create_model(name, pretrained=False))
+        theirs = create_transform(**config, is_training=False)
+        pixels = of_timm(config)(file.getvalue())
+        x = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
+        torch.testing.assert_close((x - mean) / std, theirs(image), rtol=1e-5, atol=1e-5)
+
+
+def test_folder_images_get_the_pixels_that_a_study_of_the_folder_has(records, tmp_path):
+    from raymem import load_examples
+
+    for split in ("train", "test"):
+        shard_files.write_folders(tmp_path / "set" / split, records[:40])
+    examples = load_examples(tmp_path / "set", image_size=16)
+    hashes = dict(zip(examples.train_ids, examples.content_hashes, strict=False))
+    grey = examples.image_shape[2] == 1
+    model = scoring_model()
+    assert not grey
+    stream_curvature(
+        list_shards(str(tmp_path / "set"), examples.classes), model, Store(tmp_path / "store"),
+        engine="serial",
+    )  # fmt: skip
+    streamed = by_id_full(Store(tmp_path / "store").curvature("net"))
+    assert set(hashes) <= set(streamed)
+    assert all(streamed[i] == digest for i, digest in hashes.items())
+
+
+def by_id_full(table):
+    return dict(
+        zip(table["example_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True)
+    )
+
+
+# Models
+
+
+def test_a_store_keeps_models_that_score_its_own_examples(digits, tmp_path):
+    study = Study(
+        examples=digits,
+        recipe=Recipe(model="mlp-32", epochs=2, learning_rate=0.1),
+        store=tmp_path / "study",
+        trials=3,
+        curvature=CurvatureRule(),
+        keep_models=2,
+    )
+    study.train(engine="serial")
+    study.score()
+    store = Store(tmp_path / "study")
+    assert [key.trial for key in sorted(store.kept())] == [0, 1]
+    # The study's own pixels as PNGs, under its ids.
+    rows = []
+    for i in range(50):
+        file = io.BytesIO()
+        Image.fromarray(digits.x_train[i, :, :, 0]).save(file, "PNG")
+        rows.append((digits.train_ids[i], int(digits.y_train[i]), file.getvalue()))
+    shard_files.write_tar(tmp_path / "set" / "a.tar", rows)
+    model = ScoringModel.of_store(store, TrialKey(INF, 1))
+    assert model.name == "eps-inf-000001"
+    stream(tmp_path / "set", tmp_path / "study", model)
+    joined = join_curvature(store, store.scores(), model.name)
+    there = {r["example_id"]: r for r in joined.to_pylist() if r["curvature"] is not None}
+    assert set(there) == set(digits.train_ids[:50])
+    trial = store.trial(TrialKey(INF, 1)).filter(pa.array([False] * 597 + [True] * 1200))
+    np.testing.assert_allclose(
+        [there[i]["curvature"] for i in digits.train_ids[:50]],
+        trial["curvature"].to_numpy()[:50],
+        rtol=1e-3,
+    )
+    with pytest.raises(StoreError, match="keeps no weights of trial 2"):
+        ScoringModel.of_store(store, TrialKey(INF, 2))
+
+
+def test_damaged_weights_are_found(digits, tmp_path):
+    from raymem import verify
+
+    study = Study(
+        examples=digits, recipe=Recipe(model="mlp-8", epochs=1), store=tmp_path, trials=1,
+        keep_models=1,
+    )  # fmt: skip
+    study.train(engine="serial")
+    store, path = Store(tmp_path), tmp_path / "models/eps-inf/000000.safetensors"
+    assert verify(store) == []
+    data = bytearray(path.read_bytes())
+    for at in (3, 40, len(data) // 2, len(data) - 1):
+        spoiled = bytearray(data)
+        spoiled[at] ^= 1
+        path.write_bytes(bytes(spoiled))
+        problems = verify(store)
+        assert [(p.kind, p.key) for p in problems] == [
+            ("damaged", "models/eps-inf/000000.safetensors")
+        ], at
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/raymem-evil",)
+
+
+def test_weights_are_read_without_running_what_is_in_them(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model("resnet18", num_classes=4)
+    state = net.state_dict()
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "a.pt"
+    )
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        found = read_weights(str(tmp_path / name))
+        assert all(torch.equal(found[k], v) for k, v in state.items())
+        model = ScoringModel.of_timm("resnet18", weights=str(tmp_path / name), n_classes=4)
+        assert (model.n_classes, model.transform.size) == (4, (224, 224))
+    Path(tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"model": Evil()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(RecipeError, match="cannot be read as weights"):
+            read_weights(str(tmp_path / name))
+    assert not Path("/tmp/raymem-evil").exists()
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.safetensors").write_text("x")
+    for name, message in (
+        ("list.pt", "no state dict"), ("text.safetensors", "cannot be read"),
+        ("none.pt", "no file"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=message):
+            read_weights(str(tmp_path / name))
+    with pytest.raises(RecipeError, match="do not fit"):
+        ScoringModel.of_timm("resnet18", weights=str(tmp_path / "a.pt"), n_classes=5)
+    with pytest.raises(RecipeError, match="no model"):
+        ScoringModel.of_timm("resnet17", weights=str(tmp_path / "a.pt"))
+
+
+# Joining
+
+
+def test_a_join_with_other_labels_repeated_or_no_common_ids_is_refused(digits, tmp_path):
+    study = Study(
+        examples=digits, recipe=Recipe(model="mlp-8", epochs=1), store=tmp_path / "s", trials=1
+    )
+    study.train(engine="serial")
+    study.score()
+    store = Store(tmp_path / "s")
+    records = shard_files.encoded(digits, 12)
+    named = [(digits.train_ids[i], r[1], r[2]) for i, r in enumerate(records)]
+    wrong = [(named[0][0], (named[0][1] + 1) % 10, named[0][2]), *named[1:]]
+    sets = {
+        "fine": named, "labels": wrong, "twice": [*named, named[3]], "others": records,
+    }  # fmt: skip
+    for name, rows in sets.items():
+        shard_files.write_tar(tmp_path / name / "a.tar", rows)
+        stream(tmp_path / name, tmp_path / "s", scoring_model(name))
+    joined = join_curvature(store, store.scores(), "fine")
+    assert joined.num_rows == store.scores().num_rows
+    assert joined["curvature"].null_count == joined.num_rows - 12
+    for name, message in (
+        ("labels", "1 examples have another label"), ("twice", "more than once"),
+        ("others", "no example of the scores"), ("nothing", "no curvature of 'nothing'"),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match=message):
+            join_curvature(store, store.scores(), name)
+
+
+# The job
+
+
+def job(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        run_curvature_job("Doc.", [str(a) for a in arguments])
+    return stopped.value.code
+
+
+def test_the_job_scores_and_the_command_joins(digits, tmp_path, capsys):
+    from click.testing import CliRunner
+
+    store = tmp_path / "s"
+    study = Study(
+        examples=digits, recipe=Recipe(model="mlp-8", epochs=1), store=store, trials=2,
+        keep_models=2,
+    )  # fmt: skip
+    study.train(engine="serial")
+    study.score()
+    records = [(digits.train_ids[i], *r[1:]) for i, r in enumerate(shard_files.encoded(digits, 30))]
+    shard_files.write_tar(tmp_path / "set" / "a.tar", records)
+    code = job(
+        "--data", tmp_path / "set", "--store", store, "--models-of", store, "--engine", "serial",
+        "--paper",
+    )  # fmt: skip
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "eps-inf-000000: 1 shards" in out
+    assert "eps-inf-000001: 1 shards" in out
+    result = CliRunner().invoke(
+        main,
+        ["scores", str(store), "--with", "eps-inf-000001", "--sort", "curvature", "--top", "5"],
+    )
+    assert result.exit_code == 0, result.output
+    assert "curvature" in result.output.splitlines()[0]
+    assert len(result.output.splitlines()) == 6
+    status = CliRunner().invoke(main, ["status", str(store)]).output
+    assert "curvature of eps-inf-000001: 1 shards" in status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --model"),
+        (["--model", "resnet18", "--models-of", "x"], "give --model"),
+        (["--model", "a", "--model", "b", "--weights", "w"], "exactly one --model"),
+        (["--model", "a", "--model", "b", "--name", "n"], "exactly one --model"),
+        (["--model", "resnet17", "--weights", "w.pt"], "no model 'resnet17'"),
+        (["--models-of", "nowhere"], "no study in"),
+    ],
+)
+def test_the_job_says_what_is_missing(shards_at, tmp_path, capsys, arguments, message):
+    code = job("--data", shards_at / "tar", "--store", tmp_path, "--engine", "serial", *arguments)
+    assert code == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_resnet50_at_224_pixels_goes_through(records, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    net = timm.create_model("resnet50", num_classes=1000)
+    safetensors.torch.save_file(net.state_dict(), tmp_path / "w.safetensors")
+    shard_files.write_tar(tmp_path / "set" / "a.tar", records[:4])
+    code = job(
+        "--data", tmp_path / "set", "--store", tmp_path / "s", "--model", "resnet50",
+        "--weights", tmp_path / "w.safetensors",
+    )  # fmt: skip
+    assert code == 0
+    rows = Store(tmp_path / "s").curvature("resnet50").to_pylist()
+    assert [row["mode"] for row in rows] == ["gauss-newton"] * 4
+    assert all(row["curvature"] > 0 for row in rows)
+    assert all(row["curvature_stderr"] > 0 for row in rows)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}]
+from test_shards import scoring_model
+from raymem import Store, list_shards, stream_curvature
+if __name__ == "__main__":
+    stream_curvature(list_shards({data!r}), scoring_model(), Store({store!r}), batch_size=8)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_shard_and_run_again_gives_the_same_objects(digits, tmp_path):
+    records = shard_files.encoded(digits, 480)
+    for number, part in enumerate(shard_files.parts(records, 24)):
+        shard_files.write_tar(tmp_path / "set" / f"part-{number:02d}.tar", part)
+    stream(tmp_path / "set", tmp_path / "whole")
+    script = tmp_path / "run.py"
+    folder = tmp_path / "killed/curvature/net"
+    text = SCRIPT.format(
+        tests=str(ROOT / "tests"), data=str(tmp_path / "set"), store=str(tmp_path / "killed")
+    )
+    script.write_text(text)
+    for wanted in (1, 8):
+        process = subprocess.Popen([sys.executable, script], start_new_session=True)
+        deadline = time.monotonic() + 240
+        while len(list(folder.glob("*.parquet"))) < wanted and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        there = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+        assert wanted <= len(there) < 24
+    subprocess.run([sys.executable, script], check=True, timeout=300)
+    now = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+    assert all(now[name] == when for name, when in there.items())
+    assert len(now) == 24
+    whole, again = (Store(tmp_path / name).curvature("net") for name in ("whole", "killed"))
+    assert again["example_id"].to_pylist() == whole["example_id"].to_pylist()
+    np.testing.assert_allclose(again["curvature"], whole["curvature"], rtol=2e-3)
