@@ -91,3 +91,27 @@ def recipe(model, **settings) -> Recipe:
     """A recipe that leaves pixels as they are and raises `seen` at once."""
     defaults = {"epochs": 2, "batch_size": 64, "learning_rate": 100.0, "schedule": "constant"}
     return Recipe(model=model, **{**defaults, "mean": (0.0,), "std": (1.0,), **settings})
+
+
+class _Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, up):
+        return up * 2
+
+
+class _Opaque(nn.Module):
+    def __init__(self, n_inputs: int, n_classes: int) -> None:
+        super().__init__()
+        self.last = nn.Linear(n_inputs, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(_Doubling.apply(x.flatten(1)))
+
+
+def no_second_derivative(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """A layer of its own that torch can differentiate once only."""
+    return _Opaque(int(np.prod(image_shape)), n_classes)

@@ -208,6 +208,17 @@ def test_a_tar_that_ends_early_keeps_what_it_has_and_says_so(records, tmp_path):
         stream(tmp_path / "s", tmp_path / "fatal")
 
 
+def test_a_tar_cut_between_two_members_is_not_taken_for_whole(records, tmp_path):
+    shard_files.write_tar(tmp_path / "s" / "a.tar", records[:30])
+    data = (tmp_path / "s" / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "s" / "a.tar") as tar:
+        cut = tar.getmembers()[20].offset
+    (tmp_path / "s" / "a.tar").write_bytes(data[:cut])
+    summary = stream(tmp_path / "s", tmp_path / "store", skip_bad=True)
+    assert summary.scored == 10
+    assert ["end-of-archive" in bad.error for bad in summary.bad] == [True]
+
+
 def test_a_damaged_parquet_shard_is_reported_not_lost(records, tmp_path):
     shard_files.write_parquet(tmp_path / "s" / "a.parquet", records[:20])
     shard_files.write_parquet(tmp_path / "s" / "b.parquet", records[20:40])
@@ -365,7 +376,7 @@ def test_timms_models_bring_their_transform():
         config = resolve_model_data_config(timm.create_model(name, pretrained=False))
         theirs = create_transform(**config, is_training=False)
         pixels = of_timm(config)(file.getvalue())
-        x = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
         torch.testing.assert_close((x - mean) / std, theirs(image), rtol=1e-5, atol=1e-5)
 

@@ -208,9 +208,9 @@ def _curvature_columns(sums: Sums, is_test: NDArray[np.bool_]) -> dict[str, Any]
         n = np.where(is_test, 0, sums[f"n_curvature_{arm}"])
         found[f"n_curvature_{arm}"] = pa.array(n.astype(np.int32), mask=is_test)
         for name in columns.TRIAL_CURVATURE:
-            total = sums[f"{name}_{arm}"]
-            if not np.isfinite(total).any():
+            if f"{name}_{arm}" not in sums:
                 continue
+            total = sums[f"{name}_{arm}"]
             found[f"{name}_{arm}"] = ratio(total, n)
             if f"{name}_{arm}_squares" in sums:
                 _, stderr = mean_and_stderr(total, sums[f"{name}_{arm}_squares"], n)

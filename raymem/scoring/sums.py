@@ -185,14 +185,13 @@ def _add_history(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None
 
 def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None:
     """Sums of each arm. Where a value is missing nothing is added, and nothing counted."""
-    if "n_curvature_in" not in sums:
-        sums.update(_zeros(table.num_rows, columns.SUMS_CURVATURE))
     found = {
         name: _numpy(table, name, np.nan).astype(np.float64)
-        if name in table.column_names
-        else np.full(table.num_rows, np.nan)
         for name in columns.TRIAL_CURVATURE
+        if name in table.column_names
     }
+    for name, zero in _zeros(table.num_rows, columns.sums_of_curvature(found)).items():
+        sums.setdefault(name, zero)
     has = np.isfinite(found["curvature"])
     for arm, member in (("in", inside & has), ("out", ~inside & has)):
         sums[f"n_curvature_{arm}"] += member

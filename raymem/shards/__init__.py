@@ -10,13 +10,15 @@ Images are decoded by CPU workers and scored by actors that hold one model each;
 holds the set.
 """
 
+from raymem.shards.gather import BadImage, StreamSummary
 from raymem.shards.join import join_curvature
 from raymem.shards.models import ScoringModel
 from raymem.shards.readers import Shard, list_shards
-from raymem.shards.stream import StreamSummary, stream_curvature
+from raymem.shards.stream import stream_curvature
 from raymem.shards.transform import Transform
 
 __all__ = [
+    "BadImage",
     "ScoringModel",
     "Shard",
     "StreamSummary",

@@ -29,6 +29,7 @@ LABEL_COLUMNS = ("label", "fine_label", "labels", "cls", "target", "class")
 ID_COLUMNS = ("example_id", "id", "__key__", "key")
 LABEL_MEMBERS = ("cls", "label", "index")
 ROWS = 64
+BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +163,20 @@ def _tar(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
                     content = tar.extractfile(member)
                     members[extension.lower()] = content.read() if content else b""
         except (tarfile.TarError, EOFError, OSError) as error:
-            yield from _of_members(key, members)
+            # The last one is whole if its label is there.
+            yield from (record for record in _of_members(key, members) if record.label is not None)
             yield _rest(shard, error)
             return
     yield from _of_members(key, members)
+    if not _is_closed(fs, path):
+        yield _rest(shard, tarfile.ReadError("its end-of-archive mark is missing"))
+
+
+def _is_closed(fs: Any, path: str) -> bool:
+    """A tar cut between two members reads without error; only its zeros at the end are missing."""
+    if not path.lower().endswith(".tar") or fs.size(path) == 0:
+        return True
+    return not any(fs.cat_file(path, start=-BLOCK))
 
 
 def _of_members(key: str | None, members: dict[str, bytes]) -> Iterator[Record]:

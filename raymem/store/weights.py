@@ -13,13 +13,14 @@ from torch import Tensor
 
 from raymem.errors import DamagedObjectError
 
-METADATA = "raymem"
+METADATA, CHECKSUM = "raymem", "raymem_checksum"
 
 
 def encode_weights(weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
     """safetensors bytes of a state dict on the CPU, `about` and its digest in the metadata."""
     text = json.dumps({**about, "digest": weights_digest(weights)})
-    data: bytes = safetensors.torch.save(dict(weights), metadata={METADATA: text})
+    metadata = {METADATA: text, CHECKSUM: _checksum(text)}
+    data: bytes = safetensors.torch.save(dict(weights), metadata=metadata)
     return data
 
 
@@ -27,7 +28,10 @@ def decode_weights(data: bytes, key: str) -> tuple[dict[str, Tensor], dict[str, 
     """The state dict and what is recorded beside it. Raises DamagedObjectError."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about: dict[str, Any] = json.loads(header["__metadata__"][METADATA])
+        metadata = header["__metadata__"]
+        if metadata[CHECKSUM] != _checksum(metadata[METADATA]):
+            raise ValueError("the checksum of its metadata does not fit")
+        about: dict[str, Any] = json.loads(metadata[METADATA])
         weights = safetensors.torch.load(data)
         if weights_digest(weights) != about["digest"]:
             raise ValueError("its digest does not fit")
@@ -46,3 +50,7 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         sha.update(safetensors.torch.save({"": tensor}))
     return sha.hexdigest()
+
+
+def _checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

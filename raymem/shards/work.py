@@ -1,0 +1,156 @@
+"""What workers do: read and decode a shard in chunks of rows, and score batches of them.
+
+The same code in this process and in Ray Data's tasks and actors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raymem.curvature import CurvatureRule
+from raymem.examples.pixels import content_hash
+from raymem.shards.models import ScoringModel
+from raymem.shards.readers import Record, Shard, read_shard
+from raymem.shards.transform import Transform
+from raymem.store import columns
+from raymem.training import Meter, default_device
+
+# Rows that a reading task hands on at once.
+CHUNK = 64
+# The position of the row after a shard's last; its label says how many there were.
+LAST = -1
+Batch = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What reading and scoring need to know, sent to every worker."""
+
+    shards: Sequence[Shard]
+    transform: Transform
+    n_classes: int
+    rule: CurvatureRule
+    seed: int
+    batch_size: int
+    threads: int
+    channels_last: bool
+
+
+def decode(
+    record: Record, transform: Transform, n_classes: int
+) -> tuple[NDArray[np.uint8] | None, str]:
+    """Pixels, or why there are none: never a stand-in."""
+    if record.error:
+        return None, record.error
+    if record.label is None:
+        return None, "it has no label"
+    if not 0 <= record.label < n_classes:
+        return None, f"label {record.label} is none of the model's {n_classes} classes"
+    try:
+        return transform(record.data), ""
+    except Exception as error:  # Pillow raises many kinds; what matters is which image it is
+        return None, f"{type(error).__name__}: {error}"
+
+
+def read(task: Task, number: int) -> Iterator[Batch]:
+    """A shard in chunks of rows, and a last row that says how many there were."""
+    rows: list[dict[str, Any]] = []
+    H, W = task.transform.size
+    blank = np.zeros((H, W, 1 if task.transform.grey else 3), np.uint8)
+
+    def row(position: int, **values: Any) -> dict[str, Any]:
+        empty = {"example_id": "", "label": -1, "content_hash": "", "error": "", "pixels": blank}
+        return {"shard": number, "position": position, **empty, **values}
+
+    position = 0
+    for record in _records(task.shards[number]):
+        pixels, error = decode(record, task.transform, task.n_classes)
+        values: dict[str, Any] = {"example_id": record.example_id, "error": error}
+        if record.label is not None:
+            values["label"] = record.label
+        if pixels is not None:
+            values |= {"pixels": pixels, "content_hash": content_hash(pixels)}
+        rows.append(row(position, **values))
+        position += 1
+        if len(rows) == CHUNK:
+            yield _columns(rows)
+            rows = []
+    rows.append(row(LAST, label=position))
+    yield _columns(rows)
+
+
+def _records(shard: Shard) -> Iterator[Record]:
+    try:
+        yield from read_shard(shard)
+    except Exception as error:  # file systems raise many kinds; the shard's name must be told
+        yield Record(example_id=f"{shard.name} (the rest)", label=None, data=b"", error=str(error))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> Batch:
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+class Scorer:
+    """Holds a model on its device; scores batches of decoded images."""
+
+    def __init__(self, task: Task, model: ScoringModel) -> None:
+        torch.set_num_threads(task.threads)
+        torch.set_flush_denormal(True)
+        self.task, self.device = task, default_device()
+        self.net = model.net.to(self.device).eval()
+        self.meter: Meter | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch without pixels, with a value for each row that could be decoded."""
+        good = np.flatnonzero((batch["error"] == "") & (batch["position"] != LAST))
+        n, found = len(batch["position"]), {}
+        if len(good):
+            x = torch.from_numpy(np.ascontiguousarray(batch["pixels"][good])).to(self.device)
+            y = torch.from_numpy(batch["label"][good].astype(np.int64)).to(self.device)
+            found = self._score(x, y)
+        values = {}
+        for name in columns.STREAMED_VALUES:
+            if name == "curvature_paper" and self.task.rule.paper is None:
+                continue
+            values[name] = np.full(n, np.nan, np.float32)
+            if name in found:
+                values[name][good] = found[name]
+        kept = ("shard", "position", "example_id", "label", "content_hash", "error")
+        return {**{name: batch[name] for name in kept}, **values}
+
+    def _score(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
+        task = self.task
+        if self.meter is None:
+            self.meter = Meter(
+                self.net, x, y, task.rule, seed=task.seed, channels_last=task.channels_last
+            )
+        size = task.batch_size
+        parts = [self.meter(x[at : at + size], y[at : at + size]) for at in range(0, len(x), size)]
+        return {
+            name: torch.cat([part[name] for part in parts]).to(torch.float32).cpu().numpy()
+            for name in parts[0]
+        }
+
+
+def read_on_ray(batch: Batch, task: Any) -> Iterator[Batch]:
+    import ray
+
+    yield from read(ray.get(task[0]), int(batch["number"][0]))
+
+
+class RayScorer:
+    """A scorer as an actor of Ray Data."""
+
+    def __init__(self, task: Any, model: Any) -> None:
+        import ray
+
+        self.scorer = Scorer(ray.get(task[0]), ray.get(model[0]))
+
+    def __call__(self, batch: Batch) -> Batch:
+        return self.scorer(batch)
