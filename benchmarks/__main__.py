@@ -13,12 +13,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import estimators, fleets, trial
+from benchmarks import curvature, estimators, fleets, streaming, trial
 from raymem.version import VERSION
 
 PARTS = {
     "trial": trial.against_the_plain_loop,
     "utilization": trial.utilization,
+    "curvature": curvature.exact_trace,
+    "stratified": curvature.stratified,
+    "streaming": streaming.against_the_bare_loop,
     "estimators": estimators.against_the_dense_way,
     "share": fleets.useful_share,
     "overhead": fleets.overhead,

@@ -85,6 +85,12 @@ def status_command(store: str, debug: bool) -> None:
 
 def describe_store(store: Store) -> str:
     """What `raymem status` prints."""
+    streamed = [
+        f"curvature of {model}: {len(store.streamed_shards(model)):,} shards"
+        for model in store.streamed_models()
+    ]
+    if streamed and not store.files.exists("study.json"):
+        return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
     body, target, done = store.study(), store.target, store.done()
     plan = store.plan()
     wanted = set(target.wanted())
@@ -111,8 +117,7 @@ def describe_store(store: Store) -> str:
             f"driver: process {driver['pid']} on {driver['host']} since {driver['started']}"
         )
         lines.append(_rate(driver["progress"]))
-    for model in store.streamed_models():
-        lines.append(f"curvature of {model}: {len(store.streamed_shards(model)):,} shards")
+    lines += streamed
     if done:
         lines.append(_cost(store))
     return "\n".join(line for line in lines if line)

@@ -31,6 +31,7 @@ REPLICATES = 300
 # More examples than this only cost time.
 MOST_EXAMPLES = 100_000
 CONFIDENCE = 0.95
+BINS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,36 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
             sums = _Sums(_train_at(folds, epsilon), list(values))
             mem = _floats(here, "memorization")
             found[epsilon] = _correlate(mem, values, sums, np.random.default_rng(seed))
+    return found
+
+
+def by_memorization(store: Store) -> dict[float, pa.Table]:
+    """Means of the measures over bins of memorization, a tenth wide each, by epsilon.
+
+    Columns: from, to, examples, and the mean over the bin's examples of each measure the scores
+    have. Bins without examples are left out. Binned means hide the spread within bins: correlations
+    of bins are far higher than those of examples.
+    """
+    scores = store.scores()
+    if "curvature_out" not in scores.column_names:
+        return {}
+    found = {}
+    for epsilon in sorted(set(scores["epsilon"].to_pylist())):
+        here = _train_at(scores, epsilon)
+        mem = _floats(here, "memorization")
+        if not np.isfinite(_floats(here, "curvature_out")).any():
+            continue
+        number = np.clip(np.floor(np.nan_to_num(mem) * BINS), -BINS, BINS - 1)
+        rows = []
+        for b in np.unique(number[np.isfinite(mem)]):
+            inside = np.isfinite(mem) & (number == b)
+            row = {"from": b / BINS, "to": (b + 1) / BINS, "examples": int(inside.sum())}
+            for name in [name for name in MEASURES if name in here.column_names]:
+                values = _floats(here, name)[inside]
+                finite = values[np.isfinite(values)]
+                row[name] = float(finite.mean()) if len(finite) else None
+            rows.append(row)
+        found[epsilon] = pa.Table.from_pylist(rows)
     return found
 
 

@@ -182,6 +182,35 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
     return "\n\n".join(parts)
 
 
+def bins_text(found: Mapping[float, pa.Table]) -> str:
+    """Curvature and its baselines over bins of memorization, a table for each epsilon."""
+    parts = []
+    for epsilon, bins in found.items():
+        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
+        shown = pa.table(
+            {
+                "memorization": [
+                    f"{low:.1f} to {high:.1f}"
+                    for low, high in zip(
+                        bins["from"].to_pylist(), bins["to"].to_pylist(), strict=True
+                    )
+                ],
+                "examples": bins["examples"],
+                **{
+                    name: [_short(value) for value in bins[name].to_pylist()]
+                    for name in bins.column_names
+                    if name.endswith("_out")
+                },
+            }
+        )
+        parts.append(f"Means over out-models, by memorization{at}:\n{as_text(shown)}")
+    return "\n\n".join(parts)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
 def _coefficient(c: Coefficient) -> str:
     return "" if math.isnan(c.value) else f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]"
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from raymem import CurvatureRule, Recipe, Store, Study, correlations
-from raymem.links import MEASURES, _correlate, _Sums
+from raymem.links import MEASURES, _correlate, _Sums, by_memorization
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,22 @@ def test_correlations_are_scipys_over_the_training_examples(study):
         for coefficient in (c.spearman, c.pearson):
             assert coefficient.low < coefficient.value < coefficient.high
         assert (c.examples, c.folds) == (1200, 3)
+
+
+def test_bins_are_means_over_their_examples(study):
+    (table,) = by_memorization(Store(study.store)).values()
+    rows = [row for row in study.scores().to_pylist() if row["split"] == "train"]
+    assert sum(table["examples"].to_pylist()) == 1200
+    for bin_ in table.to_pylist():
+        inside = [
+            r
+            for r in rows
+            if bin_["from"] <= r["memorization"] < bin_["to"]
+            or r["memorization"] == bin_["to"] == 1
+        ]
+        assert len(inside) == bin_["examples"]
+        for name in MEASURES:
+            assert bin_[name] == pytest.approx(np.mean([r[name] for r in inside]))
 
 
 def test_the_same_seed_gives_the_same_intervals(study):

@@ -536,6 +536,28 @@ def test_a_join_with_other_labels_repeated_or_no_common_ids_is_refused(digits, t
             join_curvature(store, store.scores(), name)
 
 
+def test_a_store_of_curvature_alone_has_a_status_and_can_be_repaired(shards_at, tmp_path):
+    from click.testing import CliRunner
+
+    from raymem import verify
+
+    stream(shards_at / "tar", tmp_path)
+    store = Store(tmp_path)
+    assert verify(store) == []
+    assert "net: 3 shards" in CliRunner().invoke(main, ["status", str(tmp_path)]).output
+    path = tmp_path / "curvature/net/part-1.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(bytes(data))
+    (tmp_path / "note.txt").write_text("x")
+    assert [(p.kind, p.key) for p in verify(store)] == [
+        ("damaged", "curvature/net/part-1.parquet"), ("foreign", "note.txt"),
+    ]  # fmt: skip
+    verify(store, repair=True)
+    assert stream(shards_at / "tar", tmp_path).scored == 20
+    assert [p.kind for p in verify(store)] == ["foreign"]
+
+
 # The job
 
 

@@ -16,7 +16,7 @@ from raymem.curvature import CurvatureRule, PaperRule
 from raymem.errors import RecipeError, StoreError
 from raymem.examples import NAMED, Examples, load_examples
 from raymem.fleet import Engine, duration
-from raymem.links import correlations
+from raymem.links import by_memorization, correlations
 from raymem.memorization import PairRule
 from raymem.plan import Kind
 from raymem.store import Store
@@ -24,6 +24,7 @@ from raymem.study import Study
 from raymem.tables import top, where
 from raymem.text import (
     as_text,
+    bins_text,
     correlations_text,
     for_people,
     pairs_for_people,
@@ -251,6 +252,7 @@ def score_and_print(study: Study, rule: PairRule) -> None:
     compared = correlations(store)
     if compared:
         click.echo("\n" + correlations_text(compared))
+        click.echo("\n" + bins_text(by_memorization(store)))
     click.echo(f"\nscores:  {store.files.path('scores/examples.parquet')}")
     click.echo(f"pairs:   {store.files.path('scores/influence.parquet')}")
     click.echo(f"trials:  {store.files.path('scores/trials.parquet')}")

@@ -58,6 +58,9 @@ def verify(store: Store, *, repair: bool = False) -> list[Problem]:
 
 
 def _problems(store: Store) -> Iterator[Problem]:
+    if not store.files.exists("study.json") and store.streamed_models():
+        yield from _streamed_problems(store)
+        return
     body = store.study()
     if study_hash(body["study"]) != body["hash"]:
         raise DamagedObjectError(
@@ -86,6 +89,16 @@ def _problems(store: Store) -> Iterator[Problem]:
         if wanted not in done:
             detail = "not trained yet, or given up"
             yield Problem(kind="missing", key=wanted.object_key, detail=detail)
+
+
+def _streamed_problems(store: Store) -> Iterator[Problem]:
+    """Of a store that holds streamed curvature only."""
+    for key in store.files.list():
+        if not LAYOUT.fullmatch(key):
+            yield Problem(kind="foreign", key=key, detail="not part of a store")
+        elif key.startswith("curvature/"):
+            check = _check_json if key.endswith(".json") else _check_table
+            yield from _damage(key, partial(check, store, key))
 
 
 def _damage(key: str, check: Callable[[], object]) -> Iterator[Problem]:
