@@ -52,7 +52,7 @@ class CurvatureRule:
     Raises CurvatureError for settings that make no sense.
 
     >>> CurvatureRule(mode="hessian").probes
-    20
+    8
     """
 
     mode: Literal["auto", "gauss-newton", "hessian"] = "auto"
@@ -63,7 +63,7 @@ class CurvatureRule:
     """Above: this many of the likeliest classes' columns exactly ..."""
     logit_probes: int = 2
     """... and the rest from so many Rademacher probes; two or more, for the standard error."""
-    probes: int = 20
+    probes: int = 8
     """Hessian mode: Rademacher probes of the part that Gauss-Newton misses; two or more."""
     paper: PaperRule | None = field(default_factory=PaperRule)
     """The paper's score, beside; None: not."""
