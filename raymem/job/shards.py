@@ -58,7 +58,9 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
         default="auto",
         help="How the trace is computed.",
     )
-    @click.option("--probes", type=click.IntRange(2), default=CurvatureRule.probes, help="Of hessian mode.")
+    @click.option(
+        "--probes", type=click.IntRange(2), default=CurvatureRule.probes, help="Of hessian mode."
+    )
     @click.option(
         "--columns", type=click.IntRange(0), default=8, help="Exact ones of many classes."
     )
