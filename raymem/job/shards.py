@@ -70,6 +70,9 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
     @click.option("--seed", type=click.IntRange(0), default=0, help="Of the probes.")
     @click.option("--engine", type=click.Choice(["ray", "serial"]), default="ray", help="Or here.")
     @click.option("--scorers", type=click.IntRange(1), help="Actors.  [default: GPUs, or cores]")
+    @click.option(
+        "--gpus-per-scorer", type=click.FloatRange(0), help="Fractions too.  [default: 1 if any]"
+    )
     @click.option("--batch-size", type=click.IntRange(1), help="[default: by the image size]")
     @click.option("--threads", type=click.IntRange(1), default=1, help="Of a scorer on CPUs.")
     @click.option("--verbose", is_flag=True, help="Show what Ray says.")
@@ -87,6 +90,7 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
         seed: int,
         engine: str,
         scorers: int | None,
+        gpus_per_scorer: float | None,
         batch_size: int | None,
         threads: int,
         verbose: bool,
@@ -103,7 +107,7 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
             )
             opened = Store(absolute_store(store))
             for model in _models(**which):
-                shards = list_shards(absolute_store(data), model.classes)
+                shards = list_shards(absolute_store(data, "--data"), model.classes)
                 summary = stream_curvature(
                     shards,
                     model,
@@ -113,6 +117,7 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
                     skip_bad=on_bad == "skip",
                     engine=cast(Engine, engine),
                     scorers=scorers,
+                    gpus_per_scorer=gpus_per_scorer,
                     batch_size=batch_size,
                     threads=threads,
                     verbose=verbose,
@@ -146,7 +151,7 @@ def _models(
                 model, weights=weights, n_classes=n_classes, name=name, paper=paper
             )
         return
-    source = Store(absolute_store(models_of))
+    source = Store(absolute_store(models_of, "--models-of"))
     keys = [TrialKey(epsilon, trial) for trial in trials]
     keys = keys or sorted(key for key in source.kept() if key.epsilon == epsilon)
     if not keys:

@@ -259,8 +259,8 @@ def score_and_print(study: Study, rule: PairRule) -> None:
     click.echo(f"look at: raymem scores {store.url} --top 20")
 
 
-def absolute_store(store: str) -> str:
-    """The store as an absolute path or URL; refused in a submitted job if it is relative.
+def absolute_store(store: str, option: str = "--store") -> str:
+    """The store of an option as an absolute path or URL; refused in a submitted job if it is relative.
 
     A submitted job runs in a temporary copy of the working folder, where results would vanish.
     """
@@ -268,7 +268,7 @@ def absolute_store(store: str) -> str:
         return store
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise StoreError(
-            f"--store {store} is relative, and a submitted job runs in a temporary folder; give an "
+            f"{option} {store} is relative, and a submitted job runs in a temporary folder; give an "
             "absolute path that all nodes see, or a URL"
         )
     return str(Path(store).expanduser().absolute())

@@ -7,11 +7,12 @@ until a shard is whole. What is in the store is not scored again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from raymem.curvature import CurvatureRule, pick_mode
-from raymem.errors import ExamplesError, StudyMismatchError
+from raymem.errors import ExamplesError, FleetError, StudyMismatchError
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
 from raymem.shards.gather import Gathered, StreamSummary
 from raymem.shards.models import ScoringModel
@@ -31,6 +32,7 @@ from raymem.training import as_input, batch_of
 from raymem.version import VERSION
 
 OBJECT_STORE_BYTES = 500_000_000
+READERS = 2
 
 
 def stream_curvature(
@@ -43,18 +45,20 @@ def stream_curvature(
     skip_bad: bool = False,
     engine: Engine = "ray",
     scorers: int | None = None,
+    gpus_per_scorer: float | None = None,
     batch_size: int | None = None,
     threads: int = 1,
     verbose: bool = False,
 ) -> StreamSummary:
     """Score what `store` does not have yet of `shards`, under `model`.
 
-    `scorers` actors hold the model, one GPU each where the cluster has GPUs, else `threads` CPUs
-    each; by default as many as there are GPUs, or all but one of the CPUs of a cluster.
+    `scorers` actors hold the model, with `gpus_per_scorer` GPUs (by default 1 where the cluster has
+    any), else `threads` CPUs each; by default as many as fit, two CPUs of a cluster being left to
+    read. A single image that does not fit on its device is an error; larger batches are halved.
 
     Raises ExamplesError at the first image that cannot be read, unless `skip_bad`: then it has a
     row without scores. Raises StudyMismatchError if curvature/MODEL was made by another model,
-    transform or rule, and Stopped after Ctrl-C.
+    transform or rule, FleetError on clusters too small, and Stopped after Ctrl-C.
     """
     rule = rule or CurvatureRule()
     done = store.streamed_shards(model.name)
@@ -76,19 +80,21 @@ def stream_curvature(
         threads=threads,
         channels_last=model.channels_last,
     )
-    run: Callable[..., Iterator[Batch]] = _on_ray if engine == "ray" else _in_process
+    run: Callable[..., Generator[Batch]] = _on_ray if engine == "ray" else _in_process
     gathered = Gathered(store, model, task, about, summary, skip_bad)
     line = ProgressLine()
     with stop_signals() as stops:
         try:
-            for batch in run(task, model, scorers, verbose):
-                gathered.add(batch)
-                line.show_text(gathered.progress(), last=gathered.left == 0)
-                if stops.count:
-                    raise Stopped(
-                        f"stopped after {summary.shards - gathered.left:,} of {summary.shards:,} "
-                        "shards; run the same command again to go on"
-                    )
+            # Closed at once, whatever happens, so that workers end with the run.
+            with contextlib.closing(run(task, model, scorers, gpus_per_scorer, verbose)) as batches:
+                for batch in batches:
+                    gathered.add(batch)
+                    line.show_text(gathered.progress(), last=gathered.left == 0)
+                    if stops.count and gathered.left:
+                        raise Stopped(
+                            f"stopped after {summary.shards - gathered.left:,} of "
+                            f"{summary.shards:,} shards; run the same command again to go on"
+                        )
         finally:
             line.close()
     return summary
@@ -143,15 +149,17 @@ def _pick_mode(model: ScoringModel, shards: Sequence[Shard], seed: int) -> str:
 
 
 def _in_process(
-    task: Task, model: ScoringModel, scorers: int | None, verbose: bool
-) -> Iterator[Batch]:
+    task: Task, model: ScoringModel, scorers: int | None, gpus: float | None, verbose: bool
+) -> Generator[Batch]:
     scorer = Scorer(task, model)
     for number in range(len(task.shards)):
         for batch in read(task, number):
             yield scorer(batch)
 
 
-def _on_ray(task: Task, model: ScoringModel, scorers: int | None, verbose: bool) -> Iterator[Batch]:
+def _on_ray(
+    task: Task, model: ScoringModel, scorers: int | None, gpus: float | None, verbose: bool
+) -> Generator[Batch]:
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import connected
 
@@ -161,7 +169,7 @@ def _on_ray(task: Task, model: ScoringModel, scorers: int | None, verbose: bool)
     cores = os.cpu_count() or 1
     # A local Ray gets two slots for reading beside one for each core: an actor that had a core's
     # slot for itself would leave none to read with on small machines, and nothing would move.
-    with connected(data_bytes=OBJECT_STORE_BYTES, num_cpus=cores + 2, verbose=verbose):
+    with connected(data_bytes=OBJECT_STORE_BYTES, num_cpus=cores + READERS, verbose=verbose):
         import ray
         import ray.data
 
@@ -170,10 +178,7 @@ def _on_ray(task: Task, model: ScoringModel, scorers: int | None, verbose: bool)
         if not verbose:
             # Ray Data sets its own levels when it is imported.
             logging.getLogger("ray.data").setLevel(logging.ERROR)
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources["CPU"])
-        n = scorers or gpus or max(1, (cpus - 2) // task.threads)
-        held: dict[str, Any] = {"num_gpus": 1} if gpus else {"num_cpus": task.threads}
+        n, held = _actors(ray.cluster_resources(), task.threads, scorers, gpus)
         rows = ray.data.from_items(
             [{"number": number} for number in range(len(task.shards))],
             override_num_blocks=len(task.shards),
@@ -193,3 +198,25 @@ def _on_ray(task: Task, model: ScoringModel, scorers: int | None, verbose: bool)
             **held,
         )
         yield from scored.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
+
+
+def _actors(
+    resources: Mapping[str, float], threads: int, scorers: int | None, gpus: float | None
+) -> tuple[int, dict[str, float]]:
+    """How many scoring actors, and what each of them holds.
+
+    >>> _actors({"CPU": 8, "GPU": 2}, 1, None, None), _actors({"CPU": 4}, 1, None, None)
+    ((2, {'num_gpus': 1.0}), (2, {'num_cpus': 1.0}))
+    """
+    there = resources.get("GPU", 0.0)
+    each = gpus if gpus is not None else (1.0 if there else 0.0)
+    if each > 0:
+        return scorers or max(1, int(there / each)), {"num_gpus": each}
+    cpus = int(resources.get("CPU", 0))
+    n = scorers or max(1, (cpus - READERS) // threads)
+    if n * threads >= cpus:
+        raise FleetError(
+            f"{n} scorers of {threads} CPUs leave none of the cluster's {cpus} CPUs to read with; "
+            "take fewer --scorers or --threads, or a larger cluster"
+        )
+    return n, {"num_cpus": float(threads)}
