@@ -137,7 +137,8 @@ def _cost(store: Store) -> str:
     done = sorted(store.done())
     step = math.ceil(len(done) / SAMPLED_TRIALS)
     sample = [store.provenance(key) for key in done[::step]]
-    mean = math.fsum(trial["seconds"] for trial in sample) / len(sample)
+    seconds = [trial["seconds"] + trial.get("curvature", {}).get("seconds", 0) for trial in sample]
+    mean = math.fsum(seconds) / len(sample)
     devices = " and ".join(sorted({trial["device"] for trial in sample}))
     about = "" if len(sample) == len(done) else f", from {len(sample)} of them"
     return (

@@ -166,6 +166,7 @@ class Study:
                 self.examples.describe(),
                 self._describe_subsets(),
                 self._describe_precision(),
+                *self._describe_curvature(),
                 f"time: one trial took {duration(seconds)} here ({default_device().type}, "
                 f"{cpus_per_trial} threads); {self.trials:,} on {workers} workers would take "
                 f"{duration(seconds * math.ceil(self.trials / workers))}, half a minute to start",
@@ -213,6 +214,14 @@ class Study:
             f"{self.trials:,} trials: standard error of an example's memorization {stderr:.3f} at "
             "worst, less for examples that are mostly right or mostly wrong"
         )
+
+    def _describe_curvature(self) -> list[str]:
+        if self.curvature is None:
+            return []
+        limit = self.curvature_trials
+        which = "every trial" if limit is None else f"the first {limit:,} trials"
+        paper = ", and the paper's score" if self.curvature.paper else ""
+        return [f"curvature: of every training example, in {which} ({self.curvature.mode}{paper})"]
 
     def _describe_store(self) -> str:
         store = Store(self.store)

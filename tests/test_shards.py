@@ -24,6 +24,7 @@ from PIL import Image
 from raymem import (
     CurvatureRule,
     ExamplesError,
+    FleetError,
     Recipe,
     RecipeError,
     ScoringModel,
@@ -43,6 +44,7 @@ from raymem.models import build_model
 from raymem.shards import join_curvature
 from raymem.shards.models import read_weights
 from raymem.shards.readers import read_shard
+from raymem.shards.stream import _actors
 
 N = 60
 INF = float("inf")
@@ -613,6 +615,28 @@ def test_the_job_says_what_is_missing(shards_at, tmp_path, capsys, arguments, me
     code = job("--data", shards_at / "tar", "--store", tmp_path, "--engine", "serial", *arguments)
     assert code == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("resources", "asked", "expected"),
+    [
+        ({"CPU": 4}, (1, None, None), (2, {"num_cpus": 1})),
+        ({"CPU": 2}, (1, None, None), (1, {"num_cpus": 1})),
+        ({"CPU": 64}, (4, None, None), (15, {"num_cpus": 4})),
+        ({"CPU": 8, "GPU": 2}, (1, None, None), (2, {"num_gpus": 1})),
+        ({"CPU": 8, "GPU": 2}, (1, None, 0.25), (8, {"num_gpus": 0.25})),
+        ({"CPU": 8, "GPU": 2}, (1, None, 0), (6, {"num_cpus": 1})),
+        ({"CPU": 8}, (1, 3, 1), (3, {"num_gpus": 1})),
+    ],
+)
+def test_scorers_leave_room_to_read(resources, asked, expected):
+    assert _actors(resources, *asked) == expected
+
+
+@pytest.mark.parametrize(("cpus", "asked"), [(1, (1, None)), (4, (4, None)), (4, (1, 4))])
+def test_a_cluster_without_room_to_read_is_refused(cpus, asked):
+    with pytest.raises(FleetError, match="to read with"):
+        _actors({"CPU": cpus}, *asked, None)
 
 
 @pytest.mark.slow

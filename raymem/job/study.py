@@ -260,7 +260,7 @@ def score_and_print(study: Study, rule: PairRule) -> None:
 
 
 def absolute_store(store: str, option: str = "--store") -> str:
-    """The store of an option as an absolute path or URL; refused in a submitted job if it is relative.
+    """The path of an option made absolute, or its URL; relative ones are refused in submitted jobs.
 
     A submitted job runs in a temporary copy of the working folder, where results would vanish.
     """
@@ -268,7 +268,7 @@ def absolute_store(store: str, option: str = "--store") -> str:
         return store
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise StoreError(
-            f"{option} {store} is relative, and a submitted job runs in a temporary folder; give an "
-            "absolute path that all nodes see, or a URL"
+            f"{option} {store} is relative, and a submitted job runs in a temporary folder; give "
+            "an absolute path that all nodes see, or a URL"
         )
     return str(Path(store).expanduser().absolute())
