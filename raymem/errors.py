@@ -23,6 +23,12 @@ Every message says the cause, then the next step.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class RaymemError(Exception):
     """Base of all errors raymem raises on purpose; `exit_code` is what commands exit with."""
 

@@ -28,10 +28,12 @@ MEASURES = (
     "loss_out", "loss_in", "gradient_norm_out", "gradient_norm_in",
 )  # fmt: skip
 REPLICATES = 300
-# More examples than this only cost time.
+# Of more examples, so many drawn ones: more only cost time.
 MOST_EXAMPLES = 100_000
 CONFIDENCE = 0.95
 BINS = 10
+# 1 - 0.8 is a little below 0.2; in its bin it belongs all the same.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def by_memorization(store: Store) -> dict[float, pa.Table]:
         mem = _floats(here, "memorization")
         if not np.isfinite(_floats(here, "curvature_out")).any():
             continue
-        number = np.clip(np.floor(np.nan_to_num(mem) * BINS), -BINS, BINS - 1)
+        number = np.clip(np.floor(np.nan_to_num(mem) * BINS + ROUNDING), -BINS, BINS - 1)
         rows = []
         for b in np.unique(number[np.isfinite(mem)]):
             inside = np.isfinite(mem) & (number == b)
@@ -116,18 +118,22 @@ def by_memorization(store: Store) -> dict[float, pa.Table]:
 def _correlate(
     mem: Floats, values: dict[str, Floats], sums: _Sums, generator: np.random.Generator
 ) -> list[Correlation]:
+    if len(mem) > MOST_EXAMPLES:
+        chosen = np.sort(generator.choice(len(mem), MOST_EXAMPLES, replace=False))
+    else:
+        chosen = np.arange(len(mem))
+    mem, values = mem[chosen], {name: column[chosen] for name, column in values.items()}
     replicates: dict[str, list[tuple[float, float]]] = {name: [] for name in values}
     for _ in range(REPLICATES):
         drawn = generator.integers(sums.n_folds, size=sums.n_folds)
         weights = np.bincount(drawn, minlength=sums.n_folds).astype(np.float64)
-        rows = generator.integers(len(mem), size=min(len(mem), MOST_EXAMPLES))
+        rows = chosen[generator.integers(len(mem), size=len(mem))]
         resampled = sums.memorization(weights, rows)
         for name in values:
             replicates[name].append(_both(resampled, sums.mean(name, weights, rows)))
-    step = math.ceil(len(mem) / MOST_EXAMPLES)
     found = []
     for name in [name for name in MEASURES if name in values]:
-        estimate = _both(mem[::step], values[name][::step])
+        estimate = _both(mem, values[name])
         spearman, pearson = (
             _interval(value, [pair[side] for pair in replicates[name]])
             for side, value in enumerate(estimate)

@@ -108,6 +108,19 @@ def identity(model: str | ModelFunction) -> dict[str, Any]:
     return {"name": name, "code": digest.hexdigest()}
 
 
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """log p_y - log sum_{k != y} p_k = z_y - logsumexp_{k != y} z_k; logits [B, K], y [B] -> [B].
+
+    LiRA's logit-scaled confidence (Carlini et al. 2022), computed without forming p.
+
+    >>> margins(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])).tolist()
+    [0.0, -2.0]
+    """
+    label = y[:, None]
+    others = logits.scatter(1, label, -torch.inf).logsumexp(1)
+    return logits.gather(1, label)[:, 0] - others
+
+
 def _sources(function: Any) -> Iterator[str]:
     module = inspect.getmodule(function)
     seen, todo = set(), [function]

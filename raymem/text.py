@@ -157,6 +157,12 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
             "false entries expected)"
         )
         lines.append(_pairs(s))
+        if len(s.curvature_modes) > 1:
+            lines.append(
+                f"curvature was computed in {len(s.curvature_modes)} MODES "
+                f"({', '.join(s.curvature_modes)}), which do not belong in one mean: force one "
+                "with --curvature-mode in a new store"
+            )
         lines += [f"no memorization for {n:,} examples: {why}" for why, n in s.null.items()]
     return "\n".join(lines)
 

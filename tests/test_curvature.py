@@ -216,6 +216,26 @@ def test_the_batch_does_not_matter(pixels, trained, name, rule):
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "rule", [CurvatureRule(probes=3), CurvatureRule(exact_classes=2, columns=3, probes=3)]
+)
+def test_confident_examples_keep_their_digits_in_float32(cases, name, rule):
+    """1 - p is 1e-8 and less here: differences of softmax from one-hot would leave nothing."""
+    net, x, y, *_ = cases(name)
+    steep = scaled(net, 12)
+    y = steep(x).argmax(1)
+    p = steep(x).softmax(1).max(1).values
+    assert ((1 - p) < 1e-8).sum() >= 4
+    exact = curvature(steep, x, y, rule)
+    single = curvature(steep.float(), x.float(), y, dataclasses.replace(rule, mode=exact.mode))
+    for f in ("trace", "squared", "gradient_norm", "loss"):
+        a, b = getattr(single, f).double(), getattr(exact, f)
+        off = ((a - b) / b).abs()[b.abs() > 1e-25]
+        # Estimates of tr H^2 cancel by themselves; kinks can move with rounding.
+        assert float(off.median()) < 2e-3, (f, off)
+
+
+@pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("scale", [0.0, 1e3, 1e30])
 def test_no_nan_however_confident_right_or_wrong(cases, name, scale):
     net, x, y, *_ = cases(name)
@@ -348,6 +368,44 @@ def linear_net(n_classes=3):
 X, Y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
 
 
+class Tupled(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Without(nn.Sequential):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
+class InPlace(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.sub_(0.5).mul_(2))
+
+
+def batch_statistics():
+    return nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), linear_net()).eval()
+
+
+def test_a_layer_that_works_in_place_does_not_reach_the_callers_images():
+    net, x = InPlace(linear_net()).eval(), X.clone()
+    found = curvature(net, x, Y)
+    paper_score(net, x, Y, PaperRule(labels="predicted"))
+    assert torch.equal(x, X)
+    assert (found.trace > 0).all()
+    with torch.inference_mode():
+        torch.testing.assert_close(curvature(net, x, Y).trace, found.trace)
+
+
+def test_weights_that_are_not_finite_are_named():
+    net = linear_net()
+    with torch.no_grad():
+        net[1].weight[0, 0] = torch.nan
+    with pytest.raises(CurvatureError, match="not finite"):
+        curvature(net, X, Y)
+
+
 @pytest.mark.parametrize(
     ("net", "x", "y", "message"),
     [
@@ -361,6 +419,10 @@ X, Y = torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2])
         (linear_net(), X, Y + 1, "labels go from 1 to 3"),
         (linear_net(), X, Y - 1, "labels go from -1 to 1"),
         (linear_net(1), X, Y * 0, "two or more classes"),
+        (linear_net(), X[:0], Y[:0], "no image"),
+        (Tupled(linear_net()).eval(), X, Y, "gives tuple"),
+        (Without(linear_net()).eval(), X, Y, "cannot be differentiated"),
+        (batch_statistics(), X, Y, "keeps no running statistics"),
         (nn.Sequential(nn.Identity()).eval(), X, Y, "two or more classes"),
     ],
 )
@@ -372,7 +434,14 @@ def test_bad_input_is_named(function, net, x, y, message):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"mode": "exact"}, {"probes": 1}, {"logit_probes": 1}, {"columns": -1}, {"exact_classes": 0}],
+    [
+        {"mode": "exact"},
+        {"probes": 2.5},
+        {"probes": 1},
+        {"logit_probes": 1},
+        {"columns": -1},
+        {"exact_classes": 0},
+    ],
 )
 def test_a_rule_that_makes_no_sense_is_refused(settings):
     with pytest.raises(CurvatureError):
@@ -382,7 +451,8 @@ def test_a_rule_that_makes_no_sense_is_refused(settings):
 @pytest.mark.parametrize(
     "settings",
     [{"step": 0}, {"probes": 0}, {"temperature": -1}, {"batch_divisor": 0}, {"norm": "l2"},
-     {"labels": "both"}, {"step": float("nan")}],
+     {"labels": "both"}, {"step": float("nan")}, {"step": float("inf")},
+     {"temperature": float("inf")}],
 )  # fmt: skip
 def test_a_paper_rule_that_makes_no_sense_is_refused(settings):
     with pytest.raises(CurvatureError):
@@ -504,6 +574,46 @@ def test_what_cannot_be_folded_is_left(pixels):
     assert folded(net, x) is net
     plain = small_net(group_norm, nn.ReLU).eval()
     assert folded(plain, x) is plain
+
+
+class Shared(nn.Module):
+    """Its convolution serves twice, once before a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1)
+        self.last = nn.Linear(64, K)
+
+    def forward(self, x):
+        again = self.conv(torch.relu(x - 0.9))
+        return self.last((self.norm(self.conv(x)) + again).flatten(1))
+
+
+class Masked(nn.Module):
+    """One class is ruled out by a logit of -1e6, which must not set the tolerance."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        ruled_out = torch.zeros(K)
+        ruled_out[0] = -1e6
+        return self.net(x) + ruled_out
+
+
+def test_folding_leaves_what_it_would_change(pixels):
+    x = pixels[0][:8].float() * 0.5
+    torch.manual_seed(0)
+    net = Shared()
+    net.train()(x)
+    net.eval()
+    assert folded(net, x) is net
+    assert folded(Masked(net).eval(), x).net is net
+    plain = Masked(small_net(nn.BatchNorm2d, nn.ReLU)).eval()
+    less = folded(plain, x)
+    assert less is not plain
+    torch.testing.assert_close(less(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_measure_does_not_depend_on_its_batches(digits):

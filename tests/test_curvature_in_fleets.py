@@ -177,6 +177,57 @@ def test_only_the_first_blocks_measure_if_asked(digits, tmp_path):
     assert set(rows["n_curvature_in"].to_pylist()) == {28}
 
 
+def test_an_example_counts_where_all_of_its_measures_are_numbers(digits, tmp_path):
+    """As where tr H^2 overflows float32."""
+    import pyarrow as pa
+
+    study = study_of(digits, tmp_path, trials=20)
+    study.train(engine="serial")
+    key = TrialKey(math.inf, 0)
+    store = Store(tmp_path)
+    table, about = store.trial(key), store.provenance(key)
+    at = table.column_names.index("curvature_squared")
+    values = table["curvature_squared"].to_pylist()
+    values[M] = None
+    spoiled = table.set_column(at, table.schema.field(at), pa.array(values, pa.float32()))
+    (tmp_path / key.object_key).unlink()
+    store.commit(key, spoiled, about)
+    study.score()
+    row = study.scores().slice(0, 1).to_pylist()[0]
+    assert row["n_curvature_in"] + row["n_curvature_out"] == 19
+    for name in MEASURED:
+        for arm in ("in", "out"):
+            assert math.isfinite(row[f"{name}_{arm}"])
+
+
+def test_modes_are_not_mixed_without_a_word(digits, tmp_path):
+    from raymem.text import summary_text
+
+    study = study_of(digits, tmp_path, trials=20)
+    study.train(engine="serial")
+    key, store = TrialKey(math.inf, 0), Store(tmp_path)
+    table, about = store.trial(key), store.provenance(key)
+    (tmp_path / key.object_key).unlink()
+    store.commit(key, table, {**about, "curvature": {**about["curvature"], "mode": "hessian"}})
+    (summary,) = study.score()
+    assert summary.curvature_modes == ("gauss-newton", "hessian")
+    assert "2 MODES" in summary_text([summary])
+
+
+def test_weights_of_another_run_of_a_trial_are_found(digits, tmp_path):
+    for name in ("a", "b"):
+        recipe = RECIPE if name == "a" else Recipe(**{**vars(RECIPE), "learning_rate": 0.05})
+        study = study_of(digits, tmp_path / name, trials=1, keep_models=1, recipe=recipe)
+        study.train(engine="serial")
+    key = TrialKey(math.inf, 0)
+    one, other = Store(tmp_path / "a"), Store(tmp_path / "b")
+    assert verify(one) == []
+    one.keep_weights(key, other.weights(key), {"study_hash": one.study()["hash"]})
+    (problem,) = verify(one)
+    assert (problem.kind, problem.key) == ("damaged", key.weights_key)
+    assert "another run" in problem.detail
+
+
 @pytest.mark.parametrize("limit", [1, 19, 30])
 def test_parts_of_blocks_are_refused(digits, tmp_path, limit):
     with pytest.raises(PlanError, match="whole blocks of 20 trials"):

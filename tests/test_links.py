@@ -56,6 +56,28 @@ def test_bins_are_means_over_their_examples(study):
             assert bin_[name] == pytest.approx(np.mean([r[name] for r in inside]))
 
 
+def test_a_bin_holds_its_lower_end_however_it_was_computed(tmp_path, monkeypatch):
+    mem = [1 - 48 / 60, 1 - 54 / 60, 140 / 140 - 42 / 60, 1.0, 0.0, -0.05]
+    table = pa.table(
+        {
+            "split": ["train"] * 6, "epsilon": [math.inf] * 6, "memorization": mem,
+            "curvature_out": [1.0] * 6,
+        }
+    )  # fmt: skip
+    monkeypatch.setattr(Store, "scores", lambda self, name="examples": table)
+    (bins,) = by_memorization(Store(tmp_path)).values()
+    assert bins["from"].to_pylist() == pytest.approx([-0.1, 0.0, 0.1, 0.2, 0.3, 0.9])
+    assert bins["examples"].to_pylist() == [1] * 6
+
+
+def test_more_examples_than_are_needed_are_drawn_once(study, monkeypatch):
+    from raymem import links
+
+    monkeypatch.setattr(links, "MOST_EXAMPLES", 700)
+    ((_, found),) = correlations(Store(study.store)).items()
+    assert {c.examples for c in found} == {700}
+
+
 def test_the_same_seed_gives_the_same_intervals(study):
     store = Store(study.store)
     assert correlations(store) == correlations(store)

@@ -134,6 +134,26 @@ def test_what_is_in_the_store_is_not_scored_again(shards_at, tmp_path):
     assert store.curvature("net").num_rows == N
 
 
+def test_another_set_with_the_same_names_of_shards_is_not_taken_for_done(records, tmp_path):
+    for name, part in (("one", records[:10]), ("two", records[10:20])):
+        shard_files.write_tar(tmp_path / name / "part.tar", part)
+    stream(tmp_path / "one", tmp_path / "store")
+    with pytest.raises(StudyMismatchError, match="data"):
+        stream(tmp_path / "two", tmp_path / "store")
+
+
+def test_two_drivers_do_not_score_the_same_shards(shards_at, tmp_path):
+    from raymem import StoreHeldError
+    from raymem.store import DriverLock, Files
+
+    with (
+        DriverLock(Files(tmp_path / "curvature" / "net")),
+        pytest.raises(StoreHeldError, match="held by process"),
+    ):
+        stream(shards_at / "tar", tmp_path)
+    assert stream(shards_at / "tar", tmp_path).scored == N
+
+
 def test_another_model_or_rule_under_the_same_name_is_refused(shards_at, tmp_path):
     stream(shards_at / "tar", tmp_path)
     with pytest.raises(StudyMismatchError, match="weights"):
@@ -221,6 +241,55 @@ def test_a_tar_cut_between_two_members_is_not_taken_for_whole(records, tmp_path)
     assert ["end-of-archive" in bad.error for bad in summary.bad] == [True]
 
 
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2"])
+def test_no_damage_to_a_tar_goes_unnoticed(records, tmp_path, suffix):
+    """A flipped byte or a cut anywhere: every record is right, or there is one of error."""
+    import bz2
+    import gzip
+
+    plain = tmp_path / "plain.tar"
+    shard_files.write_tar(plain, records[:6])
+    pack = {"tar": bytes, "tar.gz": gzip.compress, "tar.bz2": bz2.compress}[suffix]
+    data = pack(plain.read_bytes())
+    # Named .tar whatever is inside: what it is shows in its first bytes.
+    path = tmp_path / "a.tar"
+    rng = np.random.default_rng(0)
+
+    def found():
+        (shard,) = list_shards(str(path))
+        return [(r.example_id, r.label, r.data, bool(r.error)) for r in read_shard(shard)]
+
+    path.write_bytes(data)
+    right = found()
+    assert [r[:3] for r in right] == records[:6]
+    assert not any(r[3] for r in right)
+    for at in rng.integers(1, len(data), 60):
+        path.write_bytes(data[:at])
+        now = found()
+        # Behind the end mark there is only padding.
+        assert any(r[3] for r in now) or now == right, at
+    if suffix != "tar":  # pixels of an uncompressed tar have no checksum
+        for at in rng.integers(10, len(data), 60):
+            spoiled = bytearray(data)
+            spoiled[at] ^= 1 << int(rng.integers(8))
+            path.write_bytes(bytes(spoiled))
+            now = found()
+            assert any(r[3] for r in now) or now == right, at
+
+
+def test_two_archives_in_one_file_are_not_taken_for_one(records, tmp_path):
+    import gzip
+
+    for name, part in (("a", records[:3]), ("b", records[3:6])):
+        shard_files.write_tar(tmp_path / f"{name}.tar", part)
+    a, b = ((tmp_path / f"{name}.tar").read_bytes() for name in "ab")
+    for name, data in (("plain", a + b), ("gz", gzip.compress(a) + gzip.compress(b))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.tar").write_bytes(data)
+        last = list(read_shard(list_shards(str(tmp_path / name))[0]))[-1]
+        assert "another archive" in last.error
+
+
 def test_a_damaged_parquet_shard_is_reported_not_lost(records, tmp_path):
     shard_files.write_parquet(tmp_path / "s" / "a.parquet", records[:20])
     shard_files.write_parquet(tmp_path / "s" / "b.parquet", records[20:40])
@@ -240,7 +309,7 @@ def test_an_empty_tar_is_an_empty_object(records, tmp_path):
 
 def test_a_set_without_any_good_image_is_refused(records, tmp_path):
     shard_files.write_tar(tmp_path / "s" / "a.tar", records[:5], labels=False)
-    with pytest.raises(ExamplesError, match="no image of the set can be scored"):
+    with pytest.raises(ExamplesError, match="digit0000: it has no label"):
         stream(tmp_path / "s", tmp_path / "store", skip_bad=True)
 
 
@@ -254,8 +323,11 @@ def test_webdataset_conventions(records, tmp_path):
         ("x/.hidden.jpg", data), ("x/one.txt", b"a caption"), ("x/one.cls", b"3"),
         (f"{key}.seg.png", data), (f"{key}.cls", b" 4\n"),
         ("bad.jpg", data), ("bad.cls", b"cat"),
+        ("key.jpg", data), ("key.seg.png", b"mask"), ("key.cls", b"1"),
+        ("img.000.png", data), ("img.001.png", data), ("img.cls", b"1"),
+        ("caf\udce9.png", data), ("caf\udce9.cls", b"99999999999999999999"),
     ]  # fmt: skip
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         tar.addfile(_folder("x"))
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -265,6 +337,7 @@ def test_webdataset_conventions(records, tmp_path):
     found = [(r.example_id, r.label, r.data == data, bool(r.error)) for r in read_shard(shard)]
     assert found == [
         ("n01440764_10026", 7, True, False), (key, 4, True, False), ("bad", None, True, True),
+        ("key", 1, True, False), ("img", 1, True, True), ("caf\\xe9", 10**20 - 1, True, False),
     ]  # fmt: skip
 
 
@@ -291,6 +364,9 @@ def test_parquet_conventions(records, tmp_path):
         (shard,) = list_shards(str(tmp_path / f"{name}.parquet"))
         (record,) = read_shard(shard)
         assert (record.example_id, record.label, record.error) == expected[name]
+    pq.write_table(pa.table({"image": [data], "label": ["cat"]}), tmp_path / "words.parquet")
+    with pytest.raises(ExamplesError, match="label is string"):
+        list(read_shard(list_shards(str(tmp_path / "words.parquet"))[0]))
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "text.parquet")
     with pytest.raises(ExamplesError, match="columns text"):
         list(read_shard(list_shards(str(tmp_path / "text.parquet"))[0]))
@@ -306,9 +382,20 @@ def test_folders_number_classes_by_name_or_as_the_model_does(records, tmp_path):
     def labels(classes):
         return {s.name: s.label for s in list_shards(at, classes)}
 
+    hidden = tmp_path / "set" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "1.jpg").write_bytes(records[0][2])
     assert labels(None) == {"ant": 0, "cat": 1, "dog": 2}
     assert labels(("dog", "cat", "bat", "ant")) == {"ant": 3, "cat": 1, "dog": 0}
-    assert labels(("dog", "cat")) == {"ant": 0, "cat": 1, "dog": 2}
+    with pytest.raises(ExamplesError, match="folders ant are no classes of the model"):
+        labels(("dog", "cat"))
+    with pytest.raises(ExamplesError, match="3 folders of classes"):
+        list_shards(at, n_classes=1000)
+    assert len(list_shards(at, n_classes=3)) == 3
+    shard_files.write_tar(tmp_path / "set" / "stray.tar", records[:1])
+    with pytest.raises(ExamplesError, match=r"both stray\.tar and folders"):
+        list_shards(at)
+    (tmp_path / "set" / "stray.tar").unlink()
     ids = [r.example_id for s in list_shards(at) for r in read_shard(s)]
     assert ids == ["ant/1.jpg", "cat/1.jpg", "dog/1.jpg"]
 
@@ -466,6 +553,51 @@ def test_damaged_weights_are_found(digits, tmp_path):
         assert [(p.kind, p.key) for p in problems] == [
             ("damaged", "models/eps-inf/000000.safetensors")
         ], at
+
+
+def test_weights_that_give_no_numbers_give_no_scores(records, tmp_path):
+    model = scoring_model()
+    with torch.no_grad():
+        model.net[1].fc.weight[3] = torch.nan
+    shard_files.write_tar(tmp_path / "set" / "a.tar", records[:5])
+    forced = CurvatureRule(mode="gauss-newton")
+    summary = stream(tmp_path / "set", tmp_path / "s", model, rule=forced, skip_bad=True)
+    assert (summary.scored, len(summary.bad)) == (0, 5)
+    table = Store(tmp_path / "s").curvature("net")
+    assert set(table["ok"].to_pylist()) == {False}
+    for name in ("curvature", "curvature_stderr", "loss"):
+        assert table[name].null_count == 5
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "", "-x"])
+def test_a_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(StoreError, match="cannot name a folder"):
+        scoring_model(name)
+
+
+def test_changed_code_of_a_kept_model_is_refused(digits, tmp_path, monkeypatch):
+    (tmp_path / "mymodels.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    study = Study(
+        examples=digits, recipe=Recipe(model="mymodels:net", epochs=1), store=tmp_path / "s",
+        trials=1, keep_models=1,
+    )  # fmt: skip
+    study.train(engine="serial")
+    store, key = Store(tmp_path / "s"), TrialKey(INF, 0)
+    assert ScoringModel.of_store(store, key).transform.grey
+    changed = {"name": "mymodels:net", "code": "0" * 64}
+    monkeypatch.setattr("raymem.shards.models.identity", lambda model: changed)
+    with pytest.raises(StudyMismatchError, match="code of mymodels:net"):
+        ScoringModel.of_store(store, key)
+
+
+CODE = """
+import torch
+
+
+def net(n_classes, image_shape):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, n_classes))
+"""
 
 
 class Evil:

@@ -14,9 +14,10 @@ normalized images; to do as they do, pass the inner net and normalized x.
 """
 
 from raymem.curvature.paper import PaperRule, paper_score
-from raymem.curvature.trace import Curvature, CurvatureRule, Mode, curvature, pick_mode
+from raymem.curvature.trace import CHECKED, Curvature, CurvatureRule, Mode, curvature, pick_mode
 
 __all__ = [
+    "CHECKED",
     "Curvature",
     "CurvatureRule",
     "Mode",

@@ -19,6 +19,18 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
             f"{training[0]} is in training mode, where examples of a batch change each other; call "
             "model.eval()"
         )
+    shared = [
+        name or type(m).__name__
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
+    ]
+    if shared:
+        raise CurvatureError(
+            f"{shared[0]} keeps no running statistics, so examples of a batch change each other; "
+            "train with track_running_stats=True, or take another normalization"
+        )
+    if len(x) == 0:
+        raise CurvatureError("there is no image; give one or more")
     if x.dtype not in (torch.float32, torch.float64):
         raise CurvatureError(f"images are {x.dtype}; give float32 or float64 pixels in [0, 1]")
     if x.ndim < 2 or y.shape != x.shape[:1]:
@@ -36,6 +48,8 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def check_logits(logits: Tensor, y: Tensor) -> None:
     """Raises CurvatureError unless logits are [B, K] with K > 1 and labels are below K."""
+    if not isinstance(logits, Tensor):
+        raise CurvatureError(f"the model gives {type(logits).__name__}; it must give logits [B, K]")
     if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) != len(y):
         raise CurvatureError(
             f"the model gives {tuple(logits.shape)} for {len(y)} images; it must give logits "
@@ -46,6 +60,23 @@ def check_logits(logits: Tensor, y: Tensor) -> None:
         raise CurvatureError(
             f"labels go from {int(y.min())} to {int(y.max())}, but the model has {K} classes"
         )
+
+
+def differentiable(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits with their graph, and the copy of x that they came from.
+
+    Raises CurvatureError for logits of another shape, and for those that do not depend on x.
+    """
+    at = x.detach().clone().requires_grad_()
+    # Another copy, so that a layer may work in place.
+    logits = model(at.clone())
+    check_logits(logits, y)
+    if not logits.requires_grad:
+        raise CurvatureError(
+            "the model's logits cannot be differentiated in the pixels: they are constant, or "
+            "computed under no_grad; take that out of its forward"
+        )
+    return logits, at
 
 
 @contextlib.contextmanager
@@ -61,7 +92,11 @@ def plain_arithmetic(model: nn.Module, x: Tensor) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.autocast(x.device.type, enabled=False),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         torch.backends.cudnn.allow_tf32 = tf32

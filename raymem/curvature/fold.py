@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, symbolic_trace
 
 # float32 rounds a deep net's logits by less than this of their size.
 ROUNDING = 1e-4
@@ -24,6 +26,8 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
             warnings.simplefilter("ignore")
             from torch.fx.experimental.optimization import fuse
 
+            if _called_twice(symbolic_trace(model)):
+                return model
             copy: nn.Module = fuse(model).eval()
             same = all(_agree(model(part), copy(part)) for part in (x, x[:1]))
     except Exception:  # tracing runs the user's code on stand-ins, which can fail in any way
@@ -31,5 +35,14 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
     return copy if same else model
 
 
+def _called_twice(traced: GraphModule) -> bool:
+    """A convolution or BatchNorm of two places cannot be folded in one of them."""
+    called = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    modules = [id(module) for _, module in traced.named_modules(remove_duplicate=False)]
+    return max(called.values(), default=0) > 1 or len(set(modules)) < len(modules)
+
+
 def _agree(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * float(a.abs().max())))
+    """To rounding, measured by each logit and by the middle of its row: outliers hide nothing."""
+    size = (a - a.mean(1, keepdim=True)).abs().median(dim=1, keepdim=True).values
+    return bool(((a - b).abs() <= ROUNDING * (a.abs() + size)).all())

@@ -6,6 +6,7 @@ at a finite step it measures how much the gradient jumps between linear pieces.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raymem.curvature.checks import check_inputs, check_logits, plain_arithmetic
+from raymem.curvature.checks import check_inputs, differentiable, plain_arithmetic
 from raymem.curvature.probes import image_signs, keys_of
 from raymem.errors import CurvatureError
 
@@ -45,9 +46,9 @@ class PaperRule:
 
     def __post_init__(self) -> None:
         wrong = [
-            f"{name} must be > 0, got {getattr(self, name)}"
+            f"{name} must be finite and > 0, got {getattr(self, name)}"
             for name in ("step", "probes", "temperature", "batch_divisor")
-            if not getattr(self, name) > 0
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name)))
         ]
         if self.norm not in ("squared", "first-power"):
             wrong.append(f"no norm {self.norm!r}; take squared or first-power")
@@ -77,7 +78,7 @@ def paper_score(
         keys = keys_of(x, seed)
         if rule.labels == "predicted":
             with torch.no_grad():
-                y = model(x).argmax(1)
+                y = model(x.detach().clone()).argmax(1)
         base = _gradient(model, x, y, rule)
         total = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for k in range(rule.probes):
@@ -88,9 +89,7 @@ def paper_score(
 
 
 def _gradient(model: nn.Module, x: Tensor, y: Tensor, rule: PaperRule) -> Tensor:
-    at = x.detach().clone().requires_grad_()
-    logits = model(at)
-    check_logits(logits, y)
+    logits, at = differentiable(model, x, y)
     loss = F.cross_entropy(logits / rule.temperature, y, reduction="sum") / rule.batch_divisor
     (found,) = torch.autograd.grad(loss, at)
     return found

@@ -13,9 +13,10 @@ sum of squares, without cancellation however confident the model is, from K-1 ba
 many classes the likeliest columns b_j are taken exactly, and the sum over the rest is estimated
 with Rademacher probes, unbiased.
 
-**Hessian.** For other nets the second part is added by Hutchinson's estimator (1990),
-E[v'Hv - v'J'SJv] over Rademacher v, where Hv and Jv come from one forward-over-reverse pass
-(Pearlmutter 1994): only the part that Gauss-Newton misses has an error.
+**Hessian.** For other nets the second part R is added by Hutchinson's estimator (1990), E[v'Rv] for
+Rademacher v: only what Gauss-Newton misses has an error. R is the Hessian of sum_k r_k f_k with the
+weights r = p - 1[k = y] held fixed, so that Rv is one forward-over-reverse pass (Pearlmutter 1994)
+without the differences of softmax, which on confident examples leave no digit of float32.
 
 Shapes: B batch, K classes, q exact columns, s logit probes, n input probes, d values per image.
 """
@@ -23,6 +24,7 @@ Shapes: B batch, K classes, q exact columns, s logit probes, n input probes, d v
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -32,15 +34,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raymem.curvature.checks import check_inputs, check_logits, plain_arithmetic
+from raymem.curvature.checks import check_inputs, differentiable, plain_arithmetic
 from raymem.curvature.paper import PaperRule
 from raymem.curvature.probes import image_signs, keys_of, signs
-from raymem.errors import CurvatureError
+from raymem.errors import CurvatureError, first_line
+from raymem.models import margins
 
 Mode = Literal["gauss-newton", "hessian"]
 # Piecewise linear nets measure 1e-5 in float32, GroupNorm and GELU 0.05 and more.
 RESIDUAL_IS_NOISE = 1e-3
-CHECKED = 8
+CHECKED = 32
 # Streams of probes: no two uses of one example's key share signs.
 LOGIT_STREAM, INPUT_STREAM, CHECK_STREAM = 0, 1 << 20, 2 << 20
 
@@ -71,11 +74,11 @@ class CurvatureRule:
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "gauss-newton", "hessian"):
             raise CurvatureError(f"no mode {self.mode!r}; take auto, gauss-newton or hessian")
-        for name, least in (("exact_classes", 1), ("columns", 0), ("logit_probes", 2)):
-            if getattr(self, name) < least:
-                raise CurvatureError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if self.probes < 2:
-            raise CurvatureError(f"probes must be 2 or more, got {self.probes}")
+        least_of = {"exact_classes": 1, "columns": 0, "logit_probes": 2, "probes": 2}
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise CurvatureError(f"{name} must be an integer of {least} or more, got {value}")
 
     def as_dict(self) -> dict[str, Any]:
         """The rule as JSON-ready data: what a study's hash covers."""
@@ -108,6 +111,8 @@ class _GaussNewton(NamedTuple):
     squared: Tensor
     gradient: Tensor
     logits: Tensor
+    at: Tensor
+    """The images that `logits`, with their graph, came from."""
     passes: int
     root: Tensor | None
     """[B, K-1, d] with root'root = J'SJ, if all columns were computed."""
@@ -151,16 +156,17 @@ def curvature(
         trace_stderr=variance.sqrt(),
         squared=squared,
         gradient_norm=gn.gradient.flatten(1).norm(dim=1),
-        loss=F.cross_entropy(gn.logits, y, reduction="none"),
+        # log1p of the odds against: cross_entropy gives 0 where they are below rounding.
+        loss=F.softplus(-margins(gn.logits.detach(), y)),
         mode=mode,
         backward_passes=gn.passes + (rule.probes if mode == "hessian" else 0),
     )
 
 
 def pick_mode(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Mode:
-    """Gauss-Newton if it is all of the Hessian for this model, as far as the first 8 images tell.
+    """Gauss-Newton if it is all of the Hessian for this model, as far as the first 32 images tell.
 
-    Compares Hv with J'SJv for one random v. The logits are divided by their spread first: with
+    Compares Rv with Hv for one random v. The logits are divided by their spread first: with
     confident models both vanish, and their ratio would be rounding.
 
     Raises CurvatureError if the model has no Hessian-vector products; then a mode must be forced.
@@ -169,26 +175,25 @@ def pick_mode(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Mode:
     x, y = x[:CHECKED].detach(), y[:CHECKED]
     with plain_arithmetic(model, x):
         v = image_signs(keys_of(x, seed), CHECK_STREAM, x)
-        with torch.no_grad():
-            logits = model(x)
-            check_logits(logits, y)
-            spread = logits.std(dim=1, keepdim=True).clamp(min=1)
-        product = _hessian_vector(model, x, y, v, spread)
-        moved, p = product.logits_tangent / spread, (product.logits / spread).softmax(1)
-        up = p * (moved - (p * moved).sum(1, keepdim=True)) / spread
-        at = x.clone().requires_grad_()
-        (gn_vector,) = torch.autograd.grad(model(at), at, up)
-    total = float(product.vector.norm())
-    residual = float((product.vector - gn_vector).norm())
+        logits, at = differentiable(model, x, y)
+        spread = logits.detach().std(dim=1, keepdim=True).clamp(min=1)
+        cooled = logits.detach() / spread
+        second = _second_part(model, x, _missed(cooled, y) / spread, v)
+        moved = second.logits_tangent / spread
+        gn_vector = _vjp(logits, at, _softmax_hessian(cooled, moved) / spread, last=True)
+    total, residual = float((second.vector + gn_vector).norm()), float(second.vector.norm())
+    if not math.isfinite(total + residual):
+        raise CurvatureError(
+            "the model gives logits or derivatives that are not finite for the first images; check "
+            "its weights"
+        )
     return "hessian" if residual > RESIDUAL_IS_NOISE * total else "gauss-newton"
 
 
 def _gauss_newton(
     model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, rule: CurvatureRule
 ) -> _GaussNewton:
-    at = x.detach().clone().requires_grad_()
-    logits = model(at)
-    check_logits(logits, y)
+    logits, at = differentiable(model, x, y)
     p = logits.detach().softmax(1)
     order = p.argsort(dim=1, descending=True, stable=True)
     exact = logits.shape[1] <= rule.exact_classes
@@ -207,7 +212,7 @@ def _all_columns(
     for j in range(K - 1):
         up = torch.zeros_like(p).scatter_(1, others[:, j : j + 1], 1.0)
         up.scatter_(1, likeliest, -1.0)
-        rows.append(_vjp(logits, at, up, last=j == K - 2).flatten(1))
+        rows.append(_vjp(logits, at, up).flatten(1))
     D = torch.stack(rows, 1)
     q = p.gather(1, others)
     beta = 1 / (1 + p.gather(1, likeliest).sqrt())
@@ -220,7 +225,8 @@ def _all_columns(
         variance=torch.zeros_like(q[:, 0]),
         squared=M.square().sum((1, 2)),
         gradient=(missed[:, None] @ D)[:, 0],
-        logits=logits.detach(),
+        logits=logits,
+        at=at,
         passes=K - 1,
         root=root,
     )
@@ -257,7 +263,8 @@ def _some_columns(
         w = w.gather(1, others - (others > likeliest).long())
         w[:, :n_exact] = 0
         probed.append(_vjp(logits, at, up(w)).flatten(1))
-    gradient = _vjp(logits, at, p - F.one_hot(y, K).to(p), last=True)
+    # The graph is kept: Hessian mode needs it again.
+    gradient = _vjp(logits, at, _missed(logits.detach(), y))
     E = torch.stack(chosen, 1) if chosen else p.new_zeros(len(p), 0, at[0].numel())
     M = E @ E.mT
     trace, squared = M.diagonal(dim1=1, dim2=2).sum(1), M.square().sum((1, 2))
@@ -275,7 +282,8 @@ def _some_columns(
         variance=variance,
         squared=squared,
         gradient=gradient,
-        logits=logits.detach(),
+        logits=logits,
+        at=at,
         passes=n_exact + n_probes + 1,
         root=None,
     )
@@ -284,67 +292,78 @@ def _some_columns(
 def _with_residual(
     model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, rule: CurvatureRule, gn: _GaussNewton
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Trace, its variance, and tr H^2, with what Gauss-Newton misses."""
-    p = gn.logits.softmax(1)
+    """Trace, its variance, and tr H^2 = tr GN^2 + 2 tr GN R + tr R^2, with what was missed."""
+    logits = gn.logits.detach()
+    weights = _missed(logits, y)
     traces, squares = [], []
     for k in range(rule.probes):
         v = image_signs(keys, INPUT_STREAM + k, x)
-        product = _hessian_vector(model, x, y, v)
-        vector, moved = product.vector.flatten(1), product.logits_tangent
-        known = (p * (moved - (p * moved).sum(1, keepdim=True)).square()).sum(1)
-        traces.append((v.flatten(1) * vector).sum(1) - known)
-        length = vector.square().sum(1)
-        if gn.root is not None:
-            along = gn.root @ v.flatten(1)[:, :, None]
-            length = length - (gn.root.mT @ along).square().sum((1, 2))
-        squares.append(length)
-    missed, square = torch.stack(traces, 1), torch.stack(squares, 1).mean(1)
+        second = _second_part(model, x, weights, v)
+        vector, direction = second.vector.flatten(1), v.flatten(1)
+        traces.append((direction * vector).sum(1))
+        if gn.root is None:
+            up = _softmax_hessian(logits, second.logits_tangent)
+            known = _vjp(gn.logits, gn.at, up).flatten(1)
+        else:
+            known = (gn.root.mT @ (gn.root @ direction[:, :, None]))[:, :, 0]
+        squares.append(((2 * known + vector) * vector).sum(1))
+    missed = torch.stack(traces, 1)
     variance = gn.variance + missed.var(1) / rule.probes
-    squared = square if gn.root is None else gn.squared + square
-    return gn.trace + missed.mean(1), variance, squared
+    return gn.trace + missed.mean(1), variance, gn.squared + torch.stack(squares, 1).mean(1)
+
+
+def _missed(logits: Tensor, y: Tensor) -> Tensor:
+    """p - 1[k = y], [B, K]: the likeliest class's from the others', to keep digits where p is 1."""
+    p = logits.softmax(1)
+    likeliest = logits.argmax(1, keepdim=True)
+    missed = p - F.one_hot(y, logits.shape[1]).to(p)
+    return _balanced(missed, likeliest)
+
+
+def _softmax_hessian(logits: Tensor, m: Tensor) -> Tensor:
+    """S m = p (m - p'm), [B, K], with the same care."""
+    p = logits.softmax(1)
+    likeliest = logits.argmax(1, keepdim=True)
+    m = m - m.gather(1, likeliest)
+    return _balanced(p * (m - (p * m).sum(1, keepdim=True)), likeliest)
+
+
+def _balanced(values: Tensor, at: Tensor) -> Tensor:
+    """Values [B, K] that sum to 0: the one `at` [B, 1] is minus the sum of the others."""
+    others = values.scatter(1, at, 0.0)
+    return others.scatter(1, at, -others.sum(1, keepdim=True))
 
 
 class _Product(NamedTuple):
     vector: Tensor
-    """Hv, in the shape of x."""
-    logits: Tensor
+    """Rv, in the shape of x."""
     logits_tangent: Tensor
     """Jv, [B, K]."""
 
 
-def _hessian_vector(
-    model: nn.Module, x: Tensor, y: Tensor, v: Tensor, divided_by: Tensor | float = 1.0
-) -> _Product:
-    """Hv and Jv of the summed loss of logits / divided_by, forward over reverse."""
+def _second_part(model: nn.Module, x: Tensor, weights: Tensor, v: Tensor) -> _Product:
+    """Rv and Jv, R the Hessian of the sum of weights * logits, forward over reverse."""
 
-    def loss(at: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(at)
-        check_logits(logits, y)
-        return F.cross_entropy(logits / divided_by, y, reduction="sum"), logits
+    def weighted(at: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(at.clone())
+        return (weights * logits).sum(), logits
 
     # The fused attention kernels have no second derivative. torch warns of its own torch.jit.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
         try:
             derivatives: Any = torch.func.jvp(
-                torch.func.grad(loss, has_aux=True), (x.detach(),), (v,)
+                torch.func.grad(weighted, has_aux=True), (x.detach(),), (v,)
             )
-        except CurvatureError:
-            raise
         except (RuntimeError, NotImplementedError) as error:
             raise CurvatureError(
-                f"the model has no Hessian-vector products ({_first_line(error)}); force "
+                f"the model has no Hessian-vector products ({first_line(error)}); force "
                 "mode='gauss-newton' if it is piecewise linear, else replace that layer"
             ) from error
-    (_, logits), (vector, tangent) = derivatives
-    return _Product(vector.detach(), logits.detach(), tangent.detach())
+    _, (vector, tangent) = derivatives
+    return _Product(vector.detach(), tangent.detach())
 
 
 def _vjp(logits: Tensor, at: Tensor, up: Tensor, *, last: bool = False) -> Tensor:
     (found,) = torch.autograd.grad(logits, at, up, retain_graph=not last)
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

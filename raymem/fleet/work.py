@@ -21,6 +21,7 @@ from raymem.examples import Examples
 from raymem.fleet.ledger import Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.store import Store, TrialKey, trial_table
+from raymem.store.weights import weights_digest
 from raymem.training import Images, Measured, Recipe, TrialResult, run_trial
 from raymem.version import VERSION
 
@@ -137,6 +138,7 @@ def attempt(job: Job, images: Images, store: Store, lease: Lease) -> tuple[Outco
         about = provenance(job, lease, seeds, result, images.device)
         if result.weights is not None:
             store.keep_weights(key, result.weights, about)
+            about["weights"] = weights_digest(result.weights)
         committed: Any = store.commit(key, trial_table(key, mask, result), about)
     except StoreFullError as error:
         return "full", str(error)

@@ -74,7 +74,7 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
         "--gpus-per-scorer", type=click.FloatRange(0), help="Fractions too.  [default: 1 if any]"
     )
     @click.option("--batch-size", type=click.IntRange(1), help="[default: by the image size]")
-    @click.option("--threads", type=click.IntRange(1), default=1, help="Of a scorer on CPUs.")
+    @click.option("--threads", type=click.IntRange(1, 256), default=1, help="Of a scorer on CPUs.")
     @click.option("--verbose", is_flag=True, help="Show what Ray says.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     def command(
@@ -107,7 +107,9 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
             )
             opened = Store(absolute_store(store))
             for model in _models(**which):
-                shards = list_shards(absolute_store(data, "--data"), model.classes)
+                shards = list_shards(
+                    absolute_store(data, "--data"), model.classes, n_classes=model.n_classes
+                )
                 summary = stream_curvature(
                     shards,
                     model,
@@ -181,7 +183,17 @@ def stream_text(summary: StreamSummary, store: Store) -> str:
         lines.append(f"{len(s.bad):,} images NOT scored:")
         lines += [f"  {b.shard}: {b.example_id}: {b.error}" for b in s.bad[:SHOWN]]
         if len(s.bad) > SHOWN:
-            lines.append(f"  and {len(s.bad) - SHOWN:,} more; their rows have ok = false")
+            lines.append(f"  and {len(s.bad) - SHOWN:,} more")
+        lines.append(
+            "  their rows have ok = false; to score them after a repair, delete the objects of "
+            "their shards and run again"
+        )
+    if s.repeated:
+        lines.append(
+            f"ids are NOT unique in {len(s.repeated):,} shards, such as {s.repeated[0]}: they "
+            "cannot be joined with memorization"
+        )
     lines.append(f"scores: {store.files.path(f'curvature/{s.model}')}")
-    lines.append(f"beside memorization: raymem scores {store.url} --with {s.model}")
+    if store.files.exists("study.json"):
+        lines.append(f"beside memorization: raymem scores {store.url} --with {s.model}")
     return "\n".join(lines)

@@ -76,6 +76,8 @@ class EpsilonSummary:
     """Standard errors above zero that strong pairs had to be."""
     pairs_considered: int
     """Pairs among which strong ones were looked for."""
+    curvature_modes: tuple[str, ...]
+    """How trials computed curvature's trace; more than one do not belong in one mean."""
     pairs_dropped: int
     """Pairs that --max-pairs left no room for."""
 
@@ -265,6 +267,9 @@ def _summary(
         pairs_z=pairs.z,
         pairs_considered=pairs.considered,
         pairs_dropped=pairs.dropped,
+        curvature_modes=tuple(
+            sorted({row["curvature_mode"] for row in rows if "curvature_mode" in row})
+        ),
     )
 
 

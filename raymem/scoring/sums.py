@@ -192,7 +192,8 @@ def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> No
     }
     for name, zero in _zeros(table.num_rows, columns.sums_of_curvature(found)).items():
         sums.setdefault(name, zero)
-    has = np.isfinite(found["curvature"])
+    # One count for all: an example counts where everything that was measured is a number.
+    has = np.logical_and.reduce([np.isfinite(values) for values in found.values()])
     for arm, member in (("in", inside & has), ("out", ~inside & has)):
         sums[f"n_curvature_{arm}"] += member
         for name, values in found.items():

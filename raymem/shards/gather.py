@@ -40,6 +40,8 @@ class StreamSummary:
     """Images scored by this run."""
     bad: list[BadImage] = dataclasses.field(default_factory=list)
     """Images that could not be."""
+    repeated: list[str] = dataclasses.field(default_factory=list)
+    """Shards in which ids are not unique."""
     seconds: float = 0.0
     """From the first result on."""
     mode: str = ""
@@ -108,7 +110,8 @@ class Gathered:
         for row in ordered:
             ok = not row["error"]
             known = {
-                **row,
+                **{name: value if ok else None for name, value in row.items()},
+                "example_id": row["example_id"],
                 "label": row["label"] if row["label"] >= 0 else None,
                 "ok": ok,
                 "error": row["error"] or None,
@@ -117,6 +120,8 @@ class Gathered:
             }
             for name in of:
                 cells[name].append(known[name])
+        if len({row["example_id"] for row in ordered}) < len(ordered):
+            self.summary.repeated.append(shard.name)
         schema = columns.schema(of)
         arrays = [pa.array(cells[field.name], field.type, from_pandas=True) for field in schema]
         about = {**self.about, "shard": shard.url}

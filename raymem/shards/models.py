@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raymem.errors import RecipeError, StoreError
-from raymem.models import Normalize, build_model
+from raymem.errors import RecipeError, StoreError, StudyMismatchError, first_line
+from raymem.models import Normalize, build_model, identity
 from raymem.shards.transform import PAPER, Transform, of_timm
 from raymem.store import Store, TrialKey
 from raymem.store.weights import weights_digest
@@ -38,9 +38,10 @@ class ScoringModel:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.\-]+", self.name):
+        if not re.fullmatch(r"\w[\w.\-]*", self.name):
             raise StoreError(
-                f"{self.name!r} cannot name a folder; take letters, digits, dots and dashes"
+                f"{self.name!r} cannot name a folder; take letters, digits, dots and dashes, not "
+                "starting with one of the latter"
             )
         object.__setattr__(self, "digest", weights_digest(self.net.eval().state_dict()))
 
@@ -64,12 +65,16 @@ class ScoringModel:
         study = store.study()
         weights, recipe = store.weights(key), study["study"]["recipe"]
         H, W, C = study["study"]["data"]["image_shape"]
-        made_of_code = "code" in recipe["model"]
-        if made_of_code and ":" not in recipe["model"]["name"]:
+        if "code" in recipe["model"] and ":" not in recipe["model"]["name"]:
             raise RecipeError(
                 f"the study's model is the function {recipe['model']['name']}, which cannot be "
                 "found by its name alone; give studies whose models are to be kept a model "
                 "'module:function'"
+            )
+        if identity(recipe["model"]["name"]) != recipe["model"]:
+            raise StudyMismatchError(
+                f"the code of {recipe['model']['name']} is not what {store.url} was trained with; "
+                "go back to that code"
             )
         net = build_model(
             recipe["model"]["name"],
@@ -150,13 +155,15 @@ def read_weights(url: str) -> dict[str, Tensor]:
         raise RecipeError(f"there is no file {url}; check --weights") from error
     except Exception as error:  # unpicklers and file systems raise many kinds
         raise RecipeError(
-            f"{url} cannot be read as weights ({str(error).splitlines()[0]}); save "
+            f"{url} cannot be read as weights ({first_line(error)}); save "
             "model.state_dict() with safetensors or torch.save"
         ) from error
     for wrapper in WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    ):
         raise RecipeError(f"{url} holds no state dict; save model.state_dict()")
     return {name.removeprefix("module."): tensor for name, tensor in found.items()}
 

@@ -6,18 +6,25 @@ images that are one class. Nothing is decoded here.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import posixpath
+import re
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raymem.errors import ExamplesError
+from raymem.errors import ExamplesError, first_line
+from raymem.examples.checks import some
 from raymem.examples.pixels import IMAGE_SUFFIXES, example_id
 
 Kind = Literal["tar", "parquet", "folder"]
@@ -29,7 +36,11 @@ LABEL_COLUMNS = ("label", "fine_label", "labels", "cls", "target", "class")
 ID_COLUMNS = ("example_id", "id", "__key__", "key")
 LABEL_MEMBERS = ("cls", "label", "index")
 ROWS = 64
-BLOCK = 512
+BLOCK, CHUNK = 512, 1 << 20
+COMPRESSED: dict[bytes, Any] = {
+    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open,
+}  # fmt: skip
+CORRUPT = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +55,7 @@ class Shard:
     label: int | None = None
     """Folders: the class of all of its images."""
     root: str = ""
-    """Folders: the set's path, to which ids are relative."""
+    """URL of the set: names of shards, and ids of images in folders, are relative to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,56 +68,76 @@ class Record:
     error: str = ""
 
 
-def list_shards(data: str, classes: Sequence[str] | None = None) -> list[Shard]:
+def list_shards(
+    data: str, classes: Sequence[str] | None = None, *, n_classes: int | None = None
+) -> list[Shard]:
     """The shards of a set: a tar or Parquet file, a pattern with *, a folder of such or of images.
 
-    Folders of images are classes, numbered as in `classes` if all are there, else in the order of
-    their names. Raises ExamplesError if there is nothing to read.
+    Folders of images are classes: numbered as in `classes`, which must have them all, or else in
+    the order of their names, of which there must be `n_classes`, if that is given. Hidden files and
+    folders are left out. Raises ExamplesError if there is nothing to read, or no one way to.
     """
-    try:
-        fs, path = fsspec.core.url_to_fs(data)
-    except (ImportError, ValueError) as error:
-        raise ExamplesError(
-            f"no file system for {data} ({error}); s3:// needs pip install 'raymem[s3]', gs:// "
-            "needs 'raymem[gcs]'"
-        ) from error
-    path = path.rstrip("/")
-    if "*" in path:
-        files = sorted(map(str, fs.glob(path)))
-        root = posixpath.dirname(path.partition("*")[0])
-    elif fs.isfile(path):
-        files, root = [path], posixpath.dirname(path)
-    else:
-        files, root = sorted(map(str, fs.find(path))) if fs.isdir(path) else [], path
-    files = [file for file in files if not posixpath.basename(file).startswith(".")]
+    fs, files, root = _files(data)
+    hidden = re.compile(r"(^|/)\.")
+    files = [file for file in files if not hidden.search(_below(file, root))]
+    at = str(fs.unstrip_protocol(root))
     shards = [
         Shard(
             url=fs.unstrip_protocol(file),
-            name=file.removeprefix(root).lstrip("/").removesuffix(suffix),
+            name=_below(file, root).removesuffix(suffix),
             kind=SUFFIXES[suffix],
+            root=at,
         )
         for file in files
         if (suffix := _suffix(file)) is not None
     ]
-    shards = shards or _folders(fs, files, root, classes)
-    if not shards:
+    folders = _folders(fs, files, root, classes, n_classes)
+    if shards and folders:
+        raise ExamplesError(
+            f"{data} has both {shards[0].url.rpartition('/')[2]} and folders of images; give a "
+            "pattern or a folder that has one of them"
+        )
+    if not shards and not folders:
         what = "write the pattern with *, not with braces" if "{" in data else "check the URL"
         raise ExamplesError(
             f"there are no .tar, .parquet or image files at {data}; {what}, and give a file, a "
             "pattern, or a folder"
         )
-    names = [shard.name for shard in shards]
-    twice = sorted({name for name in names if names.count(name) > 1}) if _repeats(names) else []
+    twice = [name for name, n in Counter(shard.name for shard in shards).items() if n > 1]
     if twice:
         raise ExamplesError(
             f"two shards at {data} are named {twice[0]}; give the tar and the Parquet files as two "
             "patterns"
         )
-    return shards
+    return shards or folders
 
 
-def _repeats(names: Sequence[str]) -> bool:
-    return len(set(names)) < len(names)
+def _files(data: str) -> tuple[Any, list[str], str]:
+    """The file system, the files at a URL in order, and the path they are relative to."""
+    try:
+        fs, path = fsspec.core.url_to_fs(data)
+        path = str(path).rstrip("/")
+        if fs.isfile(path):
+            return fs, [path], posixpath.dirname(path)
+        if fs.isdir(path):
+            return fs, sorted(map(str, fs.find(path))), path
+        pattern = re.search(r"[*?\[]", path)
+        if pattern is None:
+            return fs, [], path
+        return fs, sorted(map(str, fs.glob(path))), posixpath.dirname(path[: pattern.start()])
+    except (ImportError, ValueError) as error:
+        raise ExamplesError(
+            f"no file system for {data} ({error}); s3:// needs pip install 'raymem[s3]', gs:// "
+            "needs 'raymem[gcs]'"
+        ) from error
+    except Exception as error:  # file systems raise many kinds
+        raise ExamplesError(
+            f"{data} cannot be listed ({first_line(error)}); check the URL and the network"
+        ) from error
+
+
+def _below(file: str, root: str) -> str:
+    return file.removeprefix(root).lstrip("/")
 
 
 def _suffix(file: str) -> str | None:
@@ -118,19 +149,35 @@ def _is_image(file: str) -> bool:
 
 
 def _folders(
-    fs: Any, files: Sequence[str], root: str, classes: Sequence[str] | None
+    fs: Any,
+    files: Sequence[str],
+    root: str,
+    classes: Sequence[str] | None,
+    n_classes: int | None,
 ) -> list[Shard]:
     folders = sorted({posixpath.dirname(file) for file in files if _is_image(file)})
-    names = sorted({posixpath.basename(folder) for folder in folders})
-    known = list(classes) if classes and set(names) <= set(classes) else names
+    names = sorted({posixpath.basename(folder) for folder in folders if folder != root})
+    known = list(classes or names)
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ExamplesError(
+            f"the folders {some(unknown)} are no classes of the model, which are like "
+            f"{some(known[:3])}; name folders as the model's classes"
+        )
+    if names and not classes and n_classes is not None and len(names) != n_classes:
+        raise ExamplesError(
+            f"there are {len(names)} folders of classes, such as {some(names[:3])}, and the model "
+            f"has {n_classes} classes; which is which cannot be told: give a folder of all classes,"
+            " or tars or Parquet with labels"
+        )
     return [
         Shard(
             url=fs.unstrip_protocol(folder),
-            name=folder.removeprefix(root).lstrip("/") or posixpath.basename(folder),
+            name=_below(folder, root) or posixpath.basename(folder),
             kind="folder",
             # Images in the set's own folder have no class.
             label=None if folder == root else known.index(posixpath.basename(folder)),
-            root=root,
+            root=str(fs.unstrip_protocol(root)),
         )
         for folder in folders
     ]
@@ -146,57 +193,92 @@ def read_shard(shard: Shard) -> Iterator[Record]:
     yield from readers[shard.kind](fs, path, shard)
 
 
+class _Stream:
+    """A tar, decompressed, as tarfile reads it; knows its length and last byte that is not 0."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        magic = file.read(6)
+        file.seek(0)
+        opener = next((o for start, o in COMPRESSED.items() if magic.startswith(start)), None)
+        # These check sums and ends, which tarfile's own decompression does not.
+        self._file: Any = opener(file) if opener else file
+        self.length = self.used = 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data: bytes = self._file.read(size)
+        kept = len(data.rstrip(b"\0"))
+        if kept:
+            self.used = self.length + kept
+        self.length += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Read to the end."""
+        while self.read(CHUNK):
+            pass
+
+
 def _tar(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
-    key, members = None, dict[str, bytes]()
+    key, members = None, list[tuple[str, bytes]]()
     with fs.open(path, "rb") as file:
         try:
-            with tarfile.open(fileobj=file, mode="r|*") as tar:
+            stream = _Stream(file)
+            with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
                 for member in tar:
-                    folder, _, name = member.name.rpartition("/")
-                    if not member.isfile() or name.startswith("."):
+                    folder, _, name = _printable(member.name).rpartition("/")
+                    if not (member.isfile() or member.islnk()) or name.startswith("."):
                         continue
                     stem, _, extension = name.partition(".")
                     this = f"{folder}/{stem}" if folder else stem
                     if this != key:
                         yield from _of_members(key, members)
-                        key, members = this, {}
-                    content = tar.extractfile(member)
-                    members[extension.lower()] = content.read() if content else b""
-        except (tarfile.TarError, EOFError, OSError) as error:
+                        key, members = this, []
+                    content = None if member.islnk() else tar.extractfile(member)
+                    members.append((extension.lower(), content.read() if content else b""))
+            stream.drain()
+        except CORRUPT as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the network or the disk, not the file
             # The last one is whole if its label is there.
             yield from (record for record in _of_members(key, members) if record.label is not None)
-            yield _rest(shard, error)
+            yield _rest(shard, first_line(error))
             return
     yield from _of_members(key, members)
-    if not _is_closed(fs, path):
-        yield _rest(shard, tarfile.ReadError("its end-of-archive mark is missing"))
+    if stream.used > tar.offset:
+        yield _rest(shard, "a damaged header, or another archive, follows its end")
+    elif stream.length < tar.offset + BLOCK:
+        yield _rest(shard, "its end-of-archive mark is missing")
 
 
-def _is_closed(fs: Any, path: str) -> bool:
-    """A tar cut between two members reads without error; only its zeros at the end are missing."""
-    if not path.lower().endswith(".tar") or fs.size(path) == 0:
-        return True
-    return not any(fs.cat_file(path, start=-BLOCK))
+def _printable(name: str) -> str:
+    """Names that are not UTF-8 come as surrogates, which no table can hold."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _of_members(key: str | None, members: dict[str, bytes]) -> Iterator[Record]:
+def _of_members(key: str | None, members: Sequence[tuple[str, bytes]]) -> Iterator[Record]:
     """The record of the members that share a key; those without an image are none."""
-    image = [
-        data for name, data in members.items() if f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES
-    ]
-    if key is None or not image:
+    images = [(n, data) for n, data in members if f".{n.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    # Beside key.jpg there may be key.seg.png and the like.
+    plain = [image for image in images if "." not in image[0]] or images
+    if key is None or not images:
         return
     label, error = None, ""
+    if len(plain) > 1:
+        error = f"{len(plain)} images have this key (keys end at the first dot of a name)"
+    elif not plain[0][1]:
+        error = "its image is empty, or a hard link to another member"
     try:
+        by_name = dict(members)
         for name in LABEL_MEMBERS:
-            if name in members:
-                label = int(members[name])
-        if label is None and "json" in members:
-            about = json.loads(members["json"])
+            if name in by_name:
+                label = int(by_name[name])
+        if label is None and "json" in by_name:
+            about = json.loads(by_name["json"])
             label = next((int(about[name]) for name in LABEL_COLUMNS if name in about), None)
     except (ValueError, TypeError) as wrong:
-        error = f"its label is no number ({wrong})"
-    yield Record(example_id=example_id(key), label=label, data=image[0], error=error)
+        error = error or f"its label is no number ({wrong})"
+    yield Record(example_id=example_id(key), label=label, data=plain[0][1], error=error)
 
 
 def _parquet(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
@@ -211,7 +293,9 @@ def _parquet(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
                     yield _of_row(row, image, label, identity, f"{shard.name}-{number:06d}")
                     number += 1
     except (pa.ArrowException, OSError) as error:
-        yield _rest(shard, error)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the network or the disk, not the file
+        yield _rest(shard, first_line(error))
 
 
 def _columns(schema: pa.Schema, shard: Shard) -> tuple[str, str | None, str | None]:
@@ -230,8 +314,20 @@ def _columns(schema: pa.Schema, shard: Shard) -> tuple[str, str | None, str | No
             "it `image`, binary or a struct with `bytes`"
         )
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-    identity = next((name for name in ID_COLUMNS if name in schema.names), None)
+    if label is not None and not pa.types.is_integer(schema.field(label).type):
+        raise ExamplesError(
+            f"{shard.url}: the column {label} is {schema.field(label).type}; labels must be "
+            "integers, 0 to K-1"
+        )
+    ids = [name for name in ID_COLUMNS if name in schema.names]
+    identity = next((name for name in ids if _names(schema.field(name).type)), None)
     return names[0], label, identity
+
+
+def _names(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+    )
 
 
 def _of_row(
@@ -256,7 +352,7 @@ def _of_row(
 def _folder(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
     for file in sorted(map(str, fs.ls(path, detail=False))):
         if _is_image(file) and not posixpath.basename(file).startswith("."):
-            relative = file.removeprefix(shard.root).lstrip("/")
+            relative = _below(str(fs.unstrip_protocol(file)), shard.root)
             try:
                 data, error = fs.cat_file(file), ""
             except OSError as wrong:
@@ -264,10 +360,10 @@ def _folder(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
             yield Record(example_id=example_id(relative), label=shard.label, data=data, error=error)
 
 
-def _rest(shard: Shard, error: Exception) -> Record:
+def _rest(shard: Shard, why: str) -> Record:
     return Record(
         example_id=f"{shard.name} (the rest)",
         label=None,
         data=b"",
-        error=f"the shard ends early: {error}",
+        error=f"the shard ends early: {why}",
     )

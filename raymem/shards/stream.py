@@ -19,15 +19,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from raymem.curvature import CurvatureRule, pick_mode
-from raymem.errors import ExamplesError, FleetError, StudyMismatchError
+from raymem.curvature import CHECKED, CurvatureRule, pick_mode
+from raymem.errors import (
+    ExamplesError,
+    FleetError,
+    RaymemError,
+    StudyMismatchError,
+    first_line,
+)
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
 from raymem.shards.gather import Gathered, StreamSummary
 from raymem.shards.models import ScoringModel
 from raymem.shards.readers import Shard, read_shard
 from raymem.shards.transform import Transform
 from raymem.shards.work import Batch, RayScorer, Scorer, Task, decode, read, read_on_ray
-from raymem.store import Store
+from raymem.store import DriverLock, Files, Store
 from raymem.training import as_input, batch_of
 from raymem.version import VERSION
 
@@ -83,7 +89,11 @@ def stream_curvature(
     run: Callable[..., Generator[Batch]] = _on_ray if engine == "ray" else _in_process
     gathered = Gathered(store, model, task, about, summary, skip_bad)
     line = ProgressLine()
-    with stop_signals() as stops:
+    folder = Files(f"{store.url}/curvature/{model.name}")
+    with (
+        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}),
+        stop_signals() as stops,
+    ):
         try:
             # Closed at once, whatever happens, so that workers end with the run.
             with contextlib.closing(run(task, model, scorers, gpus_per_scorer, verbose)) as batches:
@@ -109,7 +119,9 @@ def _identity(
 ) -> dict[str, Any]:
     """curvature/MODEL/about.json, made or checked: what makes its shards comparable."""
     key = f"curvature/{model.name}/about.json"
-    here = json.loads(json.dumps({**model.as_dict(), "rule": rule.as_dict(), "seed": seed}))
+    # Names of shards are relative to the set: another set's would be taken for done.
+    about = {"data": shards[0].root, **model.as_dict(), "rule": rule.as_dict(), "seed": seed}
+    here = json.loads(json.dumps(about))
     if not store.files.exists(key):
         mode = rule.mode if rule.mode != "auto" else _pick_mode(model, shards, seed)
         text = json.dumps({**here, "mode": mode, "raymem": VERSION}, indent=1)
@@ -132,17 +144,19 @@ def _pick_mode(model: ScoringModel, shards: Sequence[Shard], seed: int) -> str:
     """From the first few images that can be read."""
     found: list[NDArray[np.uint8]] = []
     labels: list[int] = []
+    first = ""
     for record in (record for shard in shards for record in read_shard(shard)):
-        pixels, _ = decode(record, model.transform, model.n_classes)
+        pixels, error = decode(record, model.transform, model.n_classes)
+        first = first or (error and f"; the first, {record.example_id}: {error}")
         if pixels is not None:
             found.append(pixels)
             labels.append(record.label or 0)
-        if len(found) == 8:
+        if len(found) == CHECKED:
             break
     if not found:
         raise ExamplesError(
-            "no image of the set can be scored: none can be read and has a label of the model; "
-            "check --data and --model"
+            "no image of the set can be read and has a label of the model"
+            f"{first}; check --data and --model"
         )
     x = as_input(torch.from_numpy(np.stack(found)), torch.contiguous_format)
     return pick_mode(model.net.cpu(), x, torch.tensor(labels), seed=seed)
@@ -197,7 +211,18 @@ def _on_ray(
             fn_constructor_args=(shared, net),
             **held,
         )
-        yield from scored.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
+        try:
+            yield from scored.iter_batches(
+                batch_size=None, batch_format="numpy", prefetch_batches=0
+            )
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, RaymemError):
+                raise cause from error
+            raise FleetError(
+                f"scoring failed ({first_line(cause)}); what is scored is kept: run the same "
+                "command again, with --verbose to see more"
+            ) from error
 
 
 def _actors(

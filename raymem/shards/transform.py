@@ -14,6 +14,8 @@ from PIL import Image
 from raymem.errors import ExamplesError
 from raymem.examples.pixels import fit, open_image
 
+# A strip of one pixel by thousands, its short side made long, would fill the memory.
+MOST_PIXELS = 100_000_000
 Way = Literal["fit", "crop", "squash"]
 
 
@@ -58,6 +60,8 @@ class Transform:
             wanted = (short, int(short * height / width))
         else:
             wanted = (int(short * width / height), short)
+        if wanted[0] * wanted[1] > MOST_PIXELS:
+            raise ExamplesError(f"{width}x{height} would become {wanted[0]}x{wanted[1]} pixels")
         if image.size != wanted:
             image = image.resize(wanted, self._filter())
         top = round((wanted[1] - self.size[0]) / 2)

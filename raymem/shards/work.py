@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import UnidentifiedImageError
 
 from raymem.curvature import CurvatureRule
+from raymem.errors import first_line
 from raymem.examples.pixels import content_hash
 from raymem.shards.models import ScoringModel
 from raymem.shards.readers import Record, Shard, read_shard
@@ -25,6 +27,8 @@ from raymem.training import Meter, default_device
 CHUNK = 64
 # The position of the row after a shard's last; its label says how many there were.
 LAST = -1
+# Larger ones are no class numbers, and no table holds the largest.
+LARGEST_LABEL = 2**31
 Batch = dict[str, NDArray[Any]]
 
 
@@ -54,8 +58,10 @@ def decode(
         return None, f"label {record.label} is none of the model's {n_classes} classes"
     try:
         return transform(record.data), ""
+    except UnidentifiedImageError:
+        return None, "no image format that Pillow knows"
     except Exception as error:  # Pillow raises many kinds; what matters is which image it is
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {first_line(error)}"
 
 
 def read(task: Task, number: int) -> Iterator[Batch]:
@@ -69,10 +75,10 @@ def read(task: Task, number: int) -> Iterator[Batch]:
         return {"shard": number, "position": position, **empty, **values}
 
     position = 0
-    for record in _records(task.shards[number]):
+    for record in read_shard(task.shards[number]):
         pixels, error = decode(record, task.transform, task.n_classes)
         values: dict[str, Any] = {"example_id": record.example_id, "error": error}
-        if record.label is not None:
+        if record.label is not None and 0 <= record.label < LARGEST_LABEL:
             values["label"] = record.label
         if pixels is not None:
             values |= {"pixels": pixels, "content_hash": content_hash(pixels)}
@@ -83,13 +89,6 @@ def read(task: Task, number: int) -> Iterator[Batch]:
             rows = []
     rows.append(row(LAST, label=position))
     yield _columns(rows)
-
-
-def _records(shard: Shard) -> Iterator[Record]:
-    try:
-        yield from read_shard(shard)
-    except Exception as error:  # file systems raise many kinds; the shard's name must be told
-        yield Record(example_id=f"{shard.name} (the rest)", label=None, data=b"", error=str(error))
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> Batch:
@@ -114,6 +113,10 @@ class Scorer:
             x = torch.from_numpy(np.ascontiguousarray(batch["pixels"][good])).to(self.device)
             y = torch.from_numpy(batch["label"][good].astype(np.int64)).to(self.device)
             found = self._score(x, y)
+        errors = batch["error"].astype(object)
+        for row, finite in zip(good, _finite(found), strict=True):
+            if not finite:
+                errors[row] = "the model gives values for it that are not finite"
         values = {}
         for name in columns.STREAMED_VALUES:
             if name == "curvature_paper" and self.task.rule.paper is None:
@@ -121,8 +124,8 @@ class Scorer:
             values[name] = np.full(n, np.nan, np.float32)
             if name in found:
                 values[name][good] = found[name]
-        kept = ("shard", "position", "example_id", "label", "content_hash", "error")
-        return {**{name: batch[name] for name in kept}, **values}
+        kept = ("shard", "position", "example_id", "label", "content_hash")
+        return {**{name: batch[name] for name in kept}, "error": errors.astype(str), **values}
 
     def _score(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
         task = self.task
@@ -136,6 +139,13 @@ class Scorer:
             name: torch.cat([part[name] for part in parts]).to(torch.float32).cpu().numpy()
             for name in parts[0]
         }
+
+
+def _finite(found: Batch) -> NDArray[np.bool_]:
+    if not found:
+        return np.zeros(0, bool)
+    finite: NDArray[np.bool_] = np.logical_and.reduce([np.isfinite(v) for v in found.values()])
+    return finite
 
 
 def read_on_ray(batch: Batch, task: Any) -> Iterator[Batch]:

@@ -244,8 +244,8 @@ class Store:
     def keep_weights(
         self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]
     ) -> None:
-        """Keep a trial's weights; those that are there stay."""
-        self.files.create(key.weights_key, encode_weights(weights, provenance))
+        """Keep a trial's weights, before it is committed with their digest."""
+        self.files.replace(key.weights_key, encode_weights(weights, provenance))
 
     def kept(self) -> set[TrialKey]:
         """The trials whose weights are kept."""
@@ -265,6 +265,11 @@ class Store:
         weights, about = decode_weights(data, key.weights_key)
         if about["study_hash"] != self.study()["hash"]:
             raise StudyMismatchError(f"{key.weights_key} belongs to another study; remove it")
+        if key in self.done() and self.provenance(key).get("weights") != about["digest"]:
+            raise DamagedObjectError(
+                f"{key.weights_key} is not the model of {key}, but of another run of it; run "
+                "`raymem verify STORE --repair`, and take another trial"
+            )
         return weights
 
     def record_failure(self, key: TrialKey, attempt: int, cause: str, message: str) -> None:

@@ -8,6 +8,7 @@ The set is one uint8 tensor that all trials of a process share. A batch is gathe
 scaled as one tensor on the device; there is no data loader and no Python per image.
 """
 
+from raymem.models import margins
 from raymem.training.images import Images, as_input, augment, default_device
 from raymem.training.measure import Measured, Meter, batch_of, measure
 from raymem.training.recipe import Recipe, learning_rate_factor
@@ -17,7 +18,6 @@ from raymem.training.trial import (
     SubsetHistory,
     TrialResult,
     evaluate,
-    margins,
     run_trial,
     train,
 )

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from raymem import models
 from raymem.curvature import CurvatureRule
 from raymem.errors import DivergedError, OutOfMemoryError, TrialError
+from raymem.models import margins
 from raymem.plan import Seeds
 from raymem.training.images import Images, as_input, augment
 from raymem.training.measure import Measured, measure
@@ -228,19 +229,6 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 512) -
         correct.append((logits.argmax(1) == labels).cpu().numpy())
         margin.append(margins(logits, labels).cpu().numpy())
     return Evaluation(correct=np.concatenate(correct), margin=np.concatenate(margin))
-
-
-def margins(logits: Tensor, y: Tensor) -> Tensor:
-    """log p_y - log sum_{k != y} p_k = z_y - logsumexp_{k != y} z_k; logits [B, K], y [B] -> [B].
-
-    LiRA's logit-scaled confidence (Carlini et al. 2022), computed without forming p.
-
-    >>> margins(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1])).tolist()
-    [0.0, -2.0]
-    """
-    label = y[:, None]
-    others = logits.scatter(1, label, -torch.inf).logsumexp(1)
-    return logits.gather(1, label)[:, 0] - others
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
