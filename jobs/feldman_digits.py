@@ -1,9 +1,13 @@
 """What does a small net memorize of sklearn's handwritten digits?
 
 400 models, each trained on a random 70% of 1,200 digits, give every digit's memorization
-(Feldman & Zhang 2020) with its interval.
+(Feldman & Zhang 2020) with its interval, and its input loss curvature beside it.
 
     python jobs/feldman_digits.py
+
+2026-11-25: 37 digits are on the list of those memorized above 0.25. Over all of them, memorization
+has a Pearson correlation of 0.67 [0.59, 0.74] with curvature of models that did not see the digit,
+0.92 [0.88, 0.95] with their loss, 0.97 [0.96, 0.98] with the norm of its gradient.
 """
 
 from raymem import JobOptions, Recipe, Study, run_job

@@ -11,7 +11,7 @@ BatchNorm in eval mode are piecewise linear: grad^2 f_k = 0 almost everywhere, a
 them factors as B B', b_j = sqrt(p_j) (e_j - p / (1 + sqrt(p_c))), so that tr H = sum_j |D'b_j|^2: a
 sum of squares, without cancellation however confident the model is, from K-1 backward passes. With
 many classes the likeliest columns b_j are taken exactly, and the sum over the rest is estimated
-with Rademacher probes, unbiased.
+with Rademacher probes, unbiased; how many of each, the example's own p says.
 
 **Hessian.** For other nets the second part R is added by Hutchinson's estimator (1990), E[v'Rv] for
 Rademacher v: only what Gauss-Newton misses has an error. R is the Hessian of sum_k r_k f_k with the
@@ -63,9 +63,10 @@ class CurvatureRule:
     exact_classes: int = 16
     """Up to this many classes the Gauss-Newton trace takes K-1 passes and is exact."""
     columns: int = 8
-    """Above: this many of the likeliest classes' columns exactly ..."""
+    """Above: at most this many of the likeliest classes' columns exactly ..."""
     logit_probes: int = 2
-    """... and the rest from so many Rademacher probes; two or more, for the standard error."""
+    """... and the rest from at least so many Rademacher probes, columns + logit_probes in all; two
+    or more, for the standard error."""
     probes: int = 8
     """Hessian mode: Rademacher probes of the part that Gauss-Newton misses; two or more."""
     paper: PaperRule | None = field(default_factory=PaperRule)
@@ -236,12 +237,18 @@ def _some_columns(
     logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor, keys: Tensor,
     rule: CurvatureRule,
 ) -> _GaussNewton:  # fmt: skip
-    """The likeliest columns of B one by one, the rest by probes, and one pass for the gradient."""
+    """A few passes, each a likely column of B or a probe of the rest, and one for the gradient.
+
+    How many columns are exact is each example's own choice: many where few classes are likely,
+    none where all are, whichever promises the least error for the same passes.
+    """
     K = logits.shape[1]
-    n_exact = min(rule.columns, K - 1)
     likeliest, others = order[:, :1], order[:, 1:]
     q = p.gather(1, others)
     top = p.gather(1, likeliest)
+    most = min(rule.columns, K - 1)
+    m = most + (rule.logit_probes if most < K - 1 else 0)
+    n_exact = _columns_worth(q, most, m)
 
     def up(w: Tensor) -> Tensor:
         """sum_j w_j b_j as a direction of the logits, w [B, K-1]."""
@@ -250,33 +257,19 @@ def _some_columns(
         found = torch.zeros_like(p).scatter_(1, others, scaled - total * q / (1 + top.sqrt()))
         return found.scatter_(1, likeliest, -total * top.sqrt())
 
-    chosen = []
-    for j in range(n_exact):
-        w = torch.zeros_like(q)
-        w[:, j] = 1
-        chosen.append(_vjp(logits, at, up(w)).flatten(1))
-    probed = []
-    n_probes = rule.logit_probes if n_exact < K - 1 else 0
-    for k in range(n_probes):
+    rank = torch.arange(K - 1, device=p.device)
+    found = []
+    for k in range(m):
         w = signs(keys, LOGIT_STREAM + k, K - 1, p.dtype)
         # By class, not by rank: ranks of equal logits may differ between batches.
         w = w.gather(1, others - (others > likeliest).long())
-        w[:, :n_exact] = 0
-        probed.append(_vjp(logits, at, up(w)).flatten(1))
+        w = torch.where(rank >= n_exact[:, None], w, 0.0)
+        w = torch.where((k < n_exact)[:, None], (rank == k).to(p), w)
+        found.append(_vjp(logits, at, up(w)).flatten(1))
     # The graph is kept: Hessian mode needs it again.
     gradient = _vjp(logits, at, _missed(logits.detach(), y))
-    E = torch.stack(chosen, 1) if chosen else p.new_zeros(len(p), 0, at[0].numel())
-    M = E @ E.mT
-    trace, squared = M.diagonal(dim1=1, dim2=2).sum(1), M.square().sum((1, 2))
-    variance = torch.zeros_like(trace)
-    if probed:
-        R = torch.stack(probed, 1)
-        Q = R @ R.mT
-        lengths = Q.diagonal(dim1=1, dim2=2)
-        trace = trace + lengths.mean(1)
-        variance = lengths.var(1) / n_probes
-        pairs = (Q.square().sum((1, 2)) - lengths.square().sum(1)) / (n_probes * (n_probes - 1))
-        squared = squared + 2 * (E @ R.mT).square().sum((1, 2)) / n_probes + pairs
+    T = torch.stack(found, 1)
+    trace, variance, squared = _from_gram(T @ T.mT, n_exact)
     return _GaussNewton(
         trace=trace,
         variance=variance,
@@ -284,9 +277,43 @@ def _some_columns(
         gradient=gradient,
         logits=logits,
         at=at,
-        passes=n_exact + n_probes + 1,
+        passes=m + 1,
         root=None,
     )
+
+
+def _columns_worth(q: Tensor, most: int, m: int) -> Tensor:
+    """[B]: of m passes, how many to spend on exact columns, at most `most`; q [B, K-1] descends.
+
+    The error of the rest's sum over s probes goes as what is left of q, over sqrt(s).
+    """
+    if most == m:
+        return torch.full_like(q[:, 0], most, dtype=torch.long)
+    left = q.flip(1).cumsum(1).flip(1)[:, : most + 1]
+    probes = m - torch.arange(most + 1, device=q.device)
+    # Backwards, so that of equals the one with most exact columns is taken.
+    return most - (left.square() / probes).flip(1).argmin(1)
+
+
+def _from_gram(Q: Tensor, n_exact: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """tr M, the variance of its estimate, and tr M^2, from the Gram matrix [B, m, m] of m passes.
+
+    Passes are exact columns up to n_exact [B], then probes t of the rest, for which |t|^2 and, over
+    pairs of different probes, (t't')^2 have the rest's tr M and tr M^2 as means.
+    """
+    m = Q.shape[1]
+    is_exact = (torch.arange(m, device=Q.device) < n_exact[:, None]).to(Q)
+    is_probe, s = 1 - is_exact, (m - n_exact).to(Q)
+    share = is_probe / s.clamp(min=1)[:, None]
+    lengths = Q.diagonal(dim1=1, dim2=2)
+    mean = (share * lengths).sum(1)
+    spread = (is_probe * (lengths - mean[:, None]).square()).sum(1)
+    variance = spread / (s * (s - 1)).clamp(min=1)
+    one = is_exact + share
+    weights = one[:, :, None] * one[:, None, :]
+    pairs = is_probe[:, :, None] * is_probe[:, None, :] / (s * (s - 1)).clamp(min=1)[:, None, None]
+    weights = torch.where(pairs > 0, pairs * (1 - torch.eye(m).to(Q)), weights)
+    return (is_exact * lengths).sum(1) + mean, variance, (weights * Q.square()).sum((1, 2))
 
 
 def _with_residual(
