@@ -156,9 +156,11 @@ def against_the_bare_loop(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         few, many = Path(folder) / "few", Path(folder) / "many"
         write_shards(few, n, 20 if quick else 40)
-        pairs = [
-            (rate(streamed(few)[0].events, n), bare_rate(few, n, cores)) for _ in range(repeats)
-        ]
+        pairs = []
+        for _ in range(repeats):
+            ours = rate(streamed(few)[0].events, n)
+            time.sleep(10)  # Ray's processes end
+            pairs.append((ours, bare_rate(few, n, cores)))
         share = statistics.median(a / b for a, b in pairs)
         ours, bare = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
         yield Row(
@@ -167,6 +169,7 @@ def against_the_bare_loop(quick: bool) -> Iterator[Row]:
             result=f"{share:.2f} ({ours / cores:.1f} against {bare / cores:.1f} images/s per core)",
             goal="0.8",
             met=share >= 0.8,
+            why="decoding runs ahead in the first quarter, which is not timed",
         )
         write_shards(many, 4 * n, 4 * (20 if quick else 40))
         small, large = streamed(few)[1], streamed(many)[1]

@@ -13,7 +13,7 @@ Of each image: the trace of the Hessian of the loss in the pixels, its error (1,
 likeliest exactly, the rest by 2 probes), tr H^2, gradient norm, loss, and with --paper the finite
 difference of Ravikumar et al. 2024. One object per shard, STORE/curvature/MODEL/SHARD.parquet;
 what is there is not scored again. Cost of ResNet-50 at 224 pixels: about 12 forward passes an
-image; on one CPU core COST. Not run on a GPU yet.
+image; on one CPU core 1.4 s. Not run on a GPU yet.
 """
 
 from raymem.job import run_curvature_job
