@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from learners import no_second_derivative
 from torch import nn
 
 from raymem.curvature import CurvatureRule, PaperRule, curvature, paper_score, pick_mode
@@ -498,27 +499,8 @@ def test_arithmetic_is_plain_inside_and_as_it_was_afterwards():
     assert net.inner[1].weight.requires_grad
 
 
-class NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, up):
-        return up * 2
-
-
-class Opaque(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = linear_net()
-
-    def forward(self, x):
-        return self.inner(NoSecondDerivative.apply(x))
-
-
 def test_a_layer_without_second_derivatives_is_named_and_can_be_forced():
-    net = Opaque().eval()
+    net = no_second_derivative(3, (2, 2, 1)).eval()
     with pytest.raises(CurvatureError, match="gauss-newton"):
         curvature(net, X, Y)
     found = curvature(net, X, Y, CurvatureRule(mode="gauss-newton"))
