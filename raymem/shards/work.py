@@ -133,12 +133,7 @@ class Scorer:
             self.meter = Meter(
                 self.net, x, y, task.rule, seed=task.seed, channels_last=task.channels_last
             )
-        size = task.batch_size
-        parts = [self.meter(x[at : at + size], y[at : at + size]) for at in range(0, len(x), size)]
-        return {
-            name: torch.cat([part[name] for part in parts]).to(torch.float32).cpu().numpy()
-            for name in parts[0]
-        }
+        return self.meter.all(x, y, task.batch_size)
 
 
 def _finite(found: Batch) -> NDArray[np.bool_]:

@@ -13,17 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raymem.curvature import CurvatureRule, Mode, curvature, paper_score, pick_mode
+from raymem.curvature import CHECKED, CurvatureRule, Mode, curvature, paper_score, pick_mode
 from raymem.curvature.fold import folded
 from raymem.errors import CurvatureError
 from raymem.training.images import as_input
 
 # Values in a batch of images: 85 images of 32x32, 8 of 224x224.
 BATCH_VALUES, SMALLEST_BATCH, LARGEST_BATCH = 2**18, 8, 256
-COLUMNS = (
-    "curvature", "curvature_stderr", "curvature_squared", "gradient_norm", "loss",
-    "curvature_paper",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +55,10 @@ class Meter:
         """x (uint8 [N, H, W, C]) and y (int64 [N]): some examples, to choose the mode with."""
         self.rule, self.seed = rule, seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        few = as_input(x[:8], self.memory_format)
+        few = as_input(x[:CHECKED], self.memory_format)
         # What the model is, is asked of the model itself; folding adds rounding.
         self.mode: Mode = (
-            pick_mode(model, few, y[:8], seed=seed) if rule.mode == "auto" else rule.mode
+            pick_mode(model, few, y[:CHECKED], seed=seed) if rule.mode == "auto" else rule.mode
         )
         self.model = folded(model, few)
 
@@ -76,6 +72,15 @@ class Meter:
         half = len(x) // 2
         first, second = self(x[:half], y[:half]), self(x[half:], y[half:])
         return {name: torch.cat([first[name], second[name]]) for name in first}
+
+    def all(self, x: Tensor, y: Tensor, batch_size: int) -> dict[str, NDArray[np.float32]]:
+        """Any number of images, x uint8 [N, H, W, C] and y int64 [N], in batches; [N] each."""
+        starts = range(0, len(x), batch_size)
+        parts = [self(x[at : at + batch_size], y[at : at + batch_size]) for at in starts]
+        return {
+            name: torch.cat([part[name] for part in parts]).to(torch.float32).cpu().numpy()
+            for name in parts[0]
+        }
 
     def _measure(self, images: Tensor, y: Tensor) -> dict[str, Tensor]:
         rule = self.rule
@@ -129,9 +134,5 @@ def measure(
     meter = Meter(
         model.eval(), x, y, rule or CurvatureRule(), seed=seed, channels_last=channels_last
     )
-    parts = [meter(x[at : at + size], y[at : at + size]) for at in range(0, len(x), size)]
-    values = {
-        name: torch.cat([part[name] for part in parts]).to(torch.float32).cpu().numpy()
-        for name in parts[0]
-    }
+    values = meter.all(x, y, size)
     return Measured(values=values, mode=meter.mode, seconds=time.perf_counter() - start)
