@@ -166,6 +166,29 @@ def test_what_is_not_exact_is_unbiased_within_its_stated_error(cases, name, rule
     assert float((stated.sqrt() / real.sqrt()).median()) == pytest.approx(1, abs=0.2)
 
 
+@pytest.mark.parametrize("rule", [CurvatureRule(), CurvatureRule(exact_classes=2, columns=3)])
+@pytest.mark.parametrize("name", NETS)
+def test_the_backward_passes_are_counted(cases, monkeypatch, name, rule):
+    """Against a count of torch's own calls: those of vjps, and one within each product."""
+    net, x, y, *_ = cases(name)
+    trace = sys.modules["raymem.curvature.trace"]
+    counts = {"_vjp": 0, "_second_part": 0}
+
+    def counting(name, real):
+        def call(*args):
+            counts[name] += 1
+            return real(*args)
+
+        return call
+
+    mode = pick_mode(net, x, y)
+    for part in counts:
+        monkeypatch.setattr(trace, part, counting(part, getattr(trace, part)))
+    found = curvature(net, x, y, dataclasses.replace(rule, mode=mode))
+    assert found.backward_passes == sum(counts.values())
+    assert counts["_second_part"] == (rule.probes if mode == "hessian" else 0)
+
+
 def test_stratified_needs_the_probes_it_says(cases):
     net, x, y, *_ = cases("batchnorm-relu")
     assert curvature(net, x, y, CurvatureRule(exact_classes=2, columns=4)).backward_passes == 7
@@ -569,6 +592,13 @@ class Shared(nn.Module):
     def forward(self, x):
         again = self.conv(torch.relu(x - 0.9))
         return self.last((self.norm(self.conv(x)) + again).flatten(1))
+
+
+def test_a_relu_that_serves_everywhere_does_not_keep_from_folding(pixels):
+    relu = nn.ReLU()
+    net = small_net(nn.BatchNorm2d, lambda: relu).eval()
+    less = folded(net, pixels[0][:8].float())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in less.modules())
 
 
 class Masked(nn.Module):

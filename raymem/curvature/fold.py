@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
+FOLDED = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)
 # float32 rounds a deep net's logits by less than this of their size.
 ROUNDING = 1e-4
 
@@ -37,9 +38,13 @@ def folded(model: nn.Module, x: Tensor) -> nn.Module:
 
 def _called_twice(traced: GraphModule) -> bool:
     """A convolution or BatchNorm of two places cannot be folded in one of them."""
-    called = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    modules = [id(module) for _, module in traced.named_modules(remove_duplicate=False)]
-    return max(called.values(), default=0) > 1 or len(set(modules)) < len(modules)
+    modules = dict(traced.named_modules(remove_duplicate=False))
+    called = Counter(
+        id(modules[node.target])
+        for node in traced.graph.nodes
+        if node.op == "call_module" and isinstance(modules[node.target], FOLDED)
+    )
+    return max(called.values(), default=0) > 1
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:

@@ -148,8 +148,11 @@ def curvature(
     with plain_arithmetic(model, x):
         keys = keys_of(x, seed)
         gn = _gauss_newton(model, x, y, keys, rule)
+        passes = gn.passes
         if mode == "hessian":
             trace, variance, squared = _with_residual(model, x, y, keys, rule, gn)
+            # Without all columns, J'SJv takes a pass of its own beside each Rv.
+            passes += rule.probes * (1 if gn.root is not None else 2)
         else:
             trace, variance, squared = gn.trace, gn.variance, gn.squared
     return Curvature(
@@ -160,7 +163,7 @@ def curvature(
         # log1p of the odds against: cross_entropy gives 0 where they are below rounding.
         loss=F.softplus(-margins(gn.logits.detach(), y)),
         mode=mode,
-        backward_passes=gn.passes + (rule.probes if mode == "hessian" else 0),
+        backward_passes=passes,
     )
 
 
@@ -181,7 +184,7 @@ def pick_mode(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Mode:
         cooled = logits.detach() / spread
         second = _second_part(model, x, _missed(cooled, y) / spread, v)
         moved = second.logits_tangent / spread
-        gn_vector = _vjp(logits, at, _softmax_hessian(cooled, moved) / spread, last=True)
+        gn_vector = _vjp(logits, at, _softmax_hessian(cooled, moved) / spread)
     total, residual = float((second.vector + gn_vector).norm()), float(second.vector.norm())
     if not math.isfinite(total + residual):
         raise CurvatureError(
@@ -197,15 +200,12 @@ def _gauss_newton(
     logits, at = differentiable(model, x, y)
     p = logits.detach().softmax(1)
     order = p.argsort(dim=1, descending=True, stable=True)
-    exact = logits.shape[1] <= rule.exact_classes
-    columns = _all_columns if exact else _some_columns
-    return columns(logits, at, y, p, order, keys, rule)
+    if logits.shape[1] <= rule.exact_classes:
+        return _all_columns(logits, at, y, p, order)
+    return _some_columns(logits, at, y, p, order, keys, rule)
 
 
-def _all_columns(
-    logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor, keys: Tensor,
-    rule: CurvatureRule,
-) -> _GaussNewton:  # fmt: skip
+def _all_columns(logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor) -> _GaussNewton:
     """All K-1 rows D_k; the gradient comes with them, as J'(p - y) = sum_k (p_k - y_k) D_k."""
     K = logits.shape[1]
     likeliest, others = order[:, :1], order[:, 1:]
@@ -266,7 +266,6 @@ def _some_columns(
         w = torch.where(rank >= n_exact[:, None], w, 0.0)
         w = torch.where((k < n_exact)[:, None], (rank == k).to(p), w)
         found.append(_vjp(logits, at, up(w)).flatten(1))
-    # The graph is kept: Hessian mode needs it again.
     gradient = _vjp(logits, at, _missed(logits.detach(), y))
     T = torch.stack(found, 1)
     trace, variance, squared = _from_gram(T @ T.mT, n_exact)
@@ -391,6 +390,7 @@ def _second_part(model: nn.Module, x: Tensor, weights: Tensor, v: Tensor) -> _Pr
     return _Product(vector.detach(), tangent.detach())
 
 
-def _vjp(logits: Tensor, at: Tensor, up: Tensor, *, last: bool = False) -> Tensor:
-    (found,) = torch.autograd.grad(logits, at, up, retain_graph=not last)
+def _vjp(logits: Tensor, at: Tensor, up: Tensor) -> Tensor:
+    """J'up, in the shape of x; the graph stays for the next one."""
+    (found,) = torch.autograd.grad(logits, at, up, retain_graph=True)
     return found

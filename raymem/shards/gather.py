@@ -43,7 +43,7 @@ class StreamSummary:
     repeated: list[str] = dataclasses.field(default_factory=list)
     """Shards in which ids are not unique."""
     seconds: float = 0.0
-    """From the first result on."""
+    """Wall time, that of starting workers included."""
     mode: str = ""
     """How the trace was computed."""
 
