@@ -120,6 +120,16 @@ def test_ray_data_gives_what_this_process_gives_once_per_shard(shards_at, tmp_pa
     assert files == [f"curvature/net/part-{k}.parquet" for k in range(3)]
 
 
+def test_the_folder_of_a_model_is_one_table_for_others_too(shards_at, tmp_path):
+    import duckdb
+    import pandas
+
+    stream(shards_at / "tar", tmp_path)
+    folder = tmp_path / "curvature" / "net"
+    assert len(pandas.read_parquet(folder)) == N
+    assert duckdb.sql(f"select count(*) from '{folder}/*.parquet'").fetchall() == [(N,)]
+
+
 def test_what_is_in_the_store_is_not_scored_again(shards_at, tmp_path):
     model, store = scoring_model(), Store(tmp_path)
     shards = list_shards(str(shards_at / "tar"))

@@ -117,8 +117,9 @@ def _values(transform: Transform) -> int:
 def _identity(
     store: Store, model: ScoringModel, rule: CurvatureRule, seed: int, shards: Sequence[Shard]
 ) -> dict[str, Any]:
-    """curvature/MODEL/about.json, made or checked: what makes its shards comparable."""
-    key = f"curvature/{model.name}/about.json"
+    """curvature/MODEL/_about.json, made or checked: what makes its shards comparable."""
+    # With an underscore, so that Arrow and pandas read the folder as one table, this left out.
+    key = f"curvature/{model.name}/_about.json"
     # Names of shards are relative to the set: another set's would be taken for done.
     about = {"data": shards[0].root, **model.as_dict(), "rule": rule.as_dict(), "seed": seed}
     here = json.loads(json.dumps(about))
