@@ -33,12 +33,22 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
     @click.option("--store", required=True, help="Folder or URL; scores go to STORE/curvature.")
     @click.option("--model", "models", multiple=True, help="timm's name; can be given repeatedly.")
     @click.option("--weights", help="State dict for the one --model: .safetensors or torch.save's.")
-    @click.option("--n-classes", type=click.IntRange(2), default=1000, help="Of --weights.")
+    @click.option(
+        "--n-classes",
+        type=click.IntRange(2),
+        default=1000,
+        help="Classes of the model whose --weights are given.",
+    )
     @click.option("--models-of", help="A raymem store that keeps models.")
     @click.option(
         "--trial", "trials", type=int, multiple=True, help="Which of --models-of.  [default: all]"
     )
-    @click.option("--epsilon", type=float, default=math.inf, help="Of --trial.")
+    @click.option(
+        "--epsilon",
+        type=float,
+        default=math.inf,
+        help="Privacy budget of --trial; inf is not private.",
+    )
     @click.option("--name", help="Folder of the one model.  [default: the model's name]")
     @click.option(
         "--transform",
@@ -59,22 +69,53 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
         help="How the trace is computed.",
     )
     @click.option(
-        "--probes", type=click.IntRange(2), default=CurvatureRule.probes, help="Of hessian mode."
+        "--probes",
+        type=click.IntRange(2),
+        default=CurvatureRule.probes,
+        help="Hessian-vector products an image, in hessian mode.",
     )
     @click.option(
-        "--columns", type=click.IntRange(0), default=8, help="Exact ones of many classes."
+        "--columns",
+        type=click.IntRange(0),
+        default=8,
+        help="Above 16 classes: most columns computed exactly.",
     )
-    @click.option("--logit-probes", type=click.IntRange(2), default=2, help="For the rest of them.")
+    @click.option(
+        "--logit-probes",
+        type=click.IntRange(2),
+        default=2,
+        help="Above 16 classes: least probes for the rest.",
+    )
     @click.option("--paper/--no-paper", default=False, help="The paper's score too.")
-    @click.option("--paper-step", type=float, default=PaperRule.step, help="Its h, in pixels.")
-    @click.option("--seed", type=click.IntRange(0), default=0, help="Of the probes.")
-    @click.option("--engine", type=click.Choice(["ray", "serial"]), default="ray", help="Or here.")
-    @click.option("--scorers", type=click.IntRange(1), help="Actors.  [default: GPUs, or cores]")
     @click.option(
-        "--gpus-per-scorer", type=click.FloatRange(0), help="Fractions too.  [default: 1 if any]"
+        "--paper-step",
+        type=float,
+        default=PaperRule.step,
+        help="Step h of the paper's score, in [0, 1] pixels.",
     )
-    @click.option("--batch-size", type=click.IntRange(1), help="[default: by the image size]")
-    @click.option("--threads", type=click.IntRange(1, 256), default=1, help="Of a scorer on CPUs.")
+    @click.option("--seed", type=click.IntRange(0), default=0, help="Start of the random probes.")
+    @click.option(
+        "--engine",
+        type=click.Choice(["ray", "serial"]),
+        default="ray",
+        help="serial: in this process, without Ray.",
+    )
+    @click.option(
+        "--scorers",
+        type=click.IntRange(1),
+        help="Models at work at once.  [default: GPUs, or cores]",
+    )
+    @click.option(
+        "--gpus-per-scorer",
+        type=click.FloatRange(0),
+        help="Fractions pack models.  [default: 1 if any]",
+    )
+    @click.option(
+        "--batch-size", type=click.IntRange(1), help="Images at once.  [default: by the image size]"
+    )
+    @click.option(
+        "--threads", type=click.IntRange(1, 256), default=1, help="CPU threads of one scorer."
+    )
     @click.option("--verbose", is_flag=True, help="Show what Ray says.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     def command(
