@@ -109,6 +109,7 @@ class _Worker:
 class _Lane:
     restarts_without_commit: int = 0
     seen: set[int] = field(default_factory=set)
+    draining: bool = False
 
 
 class Ledger:
@@ -174,6 +175,8 @@ class Ledger:
         me = self._workers.get(worker)
         if me is None or self._stopped or self._fatal or self.is_broken(me.lane):
             return None
+        if self._lanes[me.lane].draining:
+            return None
         me.last_beat = self._clock()
         self._expire()
         key = self._next(me.lane)
@@ -187,10 +190,13 @@ class Ledger:
         trial.attempts += 1
         return Lease(key=key, attempt=trial.attempts, seed_attempt=max(1, trial.divergences))
 
-    def beat(self, worker: str) -> None:
-        """The worker lives; without this its lease runs out."""
-        if worker in self._workers:
-            self._workers[worker].last_beat = self._clock()
+    def beat(self, worker: str) -> bool:
+        """The worker lives; without this its lease runs out. True if its node is about to go."""
+        me = self._workers.get(worker)
+        if me is None:
+            return False
+        me.last_beat = self._clock()
+        return self._lanes[me.lane].draining
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """A worker is through with a trial. After its lease ran out, only a commit counts."""
@@ -210,6 +216,11 @@ class Ledger:
     def release_lane(self, lane: str) -> None:
         """A lane is gone, with its node: its trials go back, and are not blamed."""
         self._remove(lane, None, blame=False)
+
+    def drain(self, lane: str) -> None:
+        """The lane's node is about to go: it gets no new trial, and saves what it is training."""
+        if lane in self._lanes:
+            self._lanes[lane].draining = True
 
     def stop(self) -> None:
         """Lease nothing more; what is being trained may finish."""

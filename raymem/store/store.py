@@ -272,6 +272,26 @@ class Store:
             )
         return weights
 
+    def write_checkpoint(self, key: TrialKey, data: bytes) -> None:
+        """Save a trial that is being trained, in place of what was saved before."""
+        self.files.replace(key.checkpoint_key, data)
+
+    def read_checkpoint(self, key: TrialKey) -> bytes | None:
+        """What was saved of a trial that is not done, or None."""
+        try:
+            return self.files.read(key.checkpoint_key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def delete_checkpoint(self, key: TrialKey) -> None:
+        """What was saved of a trial is needed no more."""
+        self.files.delete(key.checkpoint_key)
+
+    def checkpointed(self) -> set[TrialKey]:
+        """The trials that were saved while they trained: a listing, nothing is read."""
+        found = (TrialKey.parse(key) for key in self.files.list("checkpoints"))
+        return {key for key in found if key is not None}
+
     def record_failure(self, key: TrialKey, attempt: int, cause: str, message: str) -> None:
         """Record that an attempt at a trial failed; it is never counted as a trial."""
         body = {"trial": key.trial, "attempt": attempt, "cause": cause, "message": message}
