@@ -35,6 +35,7 @@ from raymem.memorization import (
 from raymem.plan import Plan
 from raymem.scoring.groups import Copies, copies_in, group_columns
 from raymem.scoring.pairs import influence_pairs, pairs_table
+from raymem.scoring.streamed import StreamedCurvature
 from raymem.scoring.sums import Outcomes, Sums, fold_sums, total
 from raymem.store import Store, TrialKey, columns
 
@@ -137,7 +138,10 @@ class _Scorer:
         copies = copies_in(self.index)
         outcomes = Outcomes(N, n_rows - N, copies.rows)
         rows: list[dict[str, Any]] = []
-        folds = list(fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes))
+        streamed = StreamedCurvature(self.store, self.index)
+        folds = list(
+            fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
+        )
         tables["folds"] += [
             _fold_table(self.index, epsilon, n, sums, N) for n, sums in enumerate(folds)
         ]
