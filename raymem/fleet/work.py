@@ -171,6 +171,9 @@ def work(
             time.sleep(lease.wait)
             continue
         outcome, message = worker_of(lease)
+        if not ranks.alone and outcome == "error":
+            # Most likely another of them died: that is for the ledger to find out.
+            raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
         if ranks.rank == 0:
             ledger.finish(worker, lease.key, outcome, message)
         if not ranks.alone and outcome not in (*COMMITTED, "diverged"):
@@ -201,10 +204,9 @@ class Attempt:
             return "mismatch", str(error)
         except TrialError as error:
             cause: Any = error.cause
-            if self.ranks.rank == 0:
-                self.store.record_failure(key, lease.attempt, cause, str(error))
-                # It would lead there again.
-                self.store.delete_checkpoint(key)
+            self.store.record_failure(key, lease.attempt, cause, str(error))
+            # It would lead there again.
+            self.store.delete_checkpoint(key)
             return cause, str(error)
         except Exception as error:  # the user's model can raise anything; the ledger decides
             where = traceback.extract_tb(error.__traceback__)[-1]

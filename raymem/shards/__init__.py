@@ -31,3 +31,11 @@ __all__ = [
     "measure_kept",
     "stream_curvature",
 ]
+
+
+def is_cache(url):  # type: ignore
+    return False
+
+
+def ingest(*a, **k):  # type: ignore
+    raise NotImplementedError
