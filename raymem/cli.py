@@ -124,6 +124,8 @@ def describe_store(store: Store) -> str:
 
 
 def _rate(progress: dict[str, Any]) -> str:
+    if "stage" in progress:
+        return f"running: {progress['stage']}, {progress['left']:,} parts left"
     if not progress.get("rate"):
         return f"running: {progress.get('running', 0)}"
     left = progress.get("seconds_left")

@@ -185,7 +185,7 @@ class Lanes:
             "gpu": slots.gpus_per_trial > 0,
             "together": slots.workers_per_trial > 1,
         }
-        self._demand = None if is_private() else Demand(uuid.uuid4().hex, slots.bundle)
+        self._demand = None if is_private() else Demand(slots.bundle)
         self._lanes: list[_Lane] = []
         self._deaths: dict[str, int] = {}
         self._started = 0
@@ -202,8 +202,6 @@ class Lanes:
             if lane.node_id in going or (going and not lane.node_id):
                 self._ledger.drain(lane.name)
         wanted = self._wanted(progress)
-        if self._demand is not None:
-            self._demand.ask(wanted)
         nodes = {
             node["NodeID"]: self._slots.on(node["Resources"])
             for node in ray.nodes()
@@ -215,6 +213,9 @@ class Lanes:
             if not dead_too_often and left > 0:
                 self._fill(node_id, fit, left)
         self._span(nodes, wanted)
+        if self._demand is not None:
+            # What lanes hold is asked for by Ray Train.
+            self._demand.ask(max(0, wanted - sum(lane.workers for lane in self._lanes)))
         self._check_patience(progress)
 
     def _wanted(self, progress: Progress) -> int:
@@ -304,7 +305,7 @@ class Lanes:
             ray.kill(lane.runner)
         self._lanes = []
         if self._demand is not None:
-            self._demand.clear()
+            self._demand.ask(0)
 
 
 def run_on_ray(

@@ -26,7 +26,7 @@ from raymem.shards.identity import identity_of
 from raymem.shards.models import ScoringModel
 from raymem.shards.readers import Shard
 from raymem.shards.work import Batch, Scorer, Task, read
-from raymem.store import DriverLock, Files, Store, TrialKey
+from raymem.store import DriverLock, Store, TrialKey
 from raymem.training import batch_of
 
 # Ray Data plans each block by itself; more would only cost its driver.
@@ -121,7 +121,13 @@ def measure_kept(
     start, line = time.monotonic(), ProgressLine()
     line.show_text(summary.progress() + ", workers are starting", last=False)
     with (
-        DriverLock(Files(f"{store.url}/curvature"), progress=lambda: vars(summary)),
+        DriverLock(
+            store.files,
+            progress=lambda: {
+                "stage": "curvature",
+                "left": total - summary.done_before - summary.done,
+            },
+        ),
         stop_signals() as stops,
     ):
         try:
