@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import ResultMismatchError, StoreFullError, TrialError
+from raymem.errors import ResultMismatchError, StoreError, StoreFullError, TrialError
 from raymem.examples import Examples
 from raymem.fleet.ledger import Lease, Outcome
 from raymem.plan import Plan, Seeds
@@ -148,6 +148,8 @@ def attempt(job: Job, images: Images, store: Store, lease: Lease) -> tuple[Outco
         cause: Any = error.cause
         store.record_failure(key, lease.attempt, cause, str(error))
         return cause, str(error)
+    except StoreError as error:  # tried again for as long as that makes sense
+        return "store", str(error)
     except Exception as error:  # the user's model can raise anything; the ledger decides what next
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{where.filename}:{where.lineno}"

@@ -24,6 +24,7 @@ from raymem.errors import (
     ExamplesError,
     FleetError,
     RaymemError,
+    StoreHeldError,
     StudyMismatchError,
     first_line,
 )
@@ -91,7 +92,7 @@ def stream_curvature(
     line = ProgressLine()
     folder = Files(f"{store.url}/curvature/{model.name}")
     with (
-        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}),
+        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}) as lock,
         stop_signals() as stops,
     ):
         try:
@@ -100,6 +101,11 @@ def stream_curvature(
                 for batch in batches:
                     gathered.add(batch)
                     line.show_text(gathered.progress(), last=gathered.left == 0)
+                    if lock.lost.is_set():
+                        raise StoreHeldError(
+                            f"another driver took {folder.url} over; its shards will be in the "
+                            "store: see `raymem status` of it"
+                        )
                     if stops.count and gathered.left:
                         raise Stopped(
                             f"stopped after {summary.shards - gathered.left:,} of "
