@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -18,7 +18,7 @@ from raymem.fleet import duration
 from raymem.interop import import_npz
 from raymem.scoring import score
 from raymem.shards import join_curvature
-from raymem.store import Store, is_alive, read_driver, verify
+from raymem.store import Store, TrialKey, is_alive, read_driver, verify
 from raymem.tables import top, where
 from raymem.text import as_text, example_text, for_people, pairs_for_people, summary_text
 from raymem.version import VERSION
@@ -86,8 +86,8 @@ def status_command(store: str, debug: bool) -> None:
 def describe_store(store: Store) -> str:
     """What `raymem status` prints."""
     streamed = [
-        f"curvature of {model}: {len(store.streamed_shards(model)):,} shards"
-        for model in store.streamed_models()
+        f"curvature of {model}: {len(shards):,} shards"
+        for model, shards in sorted(store.streamed().items())
     ]
     if streamed and not store.files.exists("study.json"):
         return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
@@ -119,7 +119,7 @@ def describe_store(store: Store) -> str:
         lines.append(_rate(driver["progress"]))
     lines += streamed
     if done:
-        lines.append(_cost(store))
+        lines.append(_cost(store, sorted(done)))
     return "\n".join(line for line in lines if line)
 
 
@@ -135,8 +135,7 @@ def _rate(progress: dict[str, Any]) -> str:
     )
 
 
-def _cost(store: Store) -> str:
-    done = sorted(store.done())
+def _cost(store: Store, done: Sequence[TrialKey]) -> str:
     step = math.ceil(len(done) / SAMPLED_TRIALS)
     sample = [store.provenance(key) for key in done[::step]]
     seconds = [trial["seconds"] + trial.get("curvature", {}).get("seconds", 0) for trial in sample]

@@ -15,6 +15,7 @@ from raymem.errors import (
     FleetError,
     RaymemError,
     ResultMismatchError,
+    StoreError,
     StoreFullError,
     StoreHeldError,
 )
@@ -31,6 +32,7 @@ Engine = Literal["ray", "serial"]
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
+    "store": StoreError,
     "error": FleetError,
 }
 
@@ -67,8 +69,8 @@ def run_fleet(
     batch. `extras` says which trials measure curvature, and which keep their weights.
 
     The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
-    another live driver has it, StoreFullError without space, FleetError if trials cannot run,
-    Stopped after Ctrl-C.
+    another live driver has it, StoreFullError without space, StoreError if it does not answer,
+    FleetError if trials cannot run, Stopped after Ctrl-C.
     """
     # A model that does not fit the images is an error here, not one in every worker.
     with torch.random.fork_rng():

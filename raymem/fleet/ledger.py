@@ -17,7 +17,7 @@ from raymem.store import Failure, TrialKey
 
 Outcome = Literal[
     "committed", "duplicate", "drift",
-    "diverged", "out-of-memory", "error",
+    "diverged", "out-of-memory", "error", "store",
     "full", "mismatch",
 ]  # fmt: skip
 
@@ -29,6 +29,8 @@ DIVERGENCES_ALLOWED = 3
 FAILURES_ALLOWED = 3
 DEATHS_ALLOWED = 3
 FAILURES_IN_A_ROW = 20
+# One worker's network may be broken; where several cannot reach the store, nobody can.
+STORE_FAILURES_IN_A_ROW = 3
 RESTARTS_WITHOUT_COMMIT = 6
 POLL_SECONDS = 0.2
 
@@ -80,7 +82,7 @@ class Progress:
     fatal: str | None
     """Why the fleet cannot go on."""
     fatal_kind: str | None
-    """error, full or mismatch."""
+    """error, store, full or mismatch."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -289,6 +291,8 @@ class Ledger:
         self._failures_in_a_row += 1
         if outcome == "error" and not self._done:
             self._fatal = ("error", message)
+        elif outcome == "store" and self._failures_in_a_row >= STORE_FAILURES_IN_A_ROW:
+            self._fatal = ("store", message)
         elif self._failures_in_a_row >= FAILURES_IN_A_ROW:
             what = f"{FAILURES_IN_A_ROW} trials in a row failed, the last because: {message}"
             self._fatal = ("error", what)
@@ -298,7 +302,7 @@ class Ledger:
             trial.failures += 1
         if trial.divergences >= DIVERGENCES_ALLOWED or trial.failures >= FAILURES_ALLOWED:
             self._given_up.add(key)
-            if outcome == "error":
+            if outcome in ("error", "store"):
                 self._lose(key, "error", message)
         else:
             self._pending.append(key)

@@ -17,7 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import FleetError, ResultMismatchError, StoreFullError, TrialError
+from raymem.errors import (
+    FleetError,
+    ResultMismatchError,
+    StoreError,
+    StoreFullError,
+    TrialError,
+)
 from raymem.examples import Examples
 from raymem.fleet.checkpoints import StoreCheckpoints
 from raymem.fleet.ledger import COMMITTED, Lease, Outcome
@@ -208,6 +214,8 @@ class Attempt:
             # It would lead there again.
             self.store.delete_checkpoint(key)
             return cause, str(error)
+        except StoreError as error:  # tried again for as long as that makes sense
+            return "store", str(error)
         except Exception as error:  # the user's model can raise anything; the ledger decides
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename}:{where.lineno}"

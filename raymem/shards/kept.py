@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import StoreError
+from raymem.errors import StoreError, StoreHeldError
 from raymem.fleet import Engine, ProgressLine, Stopped, duration, stop_signals
 from raymem.shards.engine import actors, ray_data, results
 from raymem.shards.gather import Gathered, StreamSummary
@@ -127,7 +127,7 @@ def measure_kept(
                 "stage": "curvature",
                 "left": total - summary.done_before - summary.done,
             },
-        ),
+        ) as lock,
         stop_signals() as stops,
     ):
         try:
@@ -141,6 +141,11 @@ def measure_kept(
                     summary.seconds = time.monotonic() - start
                     finished = summary.done_before + summary.done == total
                     line.show_text(summary.progress(), last=finished)
+                    if lock.lost.is_set():
+                        raise StoreHeldError(
+                            f"another driver took {store.url} over; see `raymem status` for who "
+                            "it is"
+                        )
                     if stops.count and not finished:
                         raise Stopped(
                             f"stopped after {summary.done_before + summary.done:,} of {total:,} "

@@ -17,15 +17,16 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, Literal
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raymem.errors import ExamplesError, first_line
+from raymem.errors import ExamplesError, StoreError, first_line
 from raymem.examples.checks import some
 from raymem.examples.pixels import IMAGE_SUFFIXES, example_id
+from raymem.store.patience import ask, open_fs, open_patiently
 
 Kind = Literal["tar", "parquet", "folder"]
 SUFFIXES: dict[str, Kind] = {
@@ -115,25 +116,31 @@ def list_shards(
 def _files(data: str) -> tuple[Any, list[str], str]:
     """The file system, the files at a URL in order, and the path they are relative to."""
     try:
-        fs, path = fsspec.core.url_to_fs(data)
-        path = str(path).rstrip("/")
-        if fs.isfile(path):
-            return fs, [path], posixpath.dirname(path)
-        if fs.isdir(path):
-            return fs, sorted(map(str, fs.find(path))), path
-        pattern = re.search(r"[*?\[]", path)
-        if pattern is None:
-            return fs, [], path
-        return fs, sorted(map(str, fs.glob(path))), posixpath.dirname(path[: pattern.start()])
-    except (ImportError, ValueError) as error:
-        raise ExamplesError(
-            f"no file system for {data} ({error}); s3:// needs pip install 'raymem[s3]', gs:// "
-            "needs 'raymem[gcs]'"
-        ) from error
+        fs, path = open_fs(data)
+        files, root = ask(fs, lambda: _listed(fs, path.rstrip("/")), data)
+    except StoreError as error:
+        raise ExamplesError(str(error)) from error
     except Exception as error:  # file systems raise many kinds
         raise ExamplesError(
-            f"{data} cannot be listed ({first_line(error)}); check the URL and the network"
+            f"{data} cannot be listed ({first_line(error)}); check the path"
         ) from error
+    return fs, files, root
+
+
+def _listed(fs: Any, path: str) -> tuple[list[str], str]:
+    try:
+        # fsspec's `isfile` takes all errors for a no.
+        kind = fs.info(path)["type"]
+    except (FileNotFoundError, NotADirectoryError):
+        kind = None
+    if kind == "file":
+        return [path], posixpath.dirname(path)
+    if kind == "directory":
+        return sorted(map(str, fs.find(path))), path
+    pattern = re.search(r"[*?\[]", path)
+    if pattern is None:
+        return [], path
+    return sorted(map(str, fs.glob(path))), posixpath.dirname(path[: pattern.start()])
 
 
 def _below(file: str, root: str) -> str:
@@ -188,7 +195,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
 
     Raises ExamplesError if a Parquet file has no column of encoded images.
     """
-    fs, path = fsspec.core.url_to_fs(shard.url)
+    fs, path = open_fs(shard.url)
     readers = {"tar": _tar, "parquet": _parquet, "folder": _folder}
     yield from readers[shard.kind](fs, path, shard)
 
@@ -221,7 +228,7 @@ class _Stream:
 
 def _tar(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
     key, members = None, list[tuple[str, bytes]]()
-    with fs.open(path, "rb") as file:
+    with open_patiently(fs, path) as file:
         try:
             stream = _Stream(file)
             with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
@@ -284,7 +291,7 @@ def _of_members(key: str | None, members: Sequence[tuple[str, bytes]]) -> Iterat
 def _parquet(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
     number = 0
     try:
-        with fs.open(path, "rb") as file:
+        with open_patiently(fs, path) as file:
             parquet = pq.ParquetFile(file)
             image, label, identity = _columns(parquet.schema_arrow, shard)
             wanted = [name for name in (image, label, identity) if name]
@@ -350,11 +357,13 @@ def _of_row(
 
 
 def _folder(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
-    for file in sorted(map(str, fs.ls(path, detail=False))):
+    url = shard.url
+    for file in sorted(map(str, ask(fs, lambda: fs.ls(path, detail=False), url))):
         if _is_image(file) and not posixpath.basename(file).startswith("."):
             relative = _below(str(fs.unstrip_protocol(file)), shard.root)
             # A file that cannot be fetched is the network's or the disk's fault: no bad image.
-            yield Record(example_id=example_id(relative), label=shard.label, data=fs.cat_file(file))
+            data = ask(fs, partial(fs.cat_file, file), url)
+            yield Record(example_id=example_id(relative), label=shard.label, data=data)
 
 
 def _rest(shard: Shard, why: str) -> Record:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Generator, Sequence
 
 from raymem.curvature import CurvatureRule
+from raymem.errors import StoreHeldError
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
 from raymem.shards.engine import actors, ray_data, results
 from raymem.shards.gather import Gathered, StreamSummary
@@ -73,7 +74,7 @@ def stream_curvature(
     line = ProgressLine()
     folder = Files(f"{store.url}/curvature/{model.name}")
     with (
-        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}),
+        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}) as lock,
         stop_signals() as stops,
     ):
         try:
@@ -82,6 +83,11 @@ def stream_curvature(
                 for batch in batches:
                     gathered.add(batch)
                     line.show_text(gathered.progress(), last=gathered.left == 0)
+                    if lock.lost.is_set():
+                        raise StoreHeldError(
+                            f"another driver took {folder.url} over; its shards will be in the "
+                            "store: see `raymem status` of it"
+                        )
                     if stops.count and gathered.left:
                         raise Stopped(
                             f"stopped after {summary.shards - gathered.left:,} of "
