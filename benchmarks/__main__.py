@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import curvature, estimators, fleets, scoring_at_scale, streaming, trial
+from benchmarks import (
+    curvature,
+    estimators,
+    fleets,
+    scoring_at_scale,
+    streaming,
+    ten_thousand,
+    trial,
+)
 from benchmarks.measured import processor
 from raymem.version import VERSION
 
@@ -31,6 +39,7 @@ PARTS = {
 AT_SCALE = {
     "scoring-at-scale": scoring_at_scale.scoring,
     "influence-at-scale": scoring_at_scale.influence,
+    "ten-thousand": ten_thousand.measure,
 }
 
 

@@ -62,7 +62,7 @@ class Bits:
         table = np.empty((len(self._rows), len(indices)), np.uint8)
         byte = indices >> 3
         for row, found in zip(self._rows, table, strict=True):
-            np.take(row, byte, out=found)
+            np.take(row, byte, out=found, mode="clip")  # the mode that needs no buffer
         table &= (128 >> (indices & 7)).astype(np.uint8)
         chosen: NDArray[np.float32] = (table != 0).astype(np.float32)
         return chosen
