@@ -6,14 +6,21 @@ Writes benchmarks/RESULTS.md (with --quick, benchmarks/QUICK.md).
 from __future__ import annotations
 
 import argparse
-import platform
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks import curvature, estimators, fleets, streaming, trial
+from benchmarks import (
+    curvature,
+    estimators,
+    fleets,
+    scoring_at_scale,
+    streaming,
+    ten_thousand,
+    trial,
+)
+from benchmarks.measured import processor
 from raymem.version import VERSION
 
 PARTS = {
@@ -28,18 +35,20 @@ PARTS = {
     "resume": fleets.resume,
     "models": fleets.models_needed,
 }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+# Minutes each, at the size of large studies: only if named.
+AT_SCALE = {
+    "scoring-at-scale": scoring_at_scale.scoring,
+    "influence-at-scale": scoring_at_scale.influence,
+    "ten-thousand": ten_thousand.measure,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", choices=PARTS, action="append", help="prints, writes nothing")
+    parser.add_argument(
+        "--only", choices=PARTS | AT_SCALE, action="append", help="prints, writes nothing"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -55,7 +64,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     for name in arguments.only or PARTS:
-        for row in PARTS[name](arguments.quick):
+        for row in (PARTS | AT_SCALE)[name](arguments.quick):
             lines.append(f"| {' | '.join(row.cells())} |")
             print(lines[-1], flush=True)
     if not arguments.only:

@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from raymem import Examples, PairRule, Plan, Recipe, Study, find_pairs, influence
-from raymem.memorization import Bits, join_pairs
+from raymem.memorization import Bits, join_pairs, pairs_work
 from raymem.scoring import pairs as scoring_pairs
 from raymem.scoring.sums import Outcomes
 
@@ -121,6 +123,108 @@ def test_same_class_only_is_the_default_from_a_thousand_classes_up():
     assert kept.considered == (mem[:30] >= 0.25).sum()
 
 
+PER_PAIR = ("train_index", "test_index", "influence", "stderr", "strong")
+
+
+def same(a, b):
+    return np.array_equal(a, b, equal_nan=True)
+
+
+def sort_pairs(found):
+    """The order of InfluencePairs: strong first, then by influence, test and training example."""
+    keys = (found["train_index"], found["test_index"], -found["influence"], ~found["strong"])
+    order = np.lexsort(keys)
+    return {name: values[order] for name, values in found.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    trials=st.integers(2, 40),
+    classes=st.integers(1, 12),
+    top=st.integers(0, 5),
+    tiles=st.sampled_from([(512, 4096), (8, 8), (4, 24), (3, 5)]),
+)
+def test_pairs_of_one_class_are_all_pairs_of_each_class_alone(seed, trials, classes, top, tiles):
+    """By class on the whole set; and all pairs, on each class cut out. The same to the bit."""
+    generator = np.random.default_rng(seed)
+    N, M = generator.integers(1, 90, 2)
+    masks, correct, mem, *_ = fleet(T=trials, N=N, M=max(M, 3), seed=seed, balanced=False)
+    M = correct.shape[1]
+    mem[generator.random(N) < 0.1] = np.nan
+    # Unequal classes; the last ones may be on one side only, or nowhere.
+    y_train = (classes * generator.random(N) ** 2).astype(int)
+    y_test = (classes * generator.random(M) ** 2).astype(int) + generator.integers(0, 2)
+    rule = PairRule(z=1.0, top=top, same_class=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module(), "TEST_TILE", tiles[0])
+        patch.setattr(module(), "TRAIN_TILE", tiles[1])
+        whole = find_pairs(masks, correct, mem, y_train, y_test, rule)
+        cuts = [slice(0, M // 3), slice(M // 3, M)], [generator.permutation(M)[::2]]
+        cuts[1].append(np.setdiff1d(np.arange(M), cuts[1][0]))
+        for parts in cuts:
+            found = [find_pairs(masks, correct, mem, y_train, y_test, rule, tests=p) for p in parts]
+            joined = join_pairs(found, rule)
+            for name in PER_PAIR:
+                assert same(getattr(whole, name), getattr(joined, name)), name
+    expected = {name: [] for name in PER_PAIR}
+    for label in np.intersect1d(y_train, y_test):
+        i, j = np.flatnonzero(y_train == label), np.flatnonzero(y_test == label)
+        alone = find_pairs(
+            masks[:, i], correct[:, j], mem[i], np.zeros(len(i)), np.zeros(len(j)),
+            PairRule(z=1.0, top=top, same_class=False),
+        )  # fmt: skip
+        expected["train_index"].append(i[alone.train_index])
+        expected["test_index"].append(j[alone.test_index])
+        for name in PER_PAIR[2:]:
+            expected[name].append(getattr(alone, name))
+    empty = {name: getattr(whole, name)[:0] for name in PER_PAIR}
+    expected = sort_pairs({n: np.concatenate([empty[n], *v]) for n, v in expected.items()})
+    for name in PER_PAIR:
+        assert same(getattr(whole, name), expected[name]), name
+
+
+def test_by_class_no_pair_of_two_classes_is_multiplied(monkeypatch):
+    """The columns that are unpacked, of T = 20 trials: of each class its own, once."""
+    masks, correct, mem, *_ = fleet(T=20, N=300, M=60)
+    y_train, y_test = np.arange(300) % 30, np.arange(60) % 40
+    taken, take = [], Bits.take
+    monkeypatch.setattr(Bits, "take", lambda bits, at: (taken.append(at), take(bits, at))[1])
+    find_pairs(masks, correct, mem, y_train, y_test, PairRule(same_class=True))
+    for tests, *trains in _by_tests(taken):
+        assert len({*(y_test[tests]), *(label for at in trains for label in y_train[at])}) == 1
+    assert sum(len(at) for at in taken) == 60 + 300  # 30 classes of ten, each gathered once
+
+
+def _by_tests(taken):
+    """Lists of what was taken: test examples, of which each class here has two or fewer, first."""
+    for at in taken:
+        if len(at) <= 2:
+            group = [at]
+            yield group
+        else:
+            group.append(at)
+
+
+def test_work_is_counted_by_class_where_pairs_are():
+    y_train, y_test = np.repeat(np.arange(1000), 1281), np.repeat(np.arange(1000), 50)
+    by_class = pairs_work(2000, y_train, y_test, PairRule())
+    everything = pairs_work(2000, y_train, y_test, PairRule(same_class=False))
+    assert everything == 2000 * 1_281_000 * 50_000
+    assert everything / 1000 < by_class < scoring_pairs.WORK_FOR_RAY < everything / 10
+
+
+def test_tasks_have_whole_classes_and_all_test_examples(monkeypatch):
+    monkeypatch.setattr(scoring_pairs, "TESTS_PER_TASK", 64)
+    y_test = np.random.default_rng(0).integers(0, 40, 500)
+    for by_class in (True, False):
+        parts = scoring_pairs.parts_of(np.arange(40), y_test, PairRule(same_class=by_class))
+        assert sorted(np.concatenate(parts).tolist()) == list(range(500))
+        assert max(len(part) for part in parts) <= 64
+        shared = sum(len(set(y_test[part])) for part in parts) - 40
+        assert (shared < len(parts)) == by_class
+
+
 def test_by_default_about_one_pair_is_kept_by_chance():
     """Masks that have nothing to do with outcomes; 40 fleets, expectation 40, Poisson-like."""
     strong = 0
@@ -157,7 +261,10 @@ def test_bits_pack_and_unpack():
     bits = Bits.of(table)
     assert np.array_equal(bits.counts(), table.sum(axis=0))
     assert np.array_equal(bits.columns(8, 100), table[:, 8:])
-    assert bits.columns(0, 8).dtype == np.float32
+    assert bits.columns(0, 8).dtype == bits.take(np.array([3])).dtype == np.float32
+    for chosen in ([], [5], [28, 0, 9, 9], range(8, 20), range(29)):
+        assert np.array_equal(bits.take(np.array(chosen, int)), table[:, list(chosen)])
+    assert Bits(9).take(np.array([1, 8])).shape == (0, 2)
     with pytest.raises(ValueError, match="a row of 29"):
         bits.append(table[0, :10])
 
@@ -187,13 +294,15 @@ def test_on_ray_tasks_the_pairs_are_the_same(monkeypatch):
     outcomes = Outcomes(50, 30, np.zeros(0, np.int64))
     for mask, right in zip(masks, correct, strict=True):
         outcomes.append(np.concatenate([np.zeros(30, bool), mask]), np.append(right, mask))
-    arguments = (outcomes, mem, y_train, y_test, PairRule(z=1.5))
-    here = scoring_pairs.influence_pairs(*arguments)
-    monkeypatch.setattr(scoring_pairs, "WORK_FOR_RAY", 0)
-    monkeypatch.setattr(scoring_pairs, "TESTS_PER_TASK", 8)
-    there = scoring_pairs.influence_pairs(*arguments)
-    assert as_dict(here) == as_dict(there)
-    assert len(here.strong) > 5
+    for by_class in (False, True):
+        arguments = (outcomes, mem, y_train, y_test, PairRule(z=1.5, same_class=by_class))
+        here = scoring_pairs.influence_pairs(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring_pairs, "WORK_FOR_RAY", 0)
+            patch.setattr(scoring_pairs, "TESTS_PER_TASK", 8)
+            there = scoring_pairs.influence_pairs(*arguments)
+        assert list(as_dict(here).items()) == list(as_dict(there).items())
+        assert here.strong.sum() > 5
 
 
 def test_a_planted_pair_is_at_the_top(tmp_path, digits):

@@ -3,6 +3,7 @@
 In:  plain arrays, from any fleet. Out: plain arrays. No Ray, no torch.
 """
 
+from raymem.memorization.bits import Bits
 from raymem.memorization.estimates import (
     Estimate,
     Memorization,
@@ -15,12 +16,13 @@ from raymem.memorization.estimates import (
     reliability,
 )
 from raymem.memorization.influence import (
-    Bits,
     InfluencePairs,
     PairRule,
     find_pairs,
     influence,
     join_pairs,
+    of_one_class,
+    pairs_work,
 )
 from raymem.memorization.lists import list_with_fdr, probability_above
 
@@ -39,6 +41,8 @@ __all__ = [
     "list_with_fdr",
     "mean_and_stderr",
     "memorization",
+    "of_one_class",
+    "pairs_work",
     "probability_above",
     "ratio",
     "reliability",

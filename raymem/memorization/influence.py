@@ -4,19 +4,23 @@
 
 (Feldman & Zhang 2020, eq. 2), from the same models as memorization. With S = correct^T masks, one
 matrix product, both averages follow: S / n_in and (right - S) / n_out. All N x M values are looked
-at, tile by tile, and never exist at once.
+at, tile by tile, and never exist at once. Where only pairs of one class count, no others are
+formed.
 
 Shapes: T trials, N training examples i, M test examples j, k pairs per test example.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from raymem.memorization.bits import Bits, Ints
 from raymem.memorization.estimates import Floats, _booleans, ratio
 
 # 512 x 4096 products of 4 bytes are 8 MB: what a core's cache and bandwidth like.
@@ -24,8 +28,8 @@ TEST_TILE, TRAIN_TILE = 512, 4096
 CLASSES_FOR_SAME_CLASS_ONLY = 1000
 # Tiles are float32: values this near to a limit are decided exactly afterwards, or count as zero.
 ROUNDING = 1e-5
-
-Ints = NDArray[np.int64]
+# A bit gathered for its class takes as long as this many multiplications (measured: 12 ns).
+WORK_PER_GATHERED_BIT = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,54 +82,6 @@ class InfluencePairs:
     """Pairs that max_pairs left no room for."""
 
 
-class Bits:
-    """A [T, n] table of true and false, kept packed: eight to a byte.
-
-    >>> bits = Bits(3)
-    >>> bits.append(np.array([True, False, True]))
-    >>> bits.columns(0, 2).tolist(), len(bits)
-    ([[1.0, 0.0]], 1)
-    """
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._rows: list[NDArray[np.uint8]] = []
-
-    @classmethod
-    def of(cls, table: ArrayLike) -> Bits:
-        """From a bool [T, n] array."""
-        array = np.asarray(table, bool)
-        bits = cls(array.shape[1])
-        for row in array:
-            bits.append(row)
-        return bits
-
-    def append(self, row: NDArray[np.bool_]) -> None:
-        """Add one trial's row, [n]."""
-        if row.shape != (self.width,):
-            raise ValueError(f"a row of {self.width} is needed, got {row.shape}")
-        self._rows.append(np.packbits(row))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def columns(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Columns start..stop-1 of all trials as 0.0 and 1.0, [T, stop - start]; start % 8 == 0."""
-        stop = min(stop, self.width)
-        packed = [row[start // 8 : -(-stop // 8)] for row in self._rows]
-        if not packed:
-            return np.zeros((0, stop - start), np.float32)
-        table = np.unpackbits(np.stack(packed), axis=1, count=stop - start)
-        return table.astype(np.float32)
-
-    def counts(self) -> Ints:
-        """True entries per column, [n]."""
-        total = np.zeros(self.width, np.int64)
-        for row in self._rows:
-            total += np.unpackbits(row, count=self.width)
-        return total
-
-
 def influence(masks: ArrayLike, correct: ArrayLike) -> tuple[Floats, Floats]:
     """Influence of N training on M test examples and its standard error, each float64 [N, M].
 
@@ -167,15 +123,18 @@ def find_pairs(
     test_labels: ArrayLike,
     rule: PairRule | None = None,
     *,
-    tests: slice | None = None,
+    tests: slice | Ints | None = None,
 ) -> InfluencePairs:
     """The pairs that `rule` keeps, of all N x M.
 
     masks: bool [T, N]; correct: bool [T, M], of the test examples. mem: [N], memorization of the
-    training examples, NaN where undefined. `tests` restricts the work to some test examples (its
-    start a multiple of 8): parts can be found apart and joined with `join_pairs`. Memory is the
-    packed bits, a few tiles and the pairs. Ties at a test example's top go to the lower index;
-    values that differ by float32's rounding only may change places there.
+    training examples, NaN where undefined. `tests` restricts the work to some test examples, a
+    slice or indices: parts can be found apart and joined with `join_pairs`. Ties at a test
+    example's top go to the lower index; values that differ by float32's rounding only may change
+    places there.
+
+    Memory is the packed bits, the pairs, and tiles of at most 512 x 4,096: about 80 MB at 2,000
+    trials. Where only pairs of one class count, the columns of one class are unpacked at a time.
     """
     rule = rule or PairRule()
     masks = masks if isinstance(masks, Bits) else Bits.of(_booleans("masks", masks))
@@ -183,9 +142,40 @@ def find_pairs(
     if len(masks) != len(correct):
         raise ValueError(f"masks are of {len(masks)} trials but correct is of {len(correct)}")
     search = _Search(masks, correct, mem, train_labels, test_labels, rule)
-    start, stop, _ = (tests or slice(None)).indices(correct.width)
-    parts = [search.of_tests(j, min(j + TEST_TILE, stop)) for j in range(start, stop, TEST_TILE)]
-    return search.finish(parts)
+    every = np.arange(correct.width)
+    chosen = every if tests is None else np.unique(every[tests])
+    return search.finish([search.of_tests(*block) for block in search.blocks(chosen)])
+
+
+def pairs_work(
+    trials: int, train_labels: ArrayLike, test_labels: ArrayLike, rule: PairRule
+) -> float:
+    """What `find_pairs` has to do, in multiplications.
+
+    >>> labels = np.arange(10) % 2
+    >>> all_pairs, one_class = PairRule(), PairRule(same_class=True)
+    >>> pairs_work(20, labels, labels, all_pairs), pairs_work(20, labels, labels, one_class)
+    (2000.0, 101000.0)
+    """
+    y_train, y_test = np.asarray(train_labels), np.asarray(test_labels)
+    if not of_one_class(rule, y_train, y_test):
+        return float(trials) * len(y_train) * len(y_test)
+    gathered = float(trials) * len(y_train)
+    return trials * float(_pairs_per_class(y_train, y_test)) + gathered * WORK_PER_GATHERED_BIT
+
+
+def of_one_class(rule: PairRule, y_train: NDArray[Any], y_test: NDArray[Any]) -> bool:
+    """Does `rule` leave pairs of two classes out, for these labels?"""
+    if rule.same_class is not None:
+        return rule.same_class
+    return len(np.union1d(y_train, y_test)) >= CLASSES_FOR_SAME_CLASS_ONLY
+
+
+def _pairs_per_class(y_train: NDArray[Any], y_test: NDArray[Any]) -> int:
+    """Pairs of one class, summed over classes."""
+    labels, counts = np.unique(y_train, return_counts=True)
+    tests = dict(zip(*np.unique(y_test, return_counts=True), strict=True))
+    return sum(int(n) * int(tests.get(y, 0)) for y, n in zip(labels, counts, strict=True))
 
 
 def join_pairs(parts: list[InfluencePairs], rule: PairRule) -> InfluencePairs:
@@ -241,9 +231,7 @@ class _Search:
         one = np.ones(masks.width)
         self.per_right = (ratio(one, self.n_in) + ratio(one, self.T - self.n_in)).astype(np.float32)
         self.per_out = ratio(one, self.T - self.n_in).astype(np.float32)
-        K = len(np.union1d(self.y_train, self.y_test))
-        same = rule.same_class
-        self.same_class = K >= CLASSES_FOR_SAME_CLASS_ONLY if same is None else same
+        self.same_class = of_one_class(rule, self.y_train, self.y_test)
         self.is_strong = np.isfinite(self.per_right) & (self.mem >= rule.min_memorization)
         self.considered = self._count_considered()
         expected = 1 / max(self.considered, 2)
@@ -252,34 +240,46 @@ class _Search:
     def _count_considered(self) -> int:
         if not self.same_class:
             return int(self.is_strong.sum()) * len(self.y_test)
-        labels, counts = np.unique(self.y_train[self.is_strong], return_counts=True)
-        tests = dict(zip(*np.unique(self.y_test, return_counts=True), strict=True))
-        return sum(int(n) * int(tests.get(y, 0)) for y, n in zip(labels, counts, strict=True))
+        return _pairs_per_class(self.y_train[self.is_strong], self.y_test)
 
-    def of_tests(self, start: int, stop: int) -> InfluencePairs:
-        """The kept pairs of test examples start..stop-1."""
-        right = np.ascontiguousarray(self.correct.columns(start, stop).T)
-        top, strong = _Top(stop - start, self.rule.top), []
-        for first in range(0, self.masks.width, TRAIN_TILE):
-            last = min(first + TRAIN_TILE, self.masks.width)
-            S = right @ self.masks.columns(first, last)
-            value = S * self.per_right[first:last]
-            value -= self.right[start:stop, None].astype(np.float32) * self.per_out[first:last]
-            if self.same_class:
-                other = self.y_test[start:stop, None] != self.y_train[None, first:last]
-                value[other] = np.nan
-            top.see(value, S, first)
-            strong.append(self._strong(value, S, start, first))
-        return self._evaluate(strong, top.found(start))
+    def blocks(self, tests: Ints) -> Iterator[tuple[Ints, Ints]]:
+        """Test examples, a tile at most, and all training examples that make pairs with them."""
+        if not self.same_class:
+            everyone = np.arange(len(self.y_train))
+            yield from ((part, everyone) for part in _cut(tests, TEST_TILE))
+            return
+        # Sorted by class once: a look at all labels for each class would grow with their product.
+        by_class = np.argsort(self.y_train, kind="stable")
+        y_sorted = self.y_train[by_class]
+        for label in np.unique(self.y_test[tests]):
+            first, last = (
+                np.searchsorted(y_sorted, label),
+                np.searchsorted(y_sorted, label, "right"),
+            )
+            members = tests[self.y_test[tests] == label]
+            yield from ((part, by_class[first:last]) for part in _cut(members, TEST_TILE))
+
+    def of_tests(self, tests: Ints, trains: Ints) -> InfluencePairs:
+        """The kept pairs of `tests`, at most TEST_TILE, and `trains`; both ascending."""
+        right = np.ascontiguousarray(self.correct.take(tests).T)
+        total = self.right[tests, None].astype(np.float32)
+        top, strong = _Top(len(tests), self.rule.top), []
+        for tile in _cut(trains, TRAIN_TILE):
+            S = right @ self.masks.take(tile)
+            value = S * self.per_right[tile]
+            value -= total * self.per_out[tile]
+            top.see(value, S, tile)
+            strong.append(self._strong(value, S, tests, tile))
+        return self._evaluate(strong, top.found(tests))
 
     def _strong(
-        self, value: NDArray[np.float32], S: NDArray[np.float32], start: int, first: int
+        self, value: NDArray[np.float32], S: NDArray[np.float32], tests: Ints, tile: Ints
     ) -> _Found:
-        at = np.flatnonzero(self.is_strong[first : first + value.shape[1]])
+        at = np.flatnonzero(self.is_strong[tile])
         # Rounding of the tile's float32 must not decide: exact values do, in _evaluate.
         row, column = np.nonzero(value[:, at] >= self.rule.min_influence - ROUNDING)
         column = at[column]
-        return _Found(first + column, start + row, S[row, column].astype(np.float64))
+        return _Found(tile[column], tests[row], S[row, column].astype(np.float64))
 
     def _evaluate(self, strong: list[_Found], top: _Found) -> InfluencePairs:
         found = [*strong, top]
@@ -314,28 +314,37 @@ class _Search:
         return join_pairs([empty, *parts], self.rule)
 
 
+def _cut(indices: Ints, size: int) -> Iterator[Ints]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
+
+
 class _Top:
-    """The k largest positive values of each row over tiles of columns, ties to the lower column."""
+    """The k largest positive values of each row over tiles of columns, ties to the lower column.
+
+    Tiles come in ascending order of their columns.
+    """
 
     def __init__(self, rows: int, k: int) -> None:
-        self.k = k
+        self.k, self.seen = k, 0
         self.value = np.full((rows, k), ROUNDING, np.float32)
         self.right_in = np.zeros((rows, k), np.float32)
         self.column = np.full((rows, k), -1, np.int64)
 
-    def see(self, value: NDArray[np.float32], S: NDArray[np.float32], first: int) -> None:
-        """Take the columns of one tile, the first of which is `first`, into account."""
+    def see(self, value: NDArray[np.float32], S: NDArray[np.float32], tile: Ints) -> None:
+        """Take the columns of one tile, numbered `tile`, into account."""
         if self.k == 0:
             return
         floor = self.value[:, -1]
-        if first == 0 and value.shape[1] > self.k:
+        is_first, self.seen = self.seen == 0, self.seen + 1
+        if is_first and value.shape[1] > self.k:
             floor = self._first_floor(value)
         row, column = np.nonzero(value > floor[:, None])
-        if first == 0 and value.shape[1] > self.k:
+        if is_first and value.shape[1] > self.k:
             more = self._ties(value, floor)
             row, column = np.concatenate([row, more[0]]), np.concatenate([column, more[1]])
         if len(row):
-            self._merge(row, first + column, value[row, column], S[row, column])
+            self._merge(row, tile[column], value[row, column], S[row, column])
 
     def _first_floor(self, value: NDArray[np.float32]) -> NDArray[np.float32]:
         kth = np.partition(np.where(np.isfinite(value), value, -1), -self.k, axis=1)[:, -self.k]
@@ -368,9 +377,9 @@ class _Top:
         self.column[at], self.value[at] = column[order][keep], value[order][keep]
         self.right_in[at] = right_in[order][keep]
 
-    def found(self, start: int) -> _Found:
-        """What is held, the first row being test example `start`."""
+    def found(self, tests: Ints) -> _Found:
+        """What is held, the rows being the test examples `tests`."""
         row, place = np.nonzero(self.column >= 0)
         return _Found(
-            self.column[row, place], start + row, self.right_in[row, place].astype(np.float64)
+            self.column[row, place], tests[row], self.right_in[row, place].astype(np.float64)
         )

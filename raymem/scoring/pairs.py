@@ -9,13 +9,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymem.fleet.cluster import connected
-from raymem.memorization import InfluencePairs, PairRule, find_pairs, join_pairs
+from raymem.memorization import (
+    InfluencePairs,
+    PairRule,
+    find_pairs,
+    join_pairs,
+    of_one_class,
+    pairs_work,
+)
 from raymem.scoring.sums import Outcomes
 from raymem.store import columns
 
 # Multiplications from which Ray's start pays: some minutes of one core.
-WORK_FOR_RAY = 1e13
-# Test examples per Ray task: a multiple of 8, because bits are packed.
+WORK_FOR_RAY = 5e12
+# Test examples per Ray task.
 TESTS_PER_TASK = 2048
 
 
@@ -28,22 +35,37 @@ def influence_pairs(
 ) -> InfluencePairs:
     """The pairs that `rule` keeps; on Ray tasks if it takes minutes. mem is [N]."""
     arguments = (outcomes.masks, outcomes.correct, mem, y_train, y_test, rule)
-    work = 2.0 * len(outcomes.masks) * len(y_train) * len(y_test)
-    return find_pairs(*arguments) if work < WORK_FOR_RAY else _on_ray(arguments, rule)
+    if pairs_work(len(outcomes.masks), y_train, y_test, rule) < WORK_FOR_RAY:
+        return find_pairs(*arguments)
+    return _on_ray(arguments, parts_of(y_train, y_test, rule))
 
 
-def _on_ray(arguments: tuple[Any, ...], rule: PairRule) -> InfluencePairs:
+def parts_of(
+    y_train: NDArray[np.int64], y_test: NDArray[np.int64], rule: PairRule
+) -> list[NDArray[np.int64]]:
+    """Test examples, [M] in all, by tasks of about the same size.
+
+    Where only pairs of one class count, a task has whole classes, but for its first and its last:
+    the training examples of a class are then gathered once.
+    """
+    order = np.arange(len(y_test))
+    if of_one_class(rule, y_train, y_test):
+        order = np.argsort(y_test, kind="stable")
+    return [order[at : at + TESTS_PER_TASK] for at in range(0, len(order), TESTS_PER_TASK)]
+
+
+def _on_ray(arguments: tuple[Any, ...], parts: list[NDArray[np.int64]]) -> InfluencePairs:
     packed = sum(len(bits) * bits.width // 8 for bits in arguments[:2])
     with connected(data_bytes=packed):
         import ray
 
-        def part(arguments: tuple[Any, ...], start: int) -> InfluencePairs:
-            return find_pairs(*arguments, tests=slice(start, start + TESTS_PER_TASK))
+        def part(arguments: tuple[Any, ...], tests: NDArray[np.int64]) -> InfluencePairs:
+            return find_pairs(*arguments, tests=tests)
 
         task = ray.remote(part).options(num_cpus=1, max_retries=-1)
         shared = ray.put(arguments)
-        starts = range(0, arguments[1].width, TESTS_PER_TASK)
-        return join_pairs(ray.get([task.remote(shared, start) for start in starts]), rule)
+        found = ray.get([task.remote(shared, tests) for tests in parts])
+        return join_pairs(found, arguments[-1])
 
 
 def pairs_table(

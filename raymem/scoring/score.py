@@ -1,17 +1,18 @@
 """Trial files -> scores/examples.parquet, trials.parquet, folds.parquet, influence.parquet.
 
 Trials are read one by one into running sums, so memory grows with the number of examples, and by
-one bit per example and trial; a few files are read ahead.
+one bit per example and trial; a few files are read ahead. Sums of folds wait on the local disk.
 
 Shapes: N training and M test examples, F folds.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +36,14 @@ from raymem.memorization import (
 from raymem.plan import Plan
 from raymem.scoring.groups import Copies, copies_in, group_columns
 from raymem.scoring.pairs import influence_pairs, pairs_table
+from raymem.scoring.spool import SpooledFolds
 from raymem.scoring.streamed import StreamedCurvature
 from raymem.scoring.sums import Outcomes, Sums, fold_sums, total
 from raymem.store import Store, TrialKey, columns
 
 # Split halves of more examples than this would only cost memory.
 EXAMPLES_FOR_RELIABILITY = 100_000
+FOR_RELIABILITY = ("n_in", "n_out", "correct_in", "correct_out", "p_true_in", "p_true_out")
 TARGETS = (0.9, 0.95, 0.98)
 MEMORIZED_ABOVE = 0.25
 FALSE_DISCOVERIES = 0.05
@@ -93,30 +96,31 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     done, index = store.done(), store.examples()
     target = store.target
     epsilons = sorted({*target.epsilons, *(key.epsilon for key in done)})
-    tables: dict[str, list[pa.Table]] = {"folds": [], "examples": [], "influence": []}
+    tables: dict[str, list[pa.Table]] = {"examples": [], "influence": []}
     summaries, trial_rows = [], []
-    scorer = _Scorer(store, store.plan(), index, body["hash"], rule or PairRule())
-    for epsilon in epsilons:
-        keys = sorted(key for key in done if key.epsilon == epsilon)
-        summary, rows = scorer.at(epsilon, keys, tables)
-        summaries.append(summary)
-        trial_rows += sorted(rows, key=lambda row: int(row["trial"]))
-    trial_rows += _unfinished(store, done)
-    about = {
-        "study_hash": body["hash"],
-        "summary": {f"eps-{s.epsilon:.12g}": _as_json(s) for s in summaries},
-    }
-    trials_schema = columns.schema(columns.SCORES_TRIALS)
-    store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
-    for name, of in (
-        ("folds", _with_more(columns.FOLDS, columns.SUMS_CURVATURE, tables["folds"])),
-        ("influence", columns.INFLUENCE),
-        (
-            "examples",
-            _with_more(columns.SCORES_EXAMPLES, columns.SCORES_CURVATURE, tables["examples"]),
-        ),
-    ):
-        store.write_scores(name, _concatenate(tables[name], of), about)
+    with SpooledFolds() as folds:
+        scorer = _Scorer(store, store.plan(), index, body["hash"], rule or PairRule(), folds)
+        for epsilon in epsilons:
+            keys = sorted(key for key in done if key.epsilon == epsilon)
+            summary, rows = scorer.at(epsilon, keys, tables)
+            summaries.append(summary)
+            trial_rows += sorted(rows, key=lambda row: int(row["trial"]))
+        trial_rows += _unfinished(store, done)
+        about = {
+            "study_hash": body["hash"],
+            "summary": {f"eps-{s.epsilon:.12g}": _as_json(s) for s in summaries},
+        }
+        trials_schema = columns.schema(columns.SCORES_TRIALS)
+        store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
+        of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
+        parts = (_fold_table(index, *fold, of) for fold in folds)
+        empty = columns.schema(of).empty_table()
+        store.write_scores_in_parts("folds", empty.schema, itertools.chain([empty], parts), about)
+    of = columns.INFLUENCE
+    store.write_scores("influence", _concatenate(tables["influence"], of), about)
+    names = {name for table in tables["examples"] for name in table.column_names}
+    of = _with_more(columns.SCORES_EXAMPLES, columns.SCORES_CURVATURE, names)
+    store.write_scores("examples", _concatenate(tables["examples"], of), about)
     return summaries
 
 
@@ -129,6 +133,7 @@ class _Scorer:
     index: pa.Table
     study_hash: str
     rule: PairRule
+    folds: SpooledFolds
 
     def at(
         self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]
@@ -138,21 +143,27 @@ class _Scorer:
         copies = copies_in(self.index)
         outcomes = Outcomes(N, n_rows - N, copies.rows)
         rows: list[dict[str, Any]] = []
+        sampled: list[Sums] = []
         streamed = StreamedCurvature(self.store, self.index)
-        folds = list(
-            fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
-        )
-        tables["folds"] += [
-            _fold_table(self.index, epsilon, n, sums, N) for n, sums in enumerate(folds)
-        ]
-        sums = _train_first(total(folds, n_rows), N)
+        folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
+        sums = total(self._kept(epsilon, folds, sampled), n_rows)
         table = _example_table(self.index, epsilon, sums, N, copies, outcomes)
         tables["examples"].append(table)
         mem = _floats(table["memorization"])[:N]
         y = np.nan_to_num(_floats(self.index["label"]), nan=-1).astype(np.int64)
         pairs = influence_pairs(outcomes, mem, y[:N], y[N:], self.rule)
         tables["influence"].append(pairs_table(pairs, self.index, mem, epsilon))
-        return _summary(epsilon, rows, table, folds, self.plan, pairs), rows
+        return _summary(epsilon, rows, table, sampled, pairs), rows
+
+    def _kept(self, epsilon: float, folds: Iterable[Sums], sampled: list[Sums]) -> Iterator[Sums]:
+        """The folds, train first, kept for their table, and what split halves need of them."""
+        N = self.plan.n
+        train = slice(0, N, math.ceil(N / EXAMPLES_FOR_RELIABILITY))
+        for number, raw in enumerate(folds):
+            sums = _train_first(raw, N)
+            self.folds.add(epsilon, number, sums)
+            sampled.append({name: sums[name][train].copy() for name in FOR_RELIABILITY})
+            yield sums
 
 
 def _example_table(
@@ -224,14 +235,18 @@ def _curvature_columns(sums: Sums, is_test: NDArray[np.bool_]) -> dict[str, Any]
     return {name: found[name] for name in columns.SCORES_CURVATURE if name in found}
 
 
-def _fold_table(index: pa.Table, epsilon: float, fold: int, sums: Sums, N: int) -> pa.Table:
+def _fold_table(
+    index: pa.Table, epsilon: float, fold: int, sums: Sums, of: columns.Columns
+) -> pa.Table:
+    """A fold's rows of scores/folds.parquet; what only other folds measured is null."""
     values: dict[str, Any] = {
-        **_train_first(sums, N),
+        **sums,
         "epsilon": np.full(index.num_rows, epsilon),
         "fold": np.full(index.num_rows, fold, np.int32),
     }
-    more = {name: c for name, c in columns.SUMS_CURVATURE.items() if name in sums}
-    return _as_table(index, values, {**columns.FOLDS, **more})
+    for name in columns.SUMS_CURVATURE.keys() & of.keys() - sums.keys():
+        values[name] = pa.nulls(index.num_rows)
+    return _as_table(index, values, of)
 
 
 def _summary(
@@ -239,14 +254,12 @@ def _summary(
     rows: Sequence[dict[str, Any]],
     table: pa.Table,
     folds: Sequence[Sums],
-    plan: Plan,
     pairs: InfluencePairs,
 ) -> EpsilonSummary:
-    step = math.ceil(plan.n / EXAMPLES_FOR_RELIABILITY)
-    train = slice(table.num_rows - plan.n, None, step)
+    """`folds` are the sums of some training examples."""
 
     def stack(name: str) -> NDArray[Any]:
-        return np.array([sums[name][train] for sums in folds])
+        return np.array([sums[name] for sums in folds])
 
     if len(folds) > 1:
         counts = stack("n_in"), stack("n_out")
@@ -254,7 +267,8 @@ def _summary(
         soft = reliability(stack("p_true_in"), counts[0], stack("p_true_out"), counts[1])
     else:
         hard = soft = math.nan
-    reasons = Counter(table["null_reason"].slice(0, plan.n).drop_null().to_pylist())
+    is_test = pc.is_null(table["n_in"])
+    reasons = Counter(table["null_reason"].filter(pc.invert(is_test)).drop_null().to_pylist())
     return EpsilonSummary(
         epsilon=epsilon,
         trials=len(rows),
@@ -312,12 +326,9 @@ def _from(index: pa.Table, name: str) -> pa.ChunkedArray:
     return index[name]
 
 
-def _with_more(
-    of: columns.Columns, more: columns.Columns, tables: Sequence[pa.Table]
-) -> columns.Columns:
-    """`of`, and those of `more` that any table has."""
-    there = {name for table in tables for name in table.column_names}
-    return {**of, **{name: column for name, column in more.items() if name in there}}
+def _with_more(of: columns.Columns, more: columns.Columns, names: Set[str]) -> columns.Columns:
+    """`of`, and those of `more` that are among `names`."""
+    return {**of, **{name: column for name, column in more.items() if name in names}}
 
 
 def _concatenate(tables: Sequence[pa.Table], of: columns.Columns) -> pa.Table:

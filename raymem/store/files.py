@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from raymem.errors import StoreError, StoreFullError
 from raymem.store.patience import ask, error_code, is_local, open_fs, patiently
@@ -75,6 +76,20 @@ class Files:
         target = Path(self.path(key))
         with _disk_errors(self.url):
             with _temporary(target, data) as temporary:
+                os.replace(temporary, target)
+            _sync_folder(target.parent)
+
+    def replace_with(self, key: str, write: Callable[[IO[bytes]], None]) -> None:
+        """The same with what `write` writes to a local file: for objects too large for memory."""
+        if not self.local:
+            with tempfile.NamedTemporaryFile() as file:
+                write(file)
+                file.flush()
+                self._put(lambda: self.fs.put_file(file.name, self.path(key)))
+            return
+        target = Path(self.path(key))
+        with _disk_errors(self.url):
+            with _temporary(target, write) as temporary:
                 os.replace(temporary, target)
             _sync_folder(target.parent)
 
@@ -191,12 +206,12 @@ def _create_local(target: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary(target: Path, data: bytes) -> Iterator[Path]:
+def _temporary(target: Path, data: bytes | Callable[[IO[bytes]], None]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         yield temporary

@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -330,6 +330,16 @@ class Store:
     def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, Any]) -> None:
         """Replace scores/NAME.parquet whole."""
         self.files.replace(f"scores/{name}.parquet", trials.encode(table, dict(metadata)))
+
+    def write_scores_in_parts(
+        self, name: str, schema: pa.Schema, parts: Iterable[pa.Table], metadata: Mapping[str, Any]
+    ) -> None:
+        """The same, from parts of the table, of which one is in memory at a time."""
+
+        def write(file: IO[bytes]) -> None:
+            trials.encode_parts(file, schema, parts, dict(metadata))
+
+        self.files.replace_with(f"scores/{name}.parquet", write)
 
     def scores(self, name: str = "examples") -> pa.Table:
         """scores/NAME.parquet. Raises StoreError if there are no scores yet."""

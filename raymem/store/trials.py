@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 import re
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,8 @@ KEY = re.compile(
     r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
     r"|models/eps-[^/]+/\d+\.safetensors|checkpoints/eps-[^/]+/\d+/state)"
 )
+# As many as pyarrow puts into one by itself.
+ROWS_PER_GROUP = 1024 * 1024
 METADATA, CHECKSUM = b"raymem", b"raymem_checksum"
 
 
@@ -136,24 +139,55 @@ def digest(table: pa.Table) -> str:
 
 def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
     """Parquet bytes: zstd, statistics, page checksums, and `metadata` as JSON under `raymem`."""
-    words = [(f.name, str(f.type), sorted((f.metadata or {}).items())) for f in table.schema]
-    written = {"pyarrow": pa.__version__, "words": _checksum(repr(words).encode()).decode()}
-    text = json.dumps({**metadata, **written}).encode()
-    table = table.replace_schema_metadata({METADATA: text, CHECKSUM: _checksum(text)})
-    dictionary = [name for name in ("split", "device", "host") if name in table.column_names]
-    delta = {"index": "DELTA_BINARY_PACKED"} if "index" in table.column_names else None
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="zstd",
-        use_dictionary=dictionary,
-        column_encoding=delta,
-        write_statistics=True,
-        write_page_checksum=True,
-    )
+    schema = _with_metadata(table.schema, metadata)
+    options = _options(table.column_names)
+    pq.write_table(table.cast(schema), sink, row_group_size=ROWS_PER_GROUP, **options)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def encode_parts(
+    sink: IO[bytes], schema: pa.Schema, parts: Iterable[pa.Table], metadata: dict[str, Any]
+) -> None:
+    """Write tables of one schema, one after the other, as one: the bytes `encode` has for it.
+
+    Memory is that of a row group, of 1,048,576 rows, and of a part.
+    """
+    schema = _with_metadata(schema, metadata)
+    with pq.ParquetWriter(sink, schema, **_options(schema.names)) as writer:
+        for group in _row_groups(parts):
+            writer.write_table(group.cast(schema))
+
+
+def _with_metadata(schema: pa.Schema, metadata: dict[str, Any]) -> pa.Schema:
+    words = [(f.name, str(f.type), sorted((f.metadata or {}).items())) for f in schema]
+    written = {"pyarrow": pa.__version__, "words": _checksum(repr(words).encode()).decode()}
+    text = json.dumps({**metadata, **written}).encode()
+    return schema.with_metadata({METADATA: text, CHECKSUM: _checksum(text)})
+
+
+def _options(names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "compression": "zstd",
+        "use_dictionary": [name for name in ("split", "device", "host") if name in names],
+        "column_encoding": {"index": "DELTA_BINARY_PACKED"} if "index" in names else None,
+        "write_statistics": True,
+        "write_page_checksum": True,
+    }
+
+
+def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows of all parts, cut where pyarrow cuts one table; without rows, an empty table."""
+    held: list[pa.Table] = []
+    for part in parts:
+        held.append(part)
+        while (rows := sum(table.num_rows for table in held)) > ROWS_PER_GROUP:
+            last = held.pop()
+            room = ROWS_PER_GROUP - (rows - last.num_rows)
+            yield pa.concat_tables([*held, last.slice(0, room)]).combine_chunks()
+            held = [last.slice(room)]
+    yield pa.concat_tables(held).combine_chunks()
 
 
 def decode(data: bytes, key: str, names: list[str] | None = None) -> pa.Table:
