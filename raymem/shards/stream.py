@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -20,24 +19,19 @@ import torch
 from numpy.typing import NDArray
 
 from raymem.curvature import CHECKED, CurvatureRule, pick_mode
-from raymem.errors import (
-    ExamplesError,
-    FleetError,
-    RaymemError,
-    StudyMismatchError,
-    first_line,
-)
+from raymem.errors import ExamplesError, FleetError, StudyMismatchError
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
 from raymem.shards.gather import Gathered, StreamSummary
 from raymem.shards.models import ScoringModel
-from raymem.shards.readers import Shard, read_shard
+from raymem.shards.on_ray import batches_of, ray_data
+from raymem.shards.readers import read_shard
+from raymem.shards.records import Shard
 from raymem.shards.transform import Transform
 from raymem.shards.work import Batch, RayScorer, Scorer, Task, decode, read, read_on_ray
 from raymem.store import DriverLock, Files, Store
 from raymem.training import as_input, batch_of
 from raymem.version import VERSION
 
-OBJECT_STORE_BYTES = 500_000_000
 READERS = 2
 
 
@@ -175,24 +169,10 @@ def _in_process(
 def _on_ray(
     task: Task, model: ScoringModel, scorers: int | None, gpus: float | None, verbose: bool
 ) -> Generator[Batch]:
-    # Ray takes seconds to import, and nothing but this needs it.
-    from raymem.fleet.cluster import connected
-
-    if not verbose:
-        # Else each of Ray Data's actors starts with an error line about its arguments.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     cores = os.cpu_count() or 1
     # A local Ray gets two slots for reading beside one for each core: an actor that had a core's
     # slot for itself would leave none to read with on small machines, and nothing would move.
-    with connected(data_bytes=OBJECT_STORE_BYTES, num_cpus=cores + READERS, verbose=verbose):
-        import ray
-        import ray.data
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = verbose
-        if not verbose:
-            # Ray Data sets its own levels when it is imported.
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with ray_data(num_cpus=cores + READERS, verbose=verbose) as ray:
         n, held = _actors(ray.cluster_resources(), task.threads, scorers, gpus)
         rows = ray.data.from_items(
             [{"number": number} for number in range(len(task.shards))],
@@ -212,18 +192,7 @@ def _on_ray(
             fn_constructor_args=(shared, net),
             **held,
         )
-        try:
-            yield from scored.iter_batches(
-                batch_size=None, batch_format="numpy", prefetch_batches=0
-            )
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            if isinstance(cause, RaymemError):
-                raise cause from error
-            raise FleetError(
-                f"scoring failed ({first_line(cause)}); what is scored is kept: run the same "
-                "command again, with --verbose to see more"
-            ) from error
+        yield from batches_of(ray, scored, "scoring")
 
 
 def _actors(
