@@ -17,10 +17,17 @@ from raymem.errors import RaymemError
 from raymem.fleet import duration
 from raymem.interop import import_npz
 from raymem.scoring import score
-from raymem.shards import join_curvature
+from raymem.shards import ingest, join_curvature
 from raymem.store import Store, TrialKey, is_alive, read_driver, verify
 from raymem.tables import top, where
-from raymem.text import as_text, example_text, for_people, pairs_for_people, summary_text
+from raymem.text import (
+    as_text,
+    example_text,
+    for_people,
+    ingest_text,
+    pairs_for_people,
+    summary_text,
+)
 from raymem.version import VERSION
 
 SAMPLED_TRIALS = 50
@@ -259,6 +266,40 @@ def import_command(format: str, path: str, store: str, debug: bool) -> None:
     """
     with command_errors(debug):
         click.echo(summary_text(score(IMPORTERS[format](path, store))))
+
+
+@main.command("ingest")
+@click.argument("data")
+@click.argument("cache")
+@click.option("--size", type=click.IntRange(1), default=128, help="Pixels of a side.")
+@click.option("--grey", is_flag=True, help="One channel instead of three.")
+@click.option("--train", help="Where train is: a folder or a pattern below DATA, or a URL.")
+@click.option("--val", help="Where the validation images, which become test, are.")
+@click.option("--val-labels", help="Their classes, if they are in one flat folder.")
+@click.option(
+    "--on-bad",
+    type=click.Choice(["fail", "quarantine"]),
+    default="fail",
+    help="At images that cannot be used; quarantined ones are left out, and listed.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["ray", "serial"]),
+    default="ray",
+    help="serial: in this process, without Ray.",
+)
+@click.option("--verbose", is_flag=True, help="Show what Ray says.")
+@_debug
+def ingest_command(data: str, cache: str, debug: bool, **options: Any) -> None:
+    """Decode a large image set once, into a cache that studies take as --data.
+
+    DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a
+    folder or URL. What is decoded is not decoded again: run the same command to go on.
+
+    Example: raymem ingest /data/imagenet /data/imagenet-64 --size 64 --on-bad quarantine
+    """
+    with command_errors(debug):
+        click.echo(ingest_text(ingest(data, cache, **options)))
 
 
 @main.command("verify")

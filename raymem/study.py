@@ -13,7 +13,7 @@ import numpy as np
 
 from raymem.curvature import CurvatureRule
 from raymem.errors import PlanError, StoreError, StudyMismatchError
-from raymem.examples import Examples
+from raymem.examples import CachedExamples, Examples
 from raymem.fleet import Engine, Extras, Progress, duration, run_fleet
 from raymem.memorization import PairRule
 from raymem.plan import Kind, Plan
@@ -179,8 +179,9 @@ class Study:
         """
         if self.curvature is None or self.curvature_at == "trial":
             return None
-        cache = getattr(self.examples, "cache", None)
-        data = self.curvature_data or (None if cache is None else str(cache.url))
+        data = self.curvature_data
+        if data is None and isinstance(self.examples, CachedExamples):
+            data = self.examples.cache.url
         if data is None:
             raise StudyMismatchError(
                 "curvature after training reads shards or a cache, and the images are in memory; "

@@ -42,8 +42,8 @@ from raymem import (
 from raymem.cli import main
 from raymem.models import build_model
 from raymem.shards import join_curvature
-from raymem.shards.engine import actors
 from raymem.shards.models import read_weights
+from raymem.shards.on_ray import actors
 from raymem.shards.readers import read_shard
 
 N = 60

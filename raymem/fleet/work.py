@@ -24,7 +24,7 @@ from raymem.errors import (
     StoreFullError,
     TrialError,
 )
-from raymem.examples import Examples
+from raymem.examples import CachedExamples, Examples
 from raymem.fleet.checkpoints import StoreCheckpoints
 from raymem.fleet.ledger import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
@@ -132,9 +132,8 @@ class Job:
 
 def source_of(examples: Examples) -> Source:
     """The set's cache, if it has one, else its arrays."""
-    cache: Source | None = getattr(examples, "cache", None)
-    if cache is not None:
-        return cache
+    if isinstance(examples, CachedExamples):
+        return examples.cache
     return InMemory(
         x_train=examples.x_train,
         y_train=examples.y_train,

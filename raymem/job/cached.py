@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from raymem.errors import ExamplesError
+from raymem.examples import holds_cache
 from raymem.job.options import Decorator, JobOptions, Machine, together
 from raymem.job.paths import absolute_store
-from raymem.shards import ingest, is_cache
+from raymem.shards import ingest
+from raymem.text import ingest_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class CacheOptions:
     cache: str | None
     """Where it is to be; None: --data is one already."""
     size: int
-    on_bad: str
+    on_bad: Literal["fail", "quarantine"]
     val_labels: str | None
 
     @classmethod
@@ -57,14 +59,14 @@ def cache_options(on: bool) -> Decorator:
 def ready_cache(options: JobOptions, caching: CacheOptions, machine: Machine) -> JobOptions:
     """`options` with a cache as their data, made if need be."""
     if caching.cache is None:
-        if is_cache(options.data):
+        if holds_cache(options.data):
             return options
         raise ExamplesError(
             f"{options.data} is no cache; give --cache, where to make one of it, or make it with "
             "`raymem ingest`"
         )
     cache = absolute_store(caching.cache, "--cache")
-    if not is_cache(cache):
+    if not holds_cache(cache):
         summary = ingest(
             absolute_store(options.data, "--data"),
             cache,
@@ -74,5 +76,5 @@ def ready_cache(options: JobOptions, caching: CacheOptions, machine: Machine) ->
             engine=machine.engine,
             verbose=machine.verbose,
         )
-        click.echo(str(summary))
+        click.echo(ingest_text(summary))
     return dataclasses.replace(options, data=cache)

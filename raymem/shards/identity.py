@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from raymem.curvature import CHECKED, CurvatureRule, pick_mode
 from raymem.errors import ExamplesError, StudyMismatchError
 from raymem.shards.models import ScoringModel
-from raymem.shards.readers import Shard, read_shard
+from raymem.shards.readers import read_shard
+from raymem.shards.records import Shard
 from raymem.shards.work import decode
 from raymem.store import Store
 from raymem.training import as_input

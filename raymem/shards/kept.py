@@ -20,11 +20,11 @@ import numpy as np
 from raymem.curvature import CurvatureRule
 from raymem.errors import StoreError, StoreHeldError
 from raymem.fleet import Engine, ProgressLine, Stopped, duration, stop_signals
-from raymem.shards.engine import actors, ray_data, results
 from raymem.shards.gather import Gathered, StreamSummary
 from raymem.shards.identity import identity_of
 from raymem.shards.models import ScoringModel
-from raymem.shards.readers import Shard
+from raymem.shards.on_ray import actors, batches_of, ray_data, with_readers
+from raymem.shards.records import Shard
 from raymem.shards.work import Batch, Scorer, Task, read
 from raymem.store import DriverLock, Store, TrialKey
 from raymem.training import batch_of
@@ -236,24 +236,21 @@ def _on_ray(
     gpus: float | None,
     verbose: bool,
 ) -> Generator[Batch]:
-    with ray_data(verbose):
-        import ray
-
+    with ray_data(num_cpus=with_readers(), verbose=verbose) as ray:
         n, held = actors(ray.cluster_resources(), stage.threads, scorers, gpus)
         rows = ray.data.from_items(
             [{"model": model, "shard": shard} for model, shard in tasks],
             override_num_blocks=min(len(tasks), MOST_BLOCKS),
         )
         shared = [ray.put(stage)]
-        yield from results(
-            rows.map_batches(
-                RayKeptScorer,
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=n),
-                fn_constructor_args=(shared,),
-                **held,
-            )
+        done = rows.map_batches(
+            RayKeptScorer,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=n),
+            fn_constructor_args=(shared,),
+            **held,
         )
+        yield from batches_of(ray, done, "measuring curvature")
 
 
 class RayKeptScorer:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Generator, Sequence
 from raymem.curvature import CurvatureRule
 from raymem.errors import StoreHeldError
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
-from raymem.shards.engine import actors, ray_data, results
 from raymem.shards.gather import Gathered, StreamSummary
 from raymem.shards.identity import identity_of
 from raymem.shards.models import ScoringModel
-from raymem.shards.readers import Shard
+from raymem.shards.on_ray import actors, batches_of, ray_data, with_readers
+from raymem.shards.records import Shard
 from raymem.shards.work import Batch, RayScorer, Scorer, Task, read, read_on_ray
 from raymem.store import DriverLock, Files, Store
 from raymem.training import batch_of
@@ -110,9 +110,7 @@ def _in_process(
 def _on_ray(
     task: Task, model: ScoringModel, scorers: int | None, gpus: float | None, verbose: bool
 ) -> Generator[Batch]:
-    with ray_data(verbose):
-        import ray
-
+    with ray_data(num_cpus=with_readers(), verbose=verbose) as ray:
         n, held = actors(ray.cluster_resources(), task.threads, scorers, gpus)
         rows = ray.data.from_items(
             [{"number": number} for number in range(len(task.shards))],
@@ -132,4 +130,4 @@ def _on_ray(
             fn_constructor_args=(shared, net),
             **held,
         )
-        yield from results(scored)
+        yield from batches_of(ray, scored, "scoring")

@@ -1,4 +1,4 @@
-"""Ray Data, quietly: a connection, actors for the models, and results as they come."""
+"""Ray Data, connected and quiet, its errors as raymem's, and how many actors fit."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ READERS = 2
 
 
 @contextlib.contextmanager
-def ray_data(verbose: bool) -> Iterator[None]:
-    """Ray, connected, and Ray Data set up."""
+def ray_data(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[Any]:
+    """The module `ray`, connected for Ray Data, which is silent unless `verbose`.
+
+    `num_cpus` is what a local cluster says it has.
+    """
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import connected
 
     if not verbose:
         # Else each of Ray Data's actors starts with an error line about its arguments.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    cores = os.cpu_count() or 1
-    # A local Ray gets two slots for reading beside one for each core: an actor that had a core's
-    # slot for itself would leave none to read with on small machines, and nothing would move.
-    with connected(data_bytes=OBJECT_STORE_BYTES, num_cpus=cores + READERS, verbose=verbose):
+    with connected(data_bytes=OBJECT_STORE_BYTES, num_cpus=num_cpus, verbose=verbose):
+        import ray
         import ray.data
 
         context = ray.data.DataContext.get_current()
@@ -35,23 +36,31 @@ def ray_data(verbose: bool) -> Iterator[None]:
         if not verbose:
             # Ray Data sets its own levels when it is imported.
             logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield
+        yield ray
 
 
-def results(dataset: Any) -> Generator[Batch]:
-    """What a dataset gives, block by block, as it comes; errors of ours are raised as they are."""
-    import ray
-
+def batches_of(ray: Any, rows: Any, what: str) -> Generator[Batch]:
+    """The batches of a Ray dataset as they come. Raises FleetError saying that `what` failed, or
+    the error of raymem that a worker raised."""
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
+        yield from rows.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, RaymemError):
             raise cause from error
         raise FleetError(
-            f"scoring failed ({first_line(cause)}); what is scored is kept: run the same command "
+            f"{what} failed ({first_line(cause)}); what is done is kept: run the same command "
             "again, with --verbose to see more"
         ) from error
+
+
+def with_readers() -> int:
+    """CPUs that a local Ray is to have: two slots for reading beside one for each core.
+
+    An actor that had a core's slot for itself would leave none to read with on small machines, and
+    nothing would move.
+    """
+    return (os.cpu_count() or 1) + READERS
 
 
 def actors(
