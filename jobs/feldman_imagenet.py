@@ -52,9 +52,9 @@ SMOKE = Smoke(
     recipe=dataclasses.replace(
         QUICK,
         model="tiny-resnet",
-        epochs=8,
-        batch_size=32,
-        learning_rate=0.2,
+        epochs=20,
+        batch_size=16,
+        learning_rate=0.1,
         crop_size=28,
         precision="float32",
     )

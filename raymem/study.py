@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,14 +12,21 @@ import numpy as np
 from raymem.curvature import CurvatureRule
 from raymem.errors import PlanError, StoreError, StudyMismatchError
 from raymem.examples import CachedExamples, Examples
-from raymem.fleet import Engine, Extras, Progress, duration, run_fleet
+from raymem.fleet import (
+    Engine,
+    Extras,
+    Progress,
+    duration,
+    estimated_trial,
+    run_fleet,
+    timed_trial,
+)
 from raymem.memorization import PairRule
 from raymem.plan import Kind, Plan
 from raymem.scoring import EpsilonSummary, score
 from raymem.shards import StageSummary, list_shards, measure_kept
-from raymem.store import Store, Target, TrialKey, trial_table
-from raymem.store.trials import encode
-from raymem.training import Images, Recipe, default_device, run_trial
+from raymem.store import Store, Target, TrialKey
+from raymem.training import Recipe, default_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,37 +215,36 @@ class Study:
         return Store(self.store).scores(name)
 
     def dry_run(self, *, cpus_per_trial: int = 1, workers: int | None = None) -> str:
-        """What training would do, take and give, from one timed trial that is not kept."""
-        seconds, n_bytes = self._time_one_trial(cpus_per_trial)
-        workers = workers or max(1, (os.cpu_count() or 1) // cpus_per_trial)
+        """What training would do, take and give, from one timed trial that is not kept.
+
+        Of sets in a cache no trial is run: a few images of their size are, and the rest is counted.
+        """
         return "\n".join(
             [
                 self.examples.describe(),
                 self._describe_subsets(),
                 self._describe_precision(),
                 *self._describe_curvature(),
-                f"time: one trial took {duration(seconds)} here ({default_device().type}, "
-                f"{cpus_per_trial} threads); {self.trials:,} on {workers} workers would take "
-                f"{duration(seconds * math.ceil(self.trials / workers))}, half a minute to start",
-                f"disk: {n_bytes / 1e3:,.0f} kB per trial, {n_bytes * self.trials / 1e6:,.1f} MB",
+                *self._describe_time(cpus_per_trial, workers),
                 self._describe_store(),
             ]
         )
 
-    def _time_one_trial(self, threads: int) -> tuple[float, int]:
-        e, key = self.examples, TrialKey(math.inf, 0)
-        mask = self.plan.mask(0)
-        images = Images.from_arrays(
-            e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, default_device()
+    def _describe_time(self, threads: int, workers: int | None) -> list[str]:
+        workers = workers or max(1, (os.cpu_count() or 1) // threads)
+        large = isinstance(self.examples, CachedExamples)
+        timed = estimated_trial if large else timed_trial
+        seconds, n_bytes = timed(
+            self.examples, self.plan, self.recipe, self._extras(), threads=threads
         )
-        # The first trial of a process pays for loading kernels.
-        warm_up = dataclasses.replace(self.recipe, epochs=1)
-        run_trial(images, mask, warm_up, self.plan.seeds(0), threads=threads)
-        start = time.perf_counter()
-        extras = self._extras().of(0)
-        result = run_trial(images, mask, self.recipe, self.plan.seeds(0), threads=threads, **extras)
-        seconds = time.perf_counter() - start
-        return seconds, len(encode(trial_table(key, mask, result), {}))
+        rounds = math.ceil(self.trials / workers)
+        would = "would take" if large else "took"
+        return [
+            f"time: one trial {would} {duration(seconds)} here ({default_device().type}, "
+            f"{threads} threads); {self.trials:,} on {workers} workers would take "
+            f"{duration(seconds * rounds)}, half a minute to start",
+            f"disk: {n_bytes / 1e3:,.0f} kB per trial, {n_bytes * self.trials / 1e6:,.1f} MB",
+        ]
 
     def _describe_subsets(self) -> str:
         plan = self.plan

@@ -5,6 +5,7 @@ Out: trial objects in the store. `run_fleet` is all there is to call; rerunning 
 """
 
 from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
+from raymem.fleet.forecast import estimated_trial, timed_trial
 from raymem.fleet.ledger import Ledger, Progress
 from raymem.fleet.report import ProgressLine, duration
 from raymem.fleet.work import Extras
@@ -17,6 +18,8 @@ __all__ = [
     "ProgressLine",
     "Stopped",
     "duration",
+    "estimated_trial",
     "run_fleet",
     "stop_signals",
+    "timed_trial",
 ]

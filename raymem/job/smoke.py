@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
+from click.core import ParameterSource
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -33,15 +35,13 @@ class Smoke:
 
     def prepare(self, settings: dict[str, Any]) -> CacheOptions:
         """Make the images, as ImageNet's folders have them, and put `settings` to them."""
-        import click
-
+        root = Path(tempfile.mkdtemp(prefix="raymem-smoke-"))
         context = click.get_current_context()
-        if context.get_parameter_source("store") is click.core.ParameterSource.DEFAULT:
-            settings["store"] = tempfile.mkdtemp(prefix="raymem-smoke-")
-        root = Path(tempfile.mkdtemp(prefix="raymem-smoke-images-"))
-        write_images(root, self.train_per_class, self.test_per_class, self.size)
+        if context.get_parameter_source("store") is ParameterSource.DEFAULT:
+            settings["store"] = str(root / "store")
+        write_images(root / "images", self.train_per_class, self.test_per_class, self.size)
         settings |= {
-            "data": str(root),
+            "data": str(root / "images"),
             "trials": self.trials,
             "curvature_trials": self.trials,
             "recipe": self.recipe,

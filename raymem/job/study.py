@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import click
+from click.core import ParameterSource
 
 from raymem.cli import command_errors
 from raymem.curvature import CurvatureRule, PaperRule
@@ -120,8 +121,7 @@ def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOpti
     if not on:
         # A job's default; asked for without curvature it is the user's mistake, which Study names.
         context = click.get_current_context()
-        source = context.get_parameter_source("curvature_trials")
-        if source is click.core.ParameterSource.DEFAULT:
+        if context.get_parameter_source("curvature_trials") is ParameterSource.DEFAULT:
             settings["curvature_trials"] = None
     return JobOptions(
         **settings,

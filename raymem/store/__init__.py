@@ -16,8 +16,9 @@ Trial objects are created if absent, derived objects are replaced whole, nothing
 
 from raymem.store import columns
 from raymem.store.files import Files
+from raymem.store.identity import study_hash
 from raymem.store.lock import DriverLock, is_alive, read_driver
-from raymem.store.store import Failure, Store, Target, study_hash
+from raymem.store.store import Failure, Store, Target
 from raymem.store.trials import TrialKey, trial_table
 from raymem.store.verify import Problem, verify
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from raymem.examples import Examples, group_column
 from raymem.plan import Plan
 from raymem.store import columns, trials
 from raymem.store.files import Files
+from raymem.store.identity import changed_examples, differences, study_hash
 from raymem.store.trials import TrialKey
 from raymem.store.weights import decode_weights, encode_weights
 from raymem.version import VERSION
@@ -128,28 +128,16 @@ class Store:
         there = self.study()
         if there["hash"] == study_hash(study):
             return
-        differences = _differences(there["study"], json.loads(json.dumps(study)))
-        if any(name.startswith("data.") for name, _, _ in differences):
-            differences += self._changed_examples(examples)
-        shown = "; ".join(f"{name}: store has {a}, this run has {b}" for name, a, b in differences)
+        found = differences(there["study"], json.loads(json.dumps(study)))
+        if any(name.startswith("data.") for name, _, _ in found) and self.files.exists(
+            "examples.parquet"
+        ):
+            found += changed_examples(self.examples(), examples)
+        shown = "; ".join(f"{name}: store has {a}, this run has {b}" for name, a, b in found)
         raise StudyMismatchError(
             f"{self.url} belongs to another study ({shown}); choose another --store, or go back to "
             "the settings of the store"
         )
-
-    def _changed_examples(self, examples: Examples) -> list[tuple[str, object, object]]:
-        if not self.files.exists("examples.parquet"):
-            return []
-        old, new = self.examples().to_pylist(), examples.index_table().to_pylist()
-        found: list[tuple[str, object, object]] = []
-        if len(old) != len(new):
-            found.append(("examples", len(old), len(new)))
-        for before, now in zip(old, new, strict=False):
-            for name in ("example_id", "label", "content_hash"):
-                if before[name] != now[name]:
-                    found.append((f"{before['example_id']}.{name}", before[name], now[name]))
-        more = [("further examples", len(found) - SHOWN, "others")] if len(found) > SHOWN else []
-        return found[:SHOWN] + more
 
     def study(self) -> dict[str, Any]:
         """study.json. Raises StoreError if there is none or it is from a newer raymem."""
@@ -403,23 +391,6 @@ def _unreadable(key: TrialKey, error: Exception) -> DamagedObjectError:
     return DamagedObjectError(
         f"{key.object_key} does not read back ({error}); run `raymem verify STORE --repair`"
     )
-
-
-def study_hash(study: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of what makes trials comparable."""
-    return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(there: object, here: object, name: str = "") -> list[tuple[str, object, object]]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        return [
-            difference
-            for key in sorted({*there, *here})
-            for difference in _differences(
-                there.get(key), here.get(key), f"{name}.{key}" if name else key
-            )
-        ]
-    return [] if there == here else [(name, there, here)]
 
 
 def _json(body: Mapping[str, Any]) -> bytes:

@@ -16,8 +16,9 @@ from raymem.errors import DamagedObjectError, RaymemError
 from raymem.examples import fingerprint_of
 from raymem.plan import Plan
 from raymem.store import columns, trials
+from raymem.store.identity import study_hash
 from raymem.store.lock import DriverLock
-from raymem.store.store import Store, study_hash
+from raymem.store.store import Store
 from raymem.store.trials import TrialKey
 
 LAYOUT = re.compile(

@@ -1,0 +1,103 @@
+"""What one trial would take here: timed whole, or, of large sets, from a few images.
+
+Shapes: N training and M test examples, n in the subset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymem.examples import Examples
+from raymem.fleet.work import Extras
+from raymem.plan import Plan
+from raymem.store import TrialKey, trial_table
+from raymem.store.trials import encode
+from raymem.training import (
+    Evaluation,
+    Images,
+    Recipe,
+    SubsetHistory,
+    TrialResult,
+    default_device,
+    run_trial,
+)
+
+# Images that stand for a large set, and the batches they are trained in.
+SAMPLE, SAMPLE_BATCH = 64, 32
+KEY = TrialKey(math.inf, 0)
+
+
+def timed_trial(
+    examples: Examples, plan: Plan, recipe: Recipe, extras: Extras, *, threads: int
+) -> tuple[float, int]:
+    """Seconds and bytes of trial 0, which is trained and not kept."""
+    e, mask = examples, plan.mask(0)
+    images = Images.from_arrays(
+        e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, default_device()
+    )
+    # The first trial of a process pays for loading kernels.
+    warm_up = dataclasses.replace(recipe, epochs=1)
+    run_trial(images, mask, warm_up, plan.seeds(0), threads=threads)
+    start = time.perf_counter()
+    result = run_trial(images, mask, recipe, plan.seeds(0), threads=threads, **extras.of(0))
+    seconds = time.perf_counter() - start
+    return seconds, len(encode(trial_table(KEY, mask, result), {}))
+
+
+def estimated_trial(
+    examples: Examples, plan: Plan, recipe: Recipe, extras: Extras, *, threads: int
+) -> tuple[float, int]:
+    """The same from SAMPLE random images of the set's size: none of its own is read.
+
+    Training of one epoch and evaluation are timed apart and counted up; so is curvature, if trials
+    measure it. Bytes are those of a trial whose values are as unlike each other as can be.
+    """
+    N, M = len(examples.train_ids), len(examples.test_ids)
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (SAMPLE, *examples.image_shape), np.uint8)
+    y = rng.integers(0, examples.n_classes, SAMPLE)
+    images = Images.from_arrays(x, y, x, y, examples.n_classes, default_device())
+    everything = np.ones(SAMPLE, bool)
+
+    def seconds(epochs: int, **more: object) -> float:
+        small = dataclasses.replace(
+            recipe, epochs=epochs, batch_size=min(SAMPLE_BATCH, recipe.batch_size)
+        )
+        start = time.perf_counter()
+        run_trial(images, everything, small, plan.seeds(0), threads=threads, **more)  # type: ignore[arg-type]
+        return time.perf_counter() - start
+
+    seconds(1)
+    one = seconds(1)
+    epoch = max(0.0, seconds(2) - one)
+    curvature = extras.of(0)["curvature"]
+    measuring = 0.0 if curvature is None else max(0.0, seconds(1, curvature=curvature) - one)
+    per_epoch, per_evaluated, per_measured = (
+        part / SAMPLE for part in (epoch, max(0.0, one - epoch) / 2, measuring)
+    )
+    total = per_epoch * plan.subset_size * recipe.epochs + per_evaluated * (N + M)
+    return total + per_measured * N, _bytes(plan.mask(0), M, recipe.epochs, rng)
+
+
+def _bytes(mask: NDArray[np.bool_], M: int, epochs: int, rng: np.random.Generator) -> int:
+    """Of a trial object of this size."""
+
+    def evaluation(size: int) -> Evaluation:
+        margin = rng.normal(2, 3, size).astype(np.float32)
+        return Evaluation(correct=margin > 0, margin=margin)
+
+    n = int(mask.sum())
+    history = SubsetHistory(
+        cumulative_loss=rng.gamma(2, 2, n).astype(np.float32),
+        learning_epoch=rng.integers(0, epochs + 1, n).astype(np.int32),
+        forgetting_count=rng.poisson(1, n).astype(np.int32),
+    )
+    result = TrialResult(
+        train=evaluation(len(mask)), test=evaluation(M), history=history, seconds=0.0
+    )
+    return len(encode(trial_table(KEY, mask, result), {}))
