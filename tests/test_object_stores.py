@@ -488,7 +488,6 @@ def test_a_driver_that_lost_its_lock_stops(url, quick, monkeypatch):
     study = small_study(url)
     study.open_store()
     monkeypatch.setattr(Store, "commit", lost_before(Store.commit, Files(url)))
-    monkeypatch.setattr("raymem.store.lock.INTERVAL", 0.05)
     monkeypatch.setattr(DriverLock.__init__, "__kwdefaults__", {"interval": 0.05, "progress": dict})
     with pytest.raises(StoreHeldError, match="took"):
         study.train(engine="serial")

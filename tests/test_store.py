@@ -14,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from learners import memorizes_everything, memorizes_nothing, numbered_examples, recipe
+from processes import wait_until
 
 from raymem import (
     DamagedObjectError,
@@ -377,7 +378,7 @@ def test_a_dead_drivers_lock_is_taken_over_at_once(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
     assert child.stdout.read().startswith(b"held")
     # Killed and not yet waited for: a zombie drives nothing.
-    assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 10)
     start = time.monotonic()
     with DriverLock(Files(tmp_path)):
         assert time.monotonic() - start < 2

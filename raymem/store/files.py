@@ -36,16 +36,13 @@ class Files:
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self._given, self._process = url, os.getpid()
         self._fs, root = open_fs(url)
-        self._inherited: list[Any] = []
         self.local = is_local(self._fs)
         self.root: str = str(Path(root).absolute()) if self.local else root.rstrip("/")
 
     @property
     def fs(self) -> Any:
         """The fsspec file system."""
-        if self._process != os.getpid():
-            # Connections are the parent's after a fork: to close them here would break them there.
-            self._inherited.append(self._fs)
+        if self._process != os.getpid():  # connections stay the parent's after a fork
             self._process, (self._fs, _) = os.getpid(), open_fs(self._given)
         return self._fs
 

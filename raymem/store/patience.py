@@ -51,6 +51,10 @@ DENIED = {
 # What callers ask about: answers, not faults.
 ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, RaymemError)
 
+# Kept, as fsspec does until there is a fork: a child that dropped one would close its parent's
+# connections.
+OPENED: dict[int, Any] = {}
+
 T = TypeVar("T")
 
 
@@ -70,6 +74,7 @@ def open_fs(url: str | os.PathLike[str]) -> tuple[Any, str]:
         ) from error
     if url.startswith(("s3:", "s3a:")):
         fs.retries = 1  # this instance is ours: no other has these options
+    OPENED[id(fs)] = fs
     return fs, str(path)
 
 
