@@ -43,7 +43,7 @@ class Files:
     @property
     def fs(self) -> Any:
         """The fsspec file system."""
-        if self._process != os.getpid():  # connections do not survive a fork
+        if self._process != os.getpid():  # connections stay the parent's after a fork
             self._process, (self._fs, _) = os.getpid(), open_fs(self._given)
         return self._fs
 

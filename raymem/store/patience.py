@@ -3,6 +3,8 @@
 `patiently` is the one place that tries again, `is_transient` the one that says what is worth it.
 Neither imports s3fs, gcsfs or adlfs, which are optional: their errors are told by the answer's
 status and code, and by the names of their classes. Local disks are none of this module's business.
+
+s3:// runs in tests, against a server on the same machine; gs:// and az:// share the code, not run.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.2, 8.0
 TRIES_WITHIN = 3
 
 STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
-# Answers whose status does not say that they pass. An upload in parts whose last answer was lost
-# is not there any more when it is ended again.
+# Answers whose status does not say that they pass. An upload in parts whose last answer was lost is
+# not there any more when it is ended again.
 CODES = {
     "SlowDown", "RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
     "NoSuchUpload",
@@ -49,6 +51,10 @@ DENIED = {
 # What callers ask about: answers, not faults.
 ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, RaymemError)
 
+# Kept, as fsspec does until there is a fork: a child that dropped one would close its parent's
+# connections.
+OPENED: dict[int, Any] = {}
+
 T = TypeVar("T")
 
 
@@ -68,6 +74,7 @@ def open_fs(url: str | os.PathLike[str]) -> tuple[Any, str]:
         ) from error
     if url.startswith(("s3:", "s3a:")):
         fs.retries = 1  # this instance is ours: no other has these options
+    OPENED[id(fs)] = fs
     return fs, str(path)
 
 

@@ -6,12 +6,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from raymem.errors import (
@@ -31,8 +31,7 @@ from raymem.version import VERSION
 
 FORMAT = 1
 SHOWN = 5
-# A trial's Parquet footer is a few thousand bytes.
-FOOTER = 1 << 15
+READERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,18 +197,21 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """All recorded failures, in order of trial and attempt."""
-        found = []
-        for key in self.files.list("failed"):
-            trial = TrialKey.parse(key)
-            if trial is not None:
-                try:
-                    body = json.loads(self.files.read(key))
-                    found.append(Failure(key=trial, attempt=body["attempt"], cause=body["cause"]))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DamagedObjectError(
-                        f"{key} is damaged ({error}); run `raymem verify STORE --repair`"
-                    ) from error
+        keys = [key for key in self.files.list("failed") if TrialKey.parse(key)]
+        with ThreadPoolExecutor(READERS, thread_name_prefix="raymem-read") as pool:
+            found = list(pool.map(self._failure, keys))
         return sorted(found, key=lambda f: (f.key, f.attempt))
+
+    def _failure(self, key: str) -> Failure:
+        trial = TrialKey.parse(key)
+        assert trial is not None
+        try:
+            body = json.loads(self.files.read(key))
+            return Failure(key=trial, attempt=body["attempt"], cause=body["cause"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DamagedObjectError(
+                f"{key} is damaged ({error}); run `raymem verify STORE --repair`"
+            ) from error
 
     def commit(self, key: TrialKey, table: pa.Table, provenance: Mapping[str, Any]) -> str:
         """Commit one trial, once. Returns "committed", or "duplicate" if the same result is there,
@@ -297,21 +299,8 @@ class Store:
 
     def provenance(self, key: TrialKey) -> dict[str, Any]:
         """What is recorded of how one trial came about; reads the object's footer only."""
-        end = self._end_of(key, FOOTER)
-        length = int.from_bytes(end[-8:-4], "little") + 8
-        if len(end) == FOOTER < length:
-            end = self._end_of(key, length)
-        try:
-            schema = pq.read_schema(pa.BufferReader(end))
-        except (pa.ArrowException, OSError) as error:
-            raise _unreadable(key, error) from error
-        return trials.metadata_of(schema, key.object_key)
-
-    def _end_of(self, key: TrialKey, size: int) -> bytes:
-        try:
-            return self.files.read_end(key.object_key, size)
-        except OSError as error:
-            raise _unreadable(key, error) from error
+        name = key.object_key
+        return trials.metadata_at_end(lambda size: self.files.read_end(name, size), name)
 
     # What is derived
 
@@ -385,12 +374,6 @@ class Store:
         except (FileNotFoundError, NotADirectoryError) as error:
             self.study()  # says so if there is no store at all
             raise StoreError(f"{self.url} has no {key} yet; {advice}") from error
-
-
-def _unreadable(key: TrialKey, error: Exception) -> DamagedObjectError:
-    return DamagedObjectError(
-        f"{key.object_key} does not read back ({error}); run `raymem verify STORE --repair`"
-    )
 
 
 def _json(body: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,8 @@ KEY = re.compile(
 # As many as pyarrow puts into one by itself.
 ROWS_PER_GROUP = 1024 * 1024
 METADATA, CHECKSUM = b"raymem", b"raymem_checksum"
+# A trial's Parquet footer is a few thousand bytes.
+FOOTER = 1 << 15
 
 
 class TrialKey(NamedTuple):
@@ -209,6 +211,24 @@ def is_as_written(data: bytes, table: pa.Table) -> bool:
     """
     metadata = metadata_of(table, "the table")
     return metadata["pyarrow"] != pa.__version__ or encode(table, metadata) == data
+
+
+def metadata_at_end(read_end: Callable[[int], bytes], key: str) -> dict[str, Any]:
+    """What `encode` put beside the columns; of the object, only the end is read.
+
+    `read_end` gives the last so many bytes. Raises DamagedObjectError.
+    """
+    try:
+        end = read_end(FOOTER)
+        length = int.from_bytes(end[-8:-4], "little") + 8
+        if len(end) == FOOTER < length:
+            end = read_end(length)
+        schema = pq.read_schema(pa.BufferReader(end))
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedObjectError(
+            f"{key} does not read back ({error}); run `raymem verify STORE --repair`"
+        ) from error
+    return metadata_of(schema, key)
 
 
 def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, Any]:
