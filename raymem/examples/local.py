@@ -8,7 +8,6 @@ when it is whole.
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import os
 import shutil
@@ -67,7 +66,8 @@ def copied(
                 left.unlink()
             missing = [s for s in splits if not _is_whole(folder, s, image_shape)]
             _check_space(folder, missing, image_shape)
-            with _Progress(sum(_length(s, image_shape) for s in missing), folder) as progress:
+            total = sum(len(split.rows) for split in missing) * int(np.prod(image_shape))
+            with _Progress(total, folder) as progress:
                 for split in missing:
                     _copy(fetch, split, image_shape, folder, url, progress)
     return [np.load(_file(folder, split), mmap_mode="r") for split in splits]
@@ -124,11 +124,10 @@ def _is_whole(folder: Path, split: Split, image_shape: Shape) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process of this node at a time; the system frees the lock when its holder dies."""
+    import fcntl  # Windows has none, and everything else runs there
+
     with open(folder / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from raymem.errors import FleetError, StudyMismatchError
+from raymem.errors import FleetError, StoreHeldError, StudyMismatchError
 from raymem.examples.cache import ABOUT, FORMAT, WHOLE
 from raymem.examples.pixels import content_hash
 from raymem.fleet import Engine, ProgressLine, Stopped, duration, stop_signals
@@ -51,14 +52,14 @@ class DecodeTask:
 
 
 def ingest(
-    data: str,
-    cache: str,
+    data: str | os.PathLike[str],
+    cache: str | os.PathLike[str],
     *,
     size: int = 128,
     grey: bool = False,
     train: str | None = None,
     val: str | None = None,
-    val_labels: str | None = None,
+    val_labels: str | os.PathLike[str] | None = None,
     on_bad: OnBad = "fail",
     engine: Engine = "ray",
     verbose: bool = False,
@@ -73,8 +74,7 @@ def ingest(
     Raises ExamplesError for sets that cannot be used, StudyMismatchError if `cache` was begun with
     other settings, StoreHeldError if another driver lives, Stopped after Ctrl-C.
     """
-    files = Files(cache)
-    data = _absolute(data)
+    files, data = Files(cache), _absolute(data)
     val_labels = _absolute(val_labels) if val_labels else None
     asked = {
         "format": FORMAT,
@@ -100,16 +100,17 @@ def ingest(
         for shard in shards
     ]
     progress = _Progress(tasks)
-    with DriverLock(files, progress=lambda: {"shards_left": progress.left}):
-        _decode_all(files, tasks, progress, engine, verbose)
+    with DriverLock(files, progress=lambda: {"shards_left": progress.left}) as lock:
+        _decode_all(files, progress, lock, _on_ray if engine == "ray" else _in_process, verbose)
         summary = finish(files, splits, transform, _name(data), on_bad == "quarantine")
     summary.done_before, summary.images = progress.done_before, progress.images
     summary.seconds = progress.seconds
     return summary
 
 
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).expanduser().absolute())
+def _absolute(at: str | os.PathLike[str]) -> str:
+    url = os.fspath(at)
+    return url.rstrip("/") if "://" in url else str(Path(url).expanduser().absolute())
 
 
 def _name(data: str) -> str:
@@ -135,13 +136,15 @@ def _check(files: Files, settings: Mapping[str, Any]) -> None:
 
 
 def _decode_all(
-    files: Files, tasks: Sequence[DecodeTask], progress: _Progress, engine: Engine, verbose: bool
+    files: Files,
+    progress: _Progress,
+    lock: DriverLock,
+    run: Callable[[Sequence[DecodeTask], bool], Generator[Mapping[str, int]]],
+    verbose: bool,
 ) -> None:
     missing = progress.skip(set(files.list("shards")))
     if not missing:
         return
-    run: Callable[[Sequence[DecodeTask], bool], Generator[Mapping[str, int]]]
-    run = _on_ray if engine == "ray" else _in_process
     line = ProgressLine()
     with stop_signals() as stops:
         try:
@@ -150,6 +153,11 @@ def _decode_all(
                 for counts in done:
                     progress.add(counts)
                     line.show_text(progress.text(), last=progress.left == 0)
+                    if lock.lost.is_set():
+                        raise StoreHeldError(
+                            f"another run took {files.url} over while this one stood still; leave "
+                            "it to that one"
+                        )
                     if stops.count and progress.left:
                         raise Stopped(
                             f"stopped after {progress.total - progress.left:,} of "

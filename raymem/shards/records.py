@@ -47,15 +47,17 @@ class Record:
 
 
 def parts(
-    folder: Shard, files: Sequence[str], labels: Sequence[int | None] = (), most: int = FOLDER_FILES
+    folder: Shard, files: Sequence[str], labels: Sequence[int | None] = (), most: int | None = None
 ) -> list[Shard]:
-    """The folder with these files, cut into parts of nearly equal length, none above `most`.
+    """The folder with these files, cut into parts of nearly equal length.
+
+    None has more than `most` files, by default FOLDER_FILES.
 
     >>> folder = Shard(url="set/cat", name="cat", kind="folder", label=0)
     >>> [(part.name, part.files) for part in parts(folder, ["1.png", "2.png", "3.png"], most=2)]
     [('cat.1-of-2', ('1.png',)), ('cat.2-of-2', ('2.png', '3.png'))]
     """
-    n = max(1, -(-len(files) // most))
+    n = max(1, -(-len(files) // (most or FOLDER_FILES)))
     edges = [len(files) * k // n for k in range(n + 1)]
     return [
         dataclasses.replace(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raymem.errors import ExamplesError, first_line
@@ -159,7 +160,7 @@ def _by_names(data: str) -> Splits:
     return Splits(
         train=tuple(of["train"]),
         test=tuple(test),
-        names=_names(of["train"][0]),
+        names=_names(of["train"]),
         left_out=f"{len(left)} shards of test" if left else "",
     )
 
@@ -171,7 +172,7 @@ def _of_two(train: str, val: str, val_labels: str | None) -> Splits:
         found = train_files.shards(train), val_files.shards(val)
         if any(shard.kind == "folder" for shard in found[1]):
             raise ExamplesError(f"{train} has shards and {val} folders of images; give both alike")
-        return Splits(train=found[0], test=found[1], names=_names(found[0][0]))
+        return Splits(train=found[0], test=found[1], names=_names(found[0]))
     if not val_files.images:
         raise ExamplesError(f"there are no images at {val}; check the URL, or give --val")
     classes = train_files.classes()
@@ -274,16 +275,21 @@ def _beside(val: _SplitFiles) -> str | None:
     return None
 
 
-def _names(shard: Shard) -> tuple[str, ...] | None:
-    """Hugging Face's names of the classes, in a Parquet file's metadata."""
-    if shard.kind != "parquet":
-        return None
-    fs, path = fsspec.core.url_to_fs(shard.url)
-    try:
-        with fs.open(path, "rb") as file:
-            metadata = pq.read_schema(file).metadata or {}
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        label = next(name for name in LABEL_COLUMNS if name in features)
-        return tuple(map(str, features[label]["names"]))
-    except Exception:  # a file that cannot be read is found when it is decoded
-        return None
+def _names(shards: Sequence[Shard]) -> tuple[str, ...] | None:
+    """Hugging Face's names of the classes, in the metadata of the first Parquet file that reads."""
+    for shard in shards:
+        if shard.kind != "parquet":
+            return None
+        fs, path = fsspec.core.url_to_fs(shard.url)
+        try:
+            with fs.open(path, "rb") as file:
+                metadata = pq.read_schema(file).metadata or {}
+        except (pa.ArrowException, OSError):  # found again, and named, when it is decoded
+            continue
+        try:
+            features = json.loads(metadata[b"huggingface"])["info"]["features"]
+            label = next(name for name in LABEL_COLUMNS if name in features)
+            return tuple(map(str, features[label]["names"]))
+        except (KeyError, TypeError, ValueError, StopIteration):
+            return None
+    return None

@@ -86,6 +86,8 @@ def pixels_of(record: Record, transform: Transform) -> tuple[NDArray[np.uint8] |
         return transform(record.data), ""
     except UnidentifiedImageError:
         return None, "no image format that Pillow knows"
+    except ExamplesError as error:
+        return None, first_line(error)
     except Exception as error:  # Pillow raises many kinds; what matters is which image it is
         return None, f"{type(error).__name__}: {first_line(error)}"
 
