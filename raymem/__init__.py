@@ -27,10 +27,10 @@ from raymem.errors import (
     StudyMismatchError,
     TrialError,
 )
-from raymem.examples import Examples, load_examples
+from raymem.examples import Cache, CachedExamples, Examples, load_examples
 from raymem.fleet import Progress, run_fleet
 from raymem.interop import import_npz
-from raymem.job import JobOptions, run_curvature_job, run_job
+from raymem.job import JobOptions, Smoke, run_curvature_job, run_job
 from raymem.links import Correlation, correlations
 from raymem.memorization import (
     Estimate,
@@ -43,13 +43,24 @@ from raymem.memorization import (
 )
 from raymem.plan import Plan, Seeds
 from raymem.scoring import EpsilonSummary, score
-from raymem.shards import ScoringModel, Transform, list_shards, stream_curvature
+from raymem.shards import (
+    IngestSummary,
+    ScoringModel,
+    StageSummary,
+    Transform,
+    ingest,
+    list_shards,
+    measure_kept,
+    stream_curvature,
+)
 from raymem.store import Problem, Store, Target, TrialKey, verify
 from raymem.study import Study
 from raymem.training import Images, Measured, Recipe, TrialResult, measure, run_trial
 from raymem.version import VERSION as __version__
 
 __all__ = [
+    "Cache",
+    "CachedExamples",
     "Correlation",
     "Curvature",
     "CurvatureError",
@@ -64,6 +75,7 @@ __all__ = [
     "Images",
     "ImportFileError",
     "InfluencePairs",
+    "IngestSummary",
     "JobOptions",
     "Measured",
     "Memorization",
@@ -80,6 +92,8 @@ __all__ = [
     "ResultMismatchError",
     "ScoringModel",
     "Seeds",
+    "Smoke",
+    "StageSummary",
     "Store",
     "StoreError",
     "StoreFullError",
@@ -97,9 +111,11 @@ __all__ = [
     "find_pairs",
     "import_npz",
     "influence",
+    "ingest",
     "list_shards",
     "load_examples",
     "measure",
+    "measure_kept",
     "memorization",
     "paper_score",
     "run_curvature_job",

@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -17,10 +17,17 @@ from raymem.errors import RaymemError
 from raymem.fleet import duration
 from raymem.interop import import_npz
 from raymem.scoring import score
-from raymem.shards import join_curvature
-from raymem.store import Store, is_alive, read_driver, verify
+from raymem.shards import ingest, join_curvature
+from raymem.store import Store, TrialKey, is_alive, read_driver, verify
 from raymem.tables import top, where
-from raymem.text import as_text, example_text, for_people, pairs_for_people, summary_text
+from raymem.text import (
+    as_text,
+    example_text,
+    for_people,
+    ingest_text,
+    pairs_for_people,
+    summary_text,
+)
 from raymem.version import VERSION
 
 SAMPLED_TRIALS = 50
@@ -86,8 +93,8 @@ def status_command(store: str, debug: bool) -> None:
 def describe_store(store: Store) -> str:
     """What `raymem status` prints."""
     streamed = [
-        f"curvature of {model}: {len(store.streamed_shards(model)):,} shards"
-        for model in store.streamed_models()
+        f"curvature of {model}: {len(shards):,} shards"
+        for model, shards in sorted(store.streamed().items())
     ]
     if streamed and not store.files.exists("study.json"):
         return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
@@ -119,11 +126,13 @@ def describe_store(store: Store) -> str:
         lines.append(_rate(driver["progress"]))
     lines += streamed
     if done:
-        lines.append(_cost(store))
+        lines.append(_cost(store, sorted(done)))
     return "\n".join(line for line in lines if line)
 
 
 def _rate(progress: dict[str, Any]) -> str:
+    if "stage" in progress:
+        return f"running: {progress['stage']}, {progress['left']:,} parts left"
     if not progress.get("rate"):
         return f"running: {progress.get('running', 0)}"
     left = progress.get("seconds_left")
@@ -133,8 +142,7 @@ def _rate(progress: dict[str, Any]) -> str:
     )
 
 
-def _cost(store: Store) -> str:
-    done = sorted(store.done())
+def _cost(store: Store, done: Sequence[TrialKey]) -> str:
     step = math.ceil(len(done) / SAMPLED_TRIALS)
     sample = [store.provenance(key) for key in done[::step]]
     seconds = [trial["seconds"] + trial.get("curvature", {}).get("seconds", 0) for trial in sample]
@@ -258,6 +266,40 @@ def import_command(format: str, path: str, store: str, debug: bool) -> None:
     """
     with command_errors(debug):
         click.echo(summary_text(score(IMPORTERS[format](path, store))))
+
+
+@main.command("ingest")
+@click.argument("data")
+@click.argument("cache")
+@click.option("--size", type=click.IntRange(1), default=128, help="Pixels of a side.")
+@click.option("--grey", is_flag=True, help="One channel instead of three.")
+@click.option("--train", help="Where train is: a folder or a pattern below DATA, or a URL.")
+@click.option("--val", help="Where the validation images, which become test, are.")
+@click.option("--val-labels", help="Their classes, if they are in one flat folder.")
+@click.option(
+    "--on-bad",
+    type=click.Choice(["fail", "quarantine"]),
+    default="fail",
+    help="At images that cannot be used; quarantined ones are left out, and listed.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["ray", "serial"]),
+    default="ray",
+    help="serial: in this process, without Ray.",
+)
+@click.option("--verbose", is_flag=True, help="Show what Ray says.")
+@_debug
+def ingest_command(data: str, cache: str, debug: bool, **options: Any) -> None:
+    """Decode a large image set once, into a cache that studies take as --data.
+
+    DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a
+    folder or URL. What is decoded is not decoded again: run the same command to go on.
+
+    Example: raymem ingest /data/imagenet /data/imagenet-64 --size 64 --on-bad quarantine
+    """
+    with command_errors(debug):
+        click.echo(ingest_text(ingest(data, cache, **options)))
 
 
 @main.command("verify")

@@ -7,17 +7,18 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import PlanError, StoreError
-from raymem.examples import Examples
+from raymem.errors import PlanError, StoreError, StudyMismatchError
+from raymem.examples import CachedExamples, Examples
 from raymem.fleet import Engine, Extras, Progress, duration, run_fleet
 from raymem.memorization import PairRule
 from raymem.plan import Kind, Plan
 from raymem.scoring import EpsilonSummary, score
+from raymem.shards import StageSummary, list_shards, measure_kept
 from raymem.store import Store, Target, TrialKey, trial_table
 from raymem.store.trials import encode
 from raymem.training import Images, Recipe, default_device, run_trial
@@ -64,6 +65,13 @@ class Study:
     """Only the first so many trials do, whole blocks; None: all. Can be raised for later trials."""
     keep_models: int = 0
     """Weights of the first so many trials are kept in the store."""
+    curvature_at: Literal["trial", "stage"] = "trial"
+    """When it is measured: at the end of each trial, or after training by `measure_curvature` under
+    the weights that those trials keep. The numbers are the same."""
+    curvature_data: str | None = None
+    """Where that stage reads the study's images: shards, or None for its cache."""
+    checkpoint_seconds: float = Extras.checkpoint_seconds
+    """A trial is saved so often while it trains."""
     plan: Plan = field(init=False)
     """The subsets."""
 
@@ -81,6 +89,10 @@ class Study:
         )
         object.__setattr__(self, "plan", plan)
         self._check_curvature_trials()
+
+    @property
+    def _measured_trials(self) -> int:
+        return self.trials if self.curvature_trials is None else self.curvature_trials
 
     def _check_curvature_trials(self) -> None:
         limit, block = self.curvature_trials, self.plan.block
@@ -122,6 +134,7 @@ class Study:
         engine: Engine = "ray",
         cpus_per_trial: int = 1,
         gpus_per_trial: float | None = None,
+        workers_per_trial: int = 1,
         max_workers: int | None = None,
         verbose: bool = False,
     ) -> Progress:
@@ -136,16 +149,55 @@ class Study:
             engine=engine,
             cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
+            workers_per_trial=workers_per_trial,
             max_workers=max_workers,
             extras=self._extras(),
             verbose=verbose,
         )
 
     def _extras(self) -> Extras:
+        at_stage = self.curvature is not None and self.curvature_at == "stage"
         return Extras(
-            curvature=self.curvature,
+            curvature=None if at_stage else self.curvature,
             curvature_trials=self.curvature_trials,
-            keep_models=self.keep_models,
+            keep_models=max(self.keep_models, self._measured_trials if at_stage else 0),
+            checkpoint_seconds=self.checkpoint_seconds,
+        )
+
+    def measure_curvature(
+        self,
+        *,
+        engine: Engine = "ray",
+        gpus_per_scorer: float | None = None,
+        threads: int = 1,
+        verbose: bool = False,
+    ) -> StageSummary | None:
+        """Measure curvature of every image under the models that were kept for it.
+
+        None if trials measure it themselves, or nobody does. Raises StoreError if trials are not
+        done, and what `measure_kept` raises.
+        """
+        if self.curvature is None or self.curvature_at == "trial":
+            return None
+        data = self.curvature_data
+        if data is None and isinstance(self.examples, CachedExamples):
+            data = self.examples.cache.url
+        if data is None:
+            raise StudyMismatchError(
+                "curvature after training reads shards or a cache, and the images are in memory; "
+                "give curvature_data, or curvature_at='trial'"
+            )
+        store = self.open_store()
+        keys = [TrialKey(math.inf, trial) for trial in range(self._measured_trials)]
+        return measure_kept(
+            store,
+            [key for key in keys if key.trial < self.trials],
+            list_shards(data, self.examples.classes, n_classes=self.examples.n_classes),
+            self.curvature,
+            engine=engine,
+            gpus_per_scorer=gpus_per_scorer,
+            threads=threads,
+            verbose=verbose,
         )
 
     def score(self, rule: PairRule | None = None) -> list[EpsilonSummary]:
@@ -221,7 +273,10 @@ class Study:
         limit = self.curvature_trials
         which = "every trial" if limit is None else f"the first {limit:,} trials"
         paper = ", and the paper's score" if self.curvature.paper else ""
-        return [f"curvature: of every training example, in {which} ({self.curvature.mode}{paper})"]
+        when = "at the end of" if self.curvature_at == "trial" else "after training, under those of"
+        return [
+            f"curvature: of every training example, {when} {which} ({self.curvature.mode}{paper})"
+        ]
 
     def _describe_store(self) -> str:
         store = Store(self.store)

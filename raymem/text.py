@@ -10,10 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymem.errors import StoreError
+from raymem.fleet import duration
 from raymem.links import Coefficient, Correlation
 from raymem.scoring import EpsilonSummary
+from raymem.shards import IngestSummary
 from raymem.store import Store
 from raymem.tables import TableError, top
+
+SHOWN_REJECTS = 10
 
 
 def for_people(table: pa.Table, *more: str) -> pa.Table:
@@ -49,6 +53,39 @@ def pairs_for_people(table: pa.Table) -> pa.Table:
     if len(set(table["epsilon"].to_pylist())) > 1:
         shown["epsilon"] = table["epsilon"]
     return pa.table(shown)
+
+
+def ingest_text(summary: IngestSummary) -> str:
+    """What a cache holds, what was left out, and what is unusual."""
+    about = summary.about
+    size = "x".join(map(str, about["image_shape"]))
+    lines = [
+        f"{about['name']}: {about['n_train']:,} train and {about['n_test']:,} test images, {size}, "
+        f"{len(about['classes']):,} classes"
+    ]
+    if summary.images:
+        lines.append(
+            f"{summary.images:,} images decoded in {duration(summary.seconds)}, "
+            f"{summary.images / summary.seconds:,.1f} a second"
+        )
+    if summary.left_out:
+        lines.append(f"not read: {summary.left_out}")
+    for split, sizes in about["class_sizes"].items():
+        ends = (f"{sizes[end]['images']:,} ({sizes[end]['class']})" for end in sizes)
+        lines.append(f"images of a class in {split}: {' to '.join(ends)}")
+    copies = about["duplicates"]
+    lines.append(
+        f"exact duplicates: {copies['train']:,} in train, {copies['test']:,} in test, "
+        f"{copies['across']:,} across"
+    )
+    lines += [f"NOTE: {finding}" for finding in about["findings"]]
+    if summary.rejects:
+        lines.append(f"{len(summary.rejects):,} images LEFT OUT, listed in rejects.parquet:")
+        lines += [f"  {r.split} {r.example_id}: {r.error}" for r in summary.rejects[:SHOWN_REJECTS]]
+        if len(summary.rejects) > SHOWN_REJECTS:
+            lines.append(f"  and {len(summary.rejects) - SHOWN_REJECTS:,} more")
+    lines.append(f"cache: {summary.cache}, fingerprint {about['fingerprint'][:16]}")
+    return "\n".join(lines)
 
 
 def example_text(store: Store, example_id: str, n: int) -> str:

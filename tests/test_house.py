@@ -58,15 +58,15 @@ def test_heavy_packages_stay_in_their_rooms():
 
 def test_the_public_door_is_this_wide():
     assert set(raymem.__all__) == {
-        "Correlation", "Curvature", "CurvatureError", "CurvatureRule", "DamagedObjectError",
+        "Cache", "CachedExamples", "Correlation", "Curvature", "CurvatureError", "CurvatureRule", "DamagedObjectError",
         "DivergedError", "EpsilonSummary", "Estimate", "Examples", "ExamplesError", "FleetError",
-        "Images", "ImportFileError", "InfluencePairs", "JobOptions", "Measured", "Memorization",
+        "Images", "ImportFileError", "InfluencePairs", "IngestSummary", "JobOptions", "Measured", "Memorization",
         "OutOfMemoryError", "PairRule", "PaperRule", "Plan", "PlanError", "Problem", "Progress",
-        "RaymemError", "Recipe", "RecipeError", "ResultMismatchError", "ScoringModel", "Seeds",
+        "RaymemError", "Recipe", "RecipeError", "ResultMismatchError", "ScoringModel", "Seeds", "Smoke", "StageSummary",
         "Store", "StoreError", "StoreFullError", "StoreHeldError", "Study", "StudyMismatchError",
         "Target", "Transform", "TrialError", "TrialKey", "TrialResult", "__version__",
-        "correlations", "curvature", "find_pairs", "import_npz", "influence", "list_shards",
-        "load_examples", "measure", "memorization", "paper_score", "run_curvature_job",
+        "correlations", "curvature", "find_pairs", "import_npz", "influence", "ingest", "list_shards",
+        "load_examples", "measure", "measure_kept", "memorization", "paper_score", "run_curvature_job",
         "run_fleet", "run_job", "run_trial", "score", "stream_curvature", "verify",
     }  # fmt: skip
 

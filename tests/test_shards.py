@@ -43,8 +43,8 @@ from raymem.cli import main
 from raymem.models import build_model
 from raymem.shards import join_curvature
 from raymem.shards.models import read_weights
+from raymem.shards.on_ray import actors
 from raymem.shards.readers import read_shard
-from raymem.shards.stream import _actors
 
 N = 60
 INF = float("inf")
@@ -772,13 +772,13 @@ def test_the_job_says_what_is_missing(shards_at, tmp_path, capsys, arguments, me
     ],
 )
 def test_scorers_leave_room_to_read(resources, asked, expected):
-    assert _actors(resources, *asked) == expected
+    assert actors(resources, *asked) == expected
 
 
 @pytest.mark.parametrize(("cpus", "asked"), [(1, (1, None)), (4, (4, None)), (4, (1, 4))])
 def test_a_cluster_without_room_to_read_is_refused(cpus, asked):
     with pytest.raises(FleetError, match="to read with"):
-        _actors({"CPU": cpus}, *asked, None)
+        actors({"CPU": cpus}, *asked, None)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from raymem.errors import ExamplesError
 from raymem.examples.checks import as_images, as_labels, numbered_ids, repeated_ids, some
-from raymem.examples.near import near_duplicates
+from raymem.examples.near import is_searchable, near_duplicates
 from raymem.examples.pixels import content_hash
 
 
@@ -140,8 +140,10 @@ class Examples:
 
         See `near_duplicates`; in sets too large for its search, the exact duplicates.
         """
-        x = np.concatenate([self.x_train, self.x_test])
-        found = near_duplicates(x)
+        # Asked first: pixels of large sets may not be at hand.
+        if not is_searchable(len(set(self.content_hashes)), self.image_shape):
+            return self.duplicate_groups()
+        found = near_duplicates(np.concatenate([self.x_train, self.x_test]))
         return self.duplicate_groups() if found is None else found
 
     def label_conflicts(self) -> list[NDArray[np.int64]]:

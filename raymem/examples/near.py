@@ -5,6 +5,8 @@ Shapes: n images of H x W pixels and C channels.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
@@ -13,8 +15,9 @@ from scipy.sparse import csgraph
 # Root mean square difference of pixels on the 0..255 scale, below which two images are near
 # duplicates.
 NEAR_RMS = 5.0
-# More multiplications than this are not spent on looking: minutes of one core.
-MOST_WORK = 5e12
+# More multiplications than this are not spent on looking: minutes of one core. Nor are larger sets
+# taken into memory for it.
+MOST_WORK, MOST_BYTES = 5e12, 4e9
 GRID = 8
 TILE = 2048
 # Pairs compared whole: sets of nearly blank images would have all of them.
@@ -44,22 +47,35 @@ def near_duplicates(x: NDArray[np.uint8], rms: float = NEAR_RMS) -> list[NDArray
     )
 
 
+def is_searchable(n: int, image_shape: tuple[int, int, int]) -> bool:
+    """Is a set of n distinct images small enough for `near_duplicates`?
+
+    >>> is_searchable(60_000, (32, 32, 3)), is_searchable(1_331_167, (64, 64, 3))
+    (True, False)
+    """
+    H, W, C = image_shape
+    b = _block(H, W)
+    work = float(n) * n * (H // b) * (W // b) * C
+    return work <= MOST_WORK and float(n) * H * W * C <= MOST_BYTES
+
+
 def _exact(x: NDArray[np.uint8]) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
     """The first row of each image, and links of its exact copies to it."""
     seen: dict[bytes, int] = {}
     links = []
     for row, image in enumerate(x):
-        first = seen.setdefault(np.ascontiguousarray(image).tobytes(), row)
+        digest = hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
+        first = seen.setdefault(digest, row)
         if first != row:
             links.append((first, row))
     return np.array(list(seen.values()), np.int64), links
 
 
 def _links(x: NDArray[np.uint8], rms: float) -> list[tuple[int, int]] | None:
-    small, weight = _shrunk(x)
-    n, D = small.shape
-    if float(n) * n * D > MOST_WORK:
+    n, H, W, C = x.shape
+    if not is_searchable(n, (H, W, C)):
         return None
+    small, weight = _shrunk(x)
     most = rms**2 * x[0].size
     squares = (small.astype(np.float64) ** 2).sum(axis=1)
     links: list[tuple[int, int]] = []
@@ -91,11 +107,15 @@ def _shrunk(x: NDArray[np.uint8]) -> tuple[NDArray[np.float32], float]:
     `weight` times the squared distance of block means is at most that of the pixels.
     """
     n, H, W, C = x.shape
-    b = max(1, min(H, W) // GRID)
+    b = _block(H, W)
     rows, columns = H // b, W // b
     cut = x[:, : rows * b, : columns * b].reshape(n, rows, b, columns, b, C)
     means = cut.mean(axis=(2, 4), dtype=np.float32).reshape(n, -1)
     return means - means.mean(axis=0), float(b * b)
+
+
+def _block(H: int, W: int) -> int:
+    return max(1, min(H, W) // GRID)
 
 
 def _squared_distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

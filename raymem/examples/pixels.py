@@ -4,28 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from raymem.errors import ExamplesError
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 )
+# Orientations in EXIF, and what brings images upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Some copies of ImageNet append the class to the name of the file.
 ILSVRC = re.compile(r"(n\d{8}_\d+|ILSVRC2012_(?:val|test)_\d{8})(?:_n\d{8})?")
+WNID = re.compile(r"n\d{8}")
 
 
 def open_image(file: str | Path | IO[bytes], *, grey: bool) -> Image.Image:
     """A decoded image, upright, of mode L or RGB. Raises whatever Pillow raises for bad files."""
-    with Image.open(file) as opened:
-        if opened.mode.startswith(("I", "F")):
-            raise ExamplesError(f"mode {opened.mode}: more than 8 bits per channel")
-        return ImageOps.exif_transpose(opened).convert("L" if grey else "RGB")
+    with warnings.catch_warnings():
+        # Pillow warns of what it reads all the same: very large images, odd metadata.
+        warnings.simplefilter("ignore")
+        with Image.open(file) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise ExamplesError(f"mode {opened.mode}: more than 8 bits per channel")
+            opened.load()
+            return _upright(opened).convert("L" if grey else "RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # metadata that cannot be read do not say that the image is turned
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:

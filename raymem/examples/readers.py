@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymem.errors import ExamplesError
+from raymem.examples.cache import CachedExamples, holds_cache
 from raymem.examples.checks import arrays_of_npz, some
 from raymem.examples.examples import Examples
 from raymem.examples.pixels import IMAGE_SUFFIXES, example_id, fit, open_image
@@ -26,10 +27,11 @@ def load_examples(
     download: bool = False,
     image_size: int | None = None,
 ) -> Examples:
-    """A set by name, `.npz` path, or class-per-folder path.
+    """A set by name, `.npz` path, class-per-folder path, or the URL of a cache (`raymem ingest`).
 
     `data_root` is where torchvision's readers look for named sets, `download` lets them fetch one.
-    `image_size` resizes folder images (short side, antialiased, then centre square).
+    `image_size` resizes folder images (short side, antialiased, then centre square). Of a cache,
+    pixels are fetched when they are first asked for.
 
     Folders are ROOT/train/CLASS/* with ROOT/test/CLASS/* (or val), or ROOT/CLASS/* where one in
     five images of each class, chosen by a hash of its path, is held out as test.
@@ -46,12 +48,25 @@ def load_examples(
     path = Path(data).expanduser()
     if path.suffix == ".npz":
         return _npz(path)
+    if holds_cache(data):
+        return _cached(str(data), image_size)
     if path.is_dir():
         return _folders(path, image_size)
     raise ExamplesError(
         f"no data set at {str(data)!r}; give one of {', '.join(NAMED)}, an .npz file with x_train, "
-        "y_train, x_test, y_test, or a folder with one folder per class"
+        "y_train, x_test, y_test, a folder with one folder per class, or a cache of `raymem ingest`"
     )
+
+
+def _cached(url: str, image_size: int | None) -> CachedExamples:
+    examples = CachedExamples(url)
+    H, W, _ = examples.image_shape
+    if image_size is not None and (image_size, image_size) != (H, W):
+        raise ExamplesError(
+            f"the images of the cache at {url} are {H}x{W}; ingest the set again into another "
+            f"cache with --size {image_size}, or leave --image-size away"
+        )
+    return examples
 
 
 def _digits() -> Examples:

@@ -8,9 +8,12 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 # One for the whole process: Ray reads it once.
 TOKEN = secrets.token_hex(32)
+_OURS: list[bool] = []
+HEAD_RESOURCE = "node:__internal_head__"
 QUIET_LOGGERS = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
 
 
@@ -51,10 +54,36 @@ def connected(
             object_store_memory=max(200_000_000, 2 * data_bytes),
             **options,
         )
+        _OURS.append(True)
         try:
             yield
         finally:
+            _OURS.pop()
             ray.shutdown()
+
+
+def is_private() -> bool:
+    """Is the connected Ray this process's own, which nothing scales?"""
+    return bool(_OURS)
+
+
+def on_head() -> dict[str, Any]:
+    """Options of an actor that must live on the head node: other nodes may be lost."""
+    import ray
+
+    known = any(HEAD_RESOURCE in node["Resources"] for node in ray.nodes() if node["Alive"])
+    return {"resources": {HEAD_RESOURCE: 0.001}} if known else {}
+
+
+def draining_nodes() -> set[str]:
+    """The ids of nodes that are about to go: preempted, or scaled down."""
+    import ray
+
+    try:
+        # Ray has no public way to ask; its own libraries ask so.
+        return set(ray._private.state.state.get_draining_nodes())
+    except Exception:  # a later Ray: lost nodes are noticed anyway, checkpoints are older then
+        return set()
 
 
 @contextlib.contextmanager

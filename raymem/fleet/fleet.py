@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ from raymem.errors import (
     FleetError,
     RaymemError,
     ResultMismatchError,
+    StoreError,
     StoreFullError,
     StoreHeldError,
 )
@@ -31,6 +32,7 @@ Engine = Literal["ray", "serial"]
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
+    "store": StoreError,
     "error": FleetError,
 }
 
@@ -53,6 +55,7 @@ def run_fleet(
     engine: Engine = "ray",
     cpus_per_trial: int = 1,
     gpus_per_trial: float | None = None,
+    workers_per_trial: int = 1,
     max_workers: int | None = None,
     extras: Extras | None = None,
     verbose: bool = False,
@@ -62,11 +65,12 @@ def run_fleet(
     Each trial is committed to the store by itself, once; whatever is killed, calling this again
     goes on where it was. `engine="serial"` runs the same trials in this process, without Ray.
     `gpus_per_trial` is 1 by default where the cluster has GPUs, else 0; fractions pack small
-    models. `extras` says which trials measure curvature, and which keep their weights.
+    models. `workers_per_trial` of them train each model together, each with its share of every
+    batch. `extras` says which trials measure curvature, and which keep their weights.
 
     The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
-    another live driver has it, StoreFullError without space, FleetError if trials cannot run,
-    Stopped after Ctrl-C.
+    another live driver has it, StoreFullError without space, StoreError if it does not answer,
+    FleetError if trials cannot run, Stopped after Ctrl-C.
     """
     # A model that does not fit the images is an error here, not one in every worker.
     with torch.random.fork_rng():
@@ -82,6 +86,8 @@ def run_fleet(
     with DriverLock(store.files, progress=lambda: latest) as lock, stop_signals() as stops:
         target = store.target
         wanted, done = target.wanted(), store.done()
+        for key in store.checkpointed() & done:  # their worker died between commit and clearing up
+            store.delete_checkpoint(key)
         pending = [key for key in wanted if key not in done]
         ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
         told = [False]
@@ -114,6 +120,7 @@ def run_fleet(
                 slots = {
                     "cpus_per_trial": cpus_per_trial,
                     "gpus_per_trial": gpus_per_trial,
+                    "workers_per_trial": workers_per_trial,
                     "max_workers": max_workers,
                 }
                 progress = run(ledger, job, watch, slots, verbose)
@@ -136,6 +143,8 @@ def _run_serial(
     slots: dict[str, Any],
     verbose: bool,
 ) -> Progress:
+    if slots["workers_per_trial"] > 1:
+        raise FleetError("several workers per trial need engine='ray'")
     ledger.register("serial", "serial", 0)
     work(
         ledger,
@@ -162,14 +171,23 @@ def _run_ray(
             f"{job.store_url} is in this process only, and workers are others; take "
             "engine='serial' or another store"
         )
-    with connected(data_bytes=job.x_train.nbytes + job.x_test.nbytes, verbose=verbose):
+    with connected(data_bytes=job.data_bytes, verbose=verbose):
         import ray
 
         from raymem.fleet.lanes import Slots, run_on_ray
 
         if slots["gpus_per_trial"] is None:
-            slots["gpus_per_trial"] = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+            slots["gpus_per_trial"] = _gpus_there(ray.cluster_resources())
         return run_on_ray(ledger, job, Slots(**slots), watch=watch)
+
+
+def _gpus_there(resources: Mapping[str, float]) -> float:
+    if not resources.get("GPU") and not resources.get("CPU"):
+        raise FleetError(
+            "the cluster has no CPUs or GPUs yet; say what nodes to ask for with --gpus-per-trial, "
+            "1 or 0"
+        )
+    return 1.0 if resources.get("GPU") else 0.0
 
 
 class Stops:

@@ -2,7 +2,8 @@
 
 A lane is one long-lived `TorchTrainer.fit()` inside a runner actor that sits on the lane's node,
 with one worker for each slot of that node. Workers lease trials from the ledger and commit them
-to the store by themselves. When a worker dies, Ray Train restarts its lane; a lost node costs its
+to the store by themselves. Where several workers train each model together, a lane is these, and
+the first of them leases. When a worker dies, Ray Train restarts its lane; a lost node costs its
 lane. Lanes share nothing but the ledger.
 """
 
@@ -25,17 +26,21 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raymem.errors import FleetError
-from raymem.fleet.ledger import Lease, Ledger, Lost, Outcome, Progress
+from raymem.fleet.cluster import draining_nodes, is_private, on_head
+from raymem.fleet.demand import Demand
+from raymem.fleet.ledger import Ledger, Progress
+from raymem.fleet.metrics import FleetMetrics, image_counter
+from raymem.fleet.remote import RemoteLedger
 from raymem.fleet.work import Job, work
-from raymem.store import TrialKey
+from raymem.training import ALONE, Ranks
 
 NODE_LABEL = "ray.io/node-id"
-HEAD_RESOURCE = "node:__internal_head__"
-BEAT_SECONDS = 10.0
+BEAT_SECONDS = 5.0
 POLL_SECONDS = 0.5
 # fit() that does not come back when all is done is ended after this.
 GRACE_SECONDS = 15.0
-PATIENCE_SECONDS = 300.0
+# Spot GPUs may be long in coming.
+PATIENCE_SECONDS = 1800.0
 RUNNER_DEATHS_ALLOWED = 3
 
 
@@ -44,74 +49,46 @@ class Slots:
     """What one trial takes, and how much of the cluster the fleet may use."""
 
     cpus_per_trial: int = 1
-    """CPUs, and threads, of one trial."""
+    """CPUs, and threads, of one worker."""
     gpus_per_trial: float = 0.0
-    """GPUs of one trial; a fraction packs several on one GPU."""
+    """GPUs of one worker; a fraction packs several on one GPU."""
+    workers_per_trial: int = 1
+    """Workers that train one model together."""
     max_workers: int | None = None
-    """Most trials at once, over all nodes; None is as many as fit."""
+    """Most workers at once, over all nodes; None is as many as fit."""
 
     def __post_init__(self) -> None:
-        if self.cpus_per_trial < 1:
-            raise FleetError(f"cpus_per_trial must be 1 or more, got {self.cpus_per_trial}")
+        for name in ("cpus_per_trial", "workers_per_trial"):
+            if getattr(self, name) < 1:
+                raise FleetError(f"{name} must be 1 or more, got {getattr(self, name)}")
         g = self.gpus_per_trial
         if g < 0 or (g > 0 and g != 1 and not g < 1):
-            raise FleetError(f"gpus_per_trial must be 0, 1 or a fraction of 1, got {g}")
-        if self.max_workers is not None and self.max_workers < 1:
-            raise FleetError(f"max_workers must be 1 or more, got {self.max_workers}")
+            raise FleetError(
+                f"gpus_per_trial must be 0, 1 or a fraction of 1, got {g}; for one model on "
+                "several GPUs give workers_per_trial"
+            )
+        if self.workers_per_trial > 1 and 0 < g < 1:
+            raise FleetError(
+                f"workers_per_trial {self.workers_per_trial} needs whole GPUs, got {g} each"
+            )
+        if self.max_workers is not None and self.max_workers < self.workers_per_trial:
+            raise FleetError(
+                f"max_workers must be {self.workers_per_trial} or more, got {self.max_workers}"
+            )
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker takes."""
+        gpus = {"GPU": self.gpus_per_trial} if self.gpus_per_trial else {}
+        return {"CPU": float(self.cpus_per_trial), **gpus}
 
     def on(self, resources: dict[str, float]) -> int:
-        """How many trials fit a node with these Ray resources at once."""
+        """How many workers fit a node with these Ray resources at once."""
         slots = resources.get("CPU", 0) // self.cpus_per_trial
         if self.gpus_per_trial:
             per_gpu = math.floor(1 / self.gpus_per_trial + 1e-9)
             slots = min(slots, resources.get("GPU", 0) * per_gpu)
         return int(slots)
-
-
-class RemoteLedger:
-    """The ledger actor, called like the ledger itself."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def register(self, worker: str, lane: str, rank: int) -> None:
-        """See Ledger.register."""
-        ray.get(self._actor.register.remote(worker, lane, rank))
-
-    def lease(self, worker: str) -> Lease | None:
-        """See Ledger.lease."""
-        lease: Lease | None = ray.get(self._actor.lease.remote(worker))
-        return lease
-
-    def beat(self, worker: str) -> None:
-        """See Ledger.beat; does not wait."""
-        self._actor.beat.remote(worker)
-
-    def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
-        """See Ledger.finish."""
-        ray.get(self._actor.finish.remote(worker, key, outcome, message))
-
-    def progress(self) -> Progress:
-        """See Ledger.progress."""
-        progress: Progress = ray.get(self._actor.progress.remote())
-        return progress
-
-    def take_lost(self) -> list[Lost]:
-        """See Ledger.take_lost."""
-        lost: list[Lost] = ray.get(self._actor.take_lost.remote())
-        return lost
-
-    def is_broken(self, lane: str) -> bool:
-        """See Ledger.is_broken."""
-        return bool(ray.get(self._actor.is_broken.remote(lane)))
-
-    def release_lane(self, lane: str) -> None:
-        """See Ledger.release_lane."""
-        ray.get(self._actor.release_lane.remote(lane))
-
-    def stop(self) -> None:
-        """See Ledger.stop."""
-        ray.get(self._actor.stop.remote())
 
 
 def lane_worker(config: dict[str, Any]) -> None:
@@ -122,20 +99,33 @@ def lane_worker(config: dict[str, Any]) -> None:
     ledger = RemoteLedger(config["ledger"])
     rank = ray.train.get_context().get_world_rank()
     worker = f"{config['lane']}/{rank}/{uuid.uuid4().hex[:8]}"
-    ledger.register(worker, config["lane"], rank)
+    ranks = Ranks.of_process_group() if config["together"] else ALONE
+    if ranks.rank == 0:
+        ledger.register(worker, config["lane"], rank)
     device = ray.train.torch.get_device() if config["gpu"] else torch.device("cpu")
     job: Job = ray.get(config["job"][0])
-    with _beating(ledger, worker):
-        work(ledger, job, device, worker)
+    hurry = threading.Event()
+    with _beating(ledger, worker, hurry) if ranks.rank == 0 else contextlib.nullcontext():
+        work(
+            ledger,
+            job,
+            device,
+            worker,
+            ranks=ranks,
+            hurry=hurry,
+            count_images=image_counter(job.study_hash),
+        )
 
 
 @contextlib.contextmanager
-def _beating(ledger: RemoteLedger, worker: str) -> Iterator[None]:
+def _beating(ledger: RemoteLedger, worker: str, hurry: threading.Event) -> Iterator[None]:
+    """Says that the worker lives, and hears that its node is about to go."""
     done = threading.Event()
 
     def beat() -> None:
         while not done.wait(BEAT_SECONDS):
-            ledger.beat(worker)
+            if ledger.beat(worker):
+                hurry.set()
 
     thread = threading.Thread(target=beat, name="raymem-beat", daemon=True)
     thread.start()
@@ -150,13 +140,10 @@ class LaneRunner:
     """Hosts one lane's fit(); its node's death is the lane's."""
 
     def run(self, config: dict[str, Any], node_id: str, workers: int, slots: Slots) -> None:
-        """Returns when all workers of the lane have gone home."""
+        """Returns when all workers of the lane have gone home. Without a node they are anywhere."""
         # A notice that some node will go would restart lanes on nodes that stay.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-        resources: dict[str, float] = {"CPU": slots.cpus_per_trial}
-        if slots.gpus_per_trial:
-            resources["GPU"] = slots.gpus_per_trial
         with tempfile.TemporaryDirectory(prefix="raymem-lane-") as folder:
             TorchTrainer(
                 lane_worker,
@@ -164,8 +151,8 @@ class LaneRunner:
                 scaling_config=ScalingConfig(
                     num_workers=workers,
                     use_gpu=slots.gpus_per_trial > 0,
-                    resources_per_worker=resources,
-                    label_selector={NODE_LABEL: node_id},
+                    resources_per_worker=slots.bundle,
+                    label_selector={NODE_LABEL: node_id} if node_id else None,
                 ),
                 run_config=RunConfig(
                     name=config["lane"],
@@ -192,27 +179,73 @@ class Lanes:
     def __init__(self, ledger: RemoteLedger, actor: Any, job: Job, slots: Slots) -> None:
         self._ledger, self._slots = ledger, slots
         # The driver owns the job's arrays; each node maps them once from its object store.
-        self._config = {"ledger": actor, "job": [ray.put(job)], "gpu": slots.gpus_per_trial > 0}
+        self._config = {
+            "ledger": actor,
+            "job": [ray.put(job)],
+            "gpu": slots.gpus_per_trial > 0,
+            "together": slots.workers_per_trial > 1,
+        }
+        self._demand = None if is_private() else Demand(slots.bundle)
         self._lanes: list[_Lane] = []
         self._deaths: dict[str, int] = {}
         self._started = 0
         self._waiting_since = time.monotonic()
 
     def tend(self, progress: Progress) -> None:
-        """Drop lanes that ended, start lanes where there is room and work.
+        """Drop lanes that ended, start lanes where there is room and work, ask for nodes.
 
         Raises FleetError if no lane can run.
         """
         self._drop_ended()
-        left = progress.total - progress.done - progress.failed
-        room = self._slots.max_workers or left
-        for node in ray.nodes():
-            running = sum(lane.workers for lane in self._lanes)
-            workers = min(self._slots.on(node["Resources"]), left - running, room - running)
-            taken = any(lane.node_id == node["NodeID"] for lane in self._lanes)
-            dead_too_often = self._deaths.get(node["NodeID"], 0) >= RUNNER_DEATHS_ALLOWED
-            if node["Alive"] and not taken and not dead_too_often and workers > 0:
-                self._start(node["NodeID"], workers)
+        going = draining_nodes()
+        for lane in self._lanes:
+            if lane.node_id in going or (going and not lane.node_id):
+                self._ledger.drain(lane.name)
+        wanted = self._wanted(progress)
+        nodes = {
+            node["NodeID"]: self._slots.on(node["Resources"])
+            for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in going
+        }
+        for node_id, fit in nodes.items():
+            dead_too_often = self._deaths.get(node_id, 0) >= RUNNER_DEATHS_ALLOWED
+            left = wanted - sum(lane.workers for lane in self._lanes)
+            if not dead_too_often and left > 0:
+                self._fill(node_id, fit, left)
+        self._span(nodes, wanted)
+        if self._demand is not None:
+            # What lanes hold is asked for by Ray Train.
+            self._demand.ask(max(0, wanted - sum(lane.workers for lane in self._lanes)))
+        self._check_patience(progress)
+
+    def _wanted(self, progress: Progress) -> int:
+        """Workers that could be at work now."""
+        left = (progress.total - progress.done - progress.failed) * self._slots.workers_per_trial
+        return min(left, self._slots.max_workers or left)
+
+    def _fill(self, node_id: str, fit: int, left: int) -> None:
+        """Lanes on a node that has room for `fit` workers."""
+        each = self._slots.workers_per_trial
+        here = [lane for lane in self._lanes if lane.node_id == node_id]
+        if each == 1:
+            if not here and fit > 0:
+                self._start(node_id, min(fit, left))
+            return
+        for _ in range(min(fit, left + len(here) * each) // each - len(here)):
+            self._start(node_id, each)
+
+    def _span(self, nodes: dict[str, int], wanted: int) -> None:
+        """Lanes over several nodes, where no node has room for all workers of a trial."""
+        each = self._slots.workers_per_trial
+        if each == 1 or not nodes or max(nodes.values()) >= each:
+            return
+        if self._deaths.get("", 0) >= RUNNER_DEATHS_ALLOWED:
+            return
+        fit = min(sum(nodes.values()), wanted) // each
+        for _ in range(fit - len(self._lanes)):
+            self._start("", each)
+
+    def _check_patience(self, progress: Progress) -> None:
         if self._lanes or progress.complete:
             self._waiting_since = time.monotonic()
         elif self._deaths and max(self._deaths.values()) >= RUNNER_DEATHS_ALLOWED:
@@ -221,12 +254,15 @@ class Lanes:
                 "--engine serial to see why"
             )
         elif time.monotonic() - self._waiting_since > self._patience():
-            need = f"{self._slots.cpus_per_trial} CPUs and {self._slots.gpus_per_trial:g} GPUs"
+            slots = self._slots
+            need = f"{slots.cpus_per_trial} CPUs and {slots.gpus_per_trial:g} GPUs"
+            if slots.workers_per_trial > 1:
+                need = f"{slots.workers_per_trial} times {need}"
             raise FleetError(f"no node has {need} for a trial; ask for less, or add nodes")
 
     def _patience(self) -> float:
         # A laptop's only node does not grow; a cluster's autoscaler may be bringing one.
-        return PATIENCE_SECONDS if len(ray.nodes()) > 1 or os.environ.get("RAY_ADDRESS") else 5.0
+        return 5.0 if is_private() else PATIENCE_SECONDS
 
     def _start(self, node_id: str, workers: int) -> None:
         name = f"lane-{self._started:03d}"
@@ -235,11 +271,8 @@ class Lanes:
         # ends the lane if that is another Ray. Nobody answers here: then it leaves the lane alone,
         # and a lane's placement group goes with its runner anyway. Children inherit this.
         where = {"env_vars": {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}}
-        runner = (
-            ray.remote(LaneRunner)
-            .options(num_cpus=0, label_selector={NODE_LABEL: node_id}, runtime_env=where)
-            .remote()
-        )
+        place = {"label_selector": {NODE_LABEL: node_id}} if node_id else on_head()
+        runner = ray.remote(LaneRunner).options(num_cpus=0, runtime_env=where, **place).remote()
         config = {**self._config, "lane": name}
         future = runner.run.remote(config, node_id, workers, self._slots)
         self._lanes.append(_Lane(name, node_id, workers, runner, future))
@@ -271,6 +304,8 @@ class Lanes:
         for lane in self._lanes:
             ray.kill(lane.runner)
         self._lanes = []
+        if self._demand is not None:
+            self._demand.ask(0)
 
 
 def run_on_ray(
@@ -286,8 +321,7 @@ def run_on_ray(
     fleet at once.
     """
     # On the head node: a ledger on a node that is lost would take the fleet with it.
-    head = {HEAD_RESOURCE: 0.001} if _has_head_resource() else {}
-    actor = ray.remote(_LedgerActor).options(num_cpus=0, resources=head).remote(ledger)
+    actor = ray.remote(_LedgerActor).options(num_cpus=0, **on_head()).remote(ledger, job.study_hash)
     remote = RemoteLedger(actor)
     lanes = Lanes(remote, actor, job, slots)
     patience = 0.0
@@ -304,12 +338,15 @@ def run_on_ray(
     return progress
 
 
-def _has_head_resource() -> bool:
-    return any(HEAD_RESOURCE in node["Resources"] for node in ray.nodes() if node["Alive"])
-
-
 class _LedgerActor(Ledger):
     """A ledger made elsewhere, as an actor."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, study_hash: str) -> None:
         vars(self).update(vars(ledger))
+        self._metrics = FleetMetrics(study_hash)
+
+    def progress(self) -> Progress:
+        """See Ledger.progress."""
+        progress = super().progress()
+        self._metrics.show(progress)
+        return progress

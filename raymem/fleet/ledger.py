@@ -17,7 +17,7 @@ from raymem.store import Failure, TrialKey
 
 Outcome = Literal[
     "committed", "duplicate", "drift",
-    "diverged", "out-of-memory", "error",
+    "diverged", "out-of-memory", "error", "store",
     "full", "mismatch",
 ]  # fmt: skip
 
@@ -29,6 +29,8 @@ DIVERGENCES_ALLOWED = 3
 FAILURES_ALLOWED = 3
 DEATHS_ALLOWED = 3
 FAILURES_IN_A_ROW = 20
+# One worker's network may be broken; where several cannot reach the store, nobody can.
+STORE_FAILURES_IN_A_ROW = 3
 RESTARTS_WITHOUT_COMMIT = 6
 POLL_SECONDS = 0.2
 # Of all waiting workers together: a thousand of them would keep the ledger busy with nothing.
@@ -82,7 +84,7 @@ class Progress:
     fatal: str | None
     """Why the fleet cannot go on."""
     fatal_kind: str | None
-    """error, full or mismatch."""
+    """error, store, full or mismatch."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -111,6 +113,7 @@ class _Worker:
 class _Lane:
     restarts_without_commit: int = 0
     seen: set[int] = field(default_factory=set)
+    draining: bool = False
 
 
 class Ledger:
@@ -176,6 +179,8 @@ class Ledger:
         me = self._workers.get(worker)
         if me is None or self._stopped or self._fatal or self.is_broken(me.lane):
             return None
+        if self._lanes[me.lane].draining:
+            return None
         me.last_beat = self._clock()
         self._expire()
         key = self._next(me.lane)
@@ -190,10 +195,13 @@ class Ledger:
         trial.attempts += 1
         return Lease(key=key, attempt=trial.attempts, seed_attempt=max(1, trial.divergences))
 
-    def beat(self, worker: str) -> None:
-        """The worker lives; without this its lease runs out."""
-        if worker in self._workers:
-            self._workers[worker].last_beat = self._clock()
+    def beat(self, worker: str) -> bool:
+        """The worker lives; without this its lease runs out. True if its node is about to go."""
+        me = self._workers.get(worker)
+        if me is None:
+            return False
+        me.last_beat = self._clock()
+        return self._lanes[me.lane].draining
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """A worker is through with a trial. After its lease ran out, only a commit counts."""
@@ -217,6 +225,11 @@ class Ledger:
     def release_lane(self, lane: str) -> None:
         """A lane is gone, with its node: its trials go back, and are not blamed."""
         self._remove(lane, None, blame=False)
+
+    def drain(self, lane: str) -> None:
+        """The lane's node is about to go: it gets no new trial, and saves what it is training."""
+        if lane in self._lanes:
+            self._lanes[lane].draining = True
 
     def stop(self) -> None:
         """Lease nothing more; what is being trained may finish."""
@@ -285,6 +298,8 @@ class Ledger:
         self._failures_in_a_row += 1
         if outcome == "error" and not self._done:
             self._fatal = ("error", message)
+        elif outcome == "store" and self._failures_in_a_row >= STORE_FAILURES_IN_A_ROW:
+            self._fatal = ("store", message)
         elif self._failures_in_a_row >= FAILURES_IN_A_ROW:
             what = f"{FAILURES_IN_A_ROW} trials in a row failed, the last because: {message}"
             self._fatal = ("error", what)
@@ -294,7 +309,7 @@ class Ledger:
             trial.failures += 1
         if trial.divergences >= DIVERGENCES_ALLOWED or trial.failures >= FAILURES_ALLOWED:
             self._given_up.add(key)
-            if outcome == "error":
+            if outcome in ("error", "store"):
                 self._lose(key, "error", message)
         else:
             self._pending.append(key)

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import platform
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import ResultMismatchError, StoreFullError, TrialError
-from raymem.examples import Examples
-from raymem.fleet.ledger import Lease, Outcome
+from raymem.errors import (
+    FleetError,
+    ResultMismatchError,
+    StoreError,
+    StoreFullError,
+    TrialError,
+)
+from raymem.examples import CachedExamples, Examples
+from raymem.fleet.checkpoints import StoreCheckpoints
+from raymem.fleet.ledger import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.store import Store, TrialKey, trial_table
 from raymem.store.weights import weights_digest
-from raymem.training import Images, Measured, Recipe, TrialResult, run_trial
+from raymem.training import ALONE, Images, Measured, Ranks, Recipe, TrialResult, run_trial
 from raymem.version import VERSION
+
+Arrays = tuple[
+    NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]
+]  # x_train, y_train, x_test, y_test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,8 @@ class Extras:
     """Only in trials below this number; None: in all."""
     keep_models: int = 0
     """Weights are kept of the trials below this number."""
+    checkpoint_seconds: float = 600.0
+    """A trial is saved so often while it trains, so that a lost node does not cost all of it."""
 
     def of(self, trial: int) -> dict[str, Any]:
         """Arguments for `run_trial`."""
@@ -44,6 +58,27 @@ class Extras:
             "curvature": self.curvature if measured else None,
             "keep_weights": trial < self.keep_models,
         }
+
+
+class Source(Protocol):
+    """Where a node has the set's arrays from: the object store, or a cache that it copies once."""
+
+    def arrays(self) -> Arrays:
+        """The arrays, mapped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InMemory:
+    """Arrays that travel with the job; on each node they are mapped from Ray's object store."""
+
+    x_train: NDArray[np.uint8]
+    y_train: NDArray[np.int64]
+    x_test: NDArray[np.uint8]
+    y_test: NDArray[np.int64]
+
+    def arrays(self) -> Arrays:
+        """As they are."""
+        return self.x_train, self.y_train, self.x_test, self.y_test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +93,7 @@ class Job:
     """CPU threads per trial."""
     extras: Extras
     """What trials do beside training and evaluation."""
-    x_train: NDArray[np.uint8]
-    y_train: NDArray[np.int64]
-    x_test: NDArray[np.uint8]
-    y_test: NDArray[np.int64]
+    source: Source
     n_classes: int
 
     @classmethod
@@ -82,18 +114,32 @@ class Job:
             recipe=recipe,
             threads=threads,
             extras=extras,
-            x_train=examples.x_train,
-            y_train=examples.y_train,
-            x_test=examples.x_test,
-            y_test=examples.y_test,
+            source=source_of(examples),
             n_classes=examples.n_classes,
         )
 
+    @property
+    def data_bytes(self) -> int:
+        """What travels to each node through Ray's object store."""
+        if not isinstance(self.source, InMemory):
+            return 0
+        return self.source.x_train.nbytes + self.source.x_test.nbytes
+
     def images(self, device: torch.device) -> Images:
-        """The set as tensors on `device`."""
-        return Images.from_arrays(
-            self.x_train, self.y_train, self.x_test, self.y_test, self.n_classes, device
-        )
+        """The set as tensors, for trials on `device`."""
+        return Images.from_arrays(*self.source.arrays(), self.n_classes, device)
+
+
+def source_of(examples: Examples) -> Source:
+    """The set's cache, if it has one, else its arrays."""
+    if isinstance(examples, CachedExamples):
+        return examples.cache
+    return InMemory(
+        x_train=examples.x_train,
+        y_train=examples.y_train,
+        x_test=examples.x_test,
+        y_test=examples.y_test,
+    )
 
 
 class LedgerClient(Protocol):
@@ -112,47 +158,116 @@ def work(
     device: torch.device,
     worker: str,
     *,
+    ranks: Ranks = ALONE,
+    hurry: threading.Event | None = None,
+    count_images: Callable[[int], None] = lambda images: None,
     after_trial: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train trials until the ledger has none left."""
+    """Train trials until the ledger has none left.
+
+    Of several `ranks` that train each trial together, rank 0 leases and commits. `hurry` is set
+    when the node is about to go. Raises FleetError if one of several failed: the others may be
+    waiting for it, and only starting all of them anew helps.
+    """
     images, store = job.images(device), Store(job.store_url)
-    while (lease := ledger.lease(worker)) is not None:
+    worker_of = Attempt(job, images, store, ranks, hurry or threading.Event(), count_images)
+    while (lease := ranks.share(ledger.lease(worker) if ranks.rank == 0 else None)) is not None:
         if lease.key is None:
             time.sleep(lease.wait)
             continue
-        outcome, message = attempt(job, images, store, lease)
-        ledger.finish(worker, lease.key, outcome, message)
+        outcome, message = worker_of(lease)
+        if not ranks.alone and outcome == "error":
+            # Most likely another of them died: that is for the ledger to find out.
+            raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
+        if ranks.rank == 0:
+            ledger.finish(worker, lease.key, outcome, message)
+        if not ranks.alone and outcome not in (*COMMITTED, "diverged"):
+            raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
         after_trial()
 
 
-def attempt(job: Job, images: Images, store: Store, lease: Lease) -> tuple[Outcome, str]:
-    """Train and commit one trial; what goes wrong becomes an outcome and a message."""
-    key = lease.key
-    assert key is not None
-    mask = job.plan.mask(key.trial)
-    seeds = job.plan.seeds(key.trial, key.epsilon, lease.seed_attempt)
-    try:
-        result = run_trial(
-            images, mask, job.recipe, seeds, threads=job.threads, **job.extras.of(key.trial)
+@dataclass(frozen=True)
+class Attempt:
+    """Trains and commits one trial after the other; what goes wrong becomes an outcome."""
+
+    job: Job
+    images: Images
+    store: Store
+    ranks: Ranks
+    hurry: threading.Event
+    count_images: Callable[[int], None]
+
+    def __call__(self, lease: Lease) -> tuple[Outcome, str]:
+        """What became of the trial, and why."""
+        key = lease.key
+        assert key is not None
+        try:
+            return self._train(key, lease), ""
+        except StoreFullError as error:
+            return "full", str(error)
+        except ResultMismatchError as error:
+            return "mismatch", str(error)
+        except TrialError as error:
+            cause: Any = error.cause
+            self.store.record_failure(key, lease.attempt, cause, str(error))
+            # It would lead there again.
+            self.store.delete_checkpoint(key)
+            return cause, str(error)
+        except StoreError as error:  # tried again for as long as that makes sense
+            return "store", str(error)
+        except Exception as error:  # the user's model can raise anything; the ledger decides
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{where.filename}:{where.lineno}"
+            return "error", f"{key} failed: {type(error).__name__}: {error} ({place})"
+
+    def _train(self, key: TrialKey, lease: Lease) -> Outcome:
+        job, mask = self.job, self.job.plan.mask(key.trial)
+        seeds = job.plan.seeds(key.trial, key.epsilon, lease.seed_attempt)
+        checkpoints = StoreCheckpoints(
+            self.store,
+            key,
+            {"study_hash": job.study_hash, "seeds": vars(seeds), "workers": self.ranks.world},
+            job.extras.checkpoint_seconds,
+            self.hurry,
         )
-        about = provenance(job, lease, seeds, result, images.device)
+        share = int(mask.sum()) // self.ranks.world
+        result = run_trial(
+            self.images,
+            mask,
+            job.recipe,
+            seeds,
+            threads=job.threads,
+            checkpoints=checkpoints,
+            ranks=self.ranks,
+            on_epoch=lambda epoch: self.count_images(share),
+            **job.extras.of(key.trial),
+        )
+        return self._commit(key, lease, seeds, mask, result, checkpoints)
+
+    def _commit(
+        self,
+        key: TrialKey,
+        lease: Lease,
+        seeds: Seeds,
+        mask: NDArray[np.bool_],
+        result: TrialResult,
+        checkpoints: StoreCheckpoints,
+    ) -> Outcome:
+        if self.ranks.rank > 0:
+            return "committed"
+        about = provenance(self.job, lease, seeds, result, self.images.device)
+        if checkpoints.resumed:
+            about["resumed"] = True
+            about["seconds"] = round(about["seconds"] + checkpoints.seconds_before, 3)
+        if not self.ranks.alone:
+            about["workers"] = self.ranks.world
         if result.weights is not None:
-            store.keep_weights(key, result.weights, about)
+            self.store.keep_weights(key, result.weights, about)
             about["weights"] = weights_digest(result.weights)
-        committed: Any = store.commit(key, trial_table(key, mask, result), about)
-    except StoreFullError as error:
-        return "full", str(error)
-    except ResultMismatchError as error:
-        return "mismatch", str(error)
-    except TrialError as error:
-        cause: Any = error.cause
-        store.record_failure(key, lease.attempt, cause, str(error))
-        return cause, str(error)
-    except Exception as error:  # the user's model can raise anything; the ledger decides what next
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{where.filename}:{where.lineno}"
-        return "error", f"{key} failed: {type(error).__name__}: {error} ({place})"
-    return committed, ""
+        committed = self.store.commit(key, trial_table(key, mask, result), about)
+        if checkpoints.written or checkpoints.resumed:
+            self.store.delete_checkpoint(key)
+        return cast(Outcome, committed)
 
 
 def provenance(

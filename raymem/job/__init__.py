@@ -1,15 +1,20 @@
 """Job files' command lines: a study's settings, or those of scoring shards, as options.
 
-run_job             a fleet: plan, train, score
+run_job             a fleet: ingest, plan, train, measure curvature, score
 run_curvature_job   curvature of shards under given models
 """
 
+from raymem.job.options import JobOptions, Machine
+from raymem.job.paths import absolute_store
 from raymem.job.shards import run_curvature_job
-from raymem.job.study import STAGES, JobOptions, absolute_store, run_job, score_and_print
+from raymem.job.smoke import Smoke
+from raymem.job.study import STAGES, run_job, score_and_print
 
 __all__ = [
     "STAGES",
     "JobOptions",
+    "Machine",
+    "Smoke",
     "absolute_store",
     "run_curvature_job",
     "run_job",

@@ -12,7 +12,7 @@ from raymem.cli import command_errors
 from raymem.curvature import CurvatureRule, PaperRule
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, duration
-from raymem.job.study import absolute_store
+from raymem.job.paths import absolute_store
 from raymem.shards import ScoringModel, StreamSummary, list_shards, stream_curvature
 from raymem.store import Store, TrialKey
 

@@ -37,6 +37,7 @@ from raymem.plan import Plan
 from raymem.scoring.groups import Copies, copies_in, group_columns
 from raymem.scoring.pairs import influence_pairs, pairs_table
 from raymem.scoring.spool import SpooledFolds
+from raymem.scoring.streamed import StreamedCurvature
 from raymem.scoring.sums import Outcomes, Sums, fold_sums, total
 from raymem.store import Store, TrialKey, columns
 
@@ -143,7 +144,8 @@ class _Scorer:
         outcomes = Outcomes(N, n_rows - N, copies.rows)
         rows: list[dict[str, Any]] = []
         sampled: list[Sums] = []
-        folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes)
+        streamed = StreamedCurvature(self.store, self.index)
+        folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
         sums = total(self._kept(epsilon, folds, sampled), n_rows)
         table = _example_table(self.index, epsilon, sums, N, copies, outcomes)
         tables["examples"].append(table)

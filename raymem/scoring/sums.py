@@ -18,6 +18,7 @@ from scipy.special import expit
 from raymem.errors import DamagedObjectError, StudyMismatchError
 from raymem.memorization import Bits
 from raymem.plan import Plan
+from raymem.scoring.streamed import StreamedCurvature
 from raymem.store import Store, TrialKey, columns
 from raymem.store.trials import metadata_of
 
@@ -66,8 +67,11 @@ def fold_sums(
     study_hash: str,
     rows: list[dict[str, Any]],
     outcomes: Outcomes,
+    streamed: StreamedCurvature,
 ) -> Iterator[Sums]:
     """Sums over the trials of each fold, in order; `rows` and `outcomes` gain each trial's.
+
+    Curvature is the trial's own, or else what is `streamed`.
 
     A fold is every F-th block: a block is never cut, so folds have the plan's balance.
     """
@@ -79,22 +83,30 @@ def fold_sums(
 
     sums = zeros(n_rows)
     before: int | None = None
-    for key, table in _read_ahead(store, sorted(keys, key=lambda k: (fold_of(k), k.trial))):
+    ordered = sorted(keys, key=lambda k: (fold_of(k), k.trial))
+    for key, (table, about) in _read_ahead(store, ordered, streamed):
         if before is not None and fold_of(key) != before:
             yield sums
             sums = zeros(n_rows)
         before = fold_of(key)
-        rows.append(_add(sums, key, table, study_hash, outcomes))
+        rows.append(_add(sums, key, table, about, study_hash, outcomes))
     if before is not None:
         yield sums
 
 
-def _read_ahead(store: Store, keys: Sequence[TrialKey]) -> Iterator[tuple[TrialKey, pa.Table]]:
-    """Trial tables in order, the next few being read while one is used."""
-    waiting: deque[tuple[TrialKey, Future[pa.Table]]] = deque()
+def _read_ahead(
+    store: Store, keys: Sequence[TrialKey], streamed: StreamedCurvature
+) -> Iterator[tuple[TrialKey, tuple[pa.Table, dict[str, Any]]]]:
+    """Tables and metadata of trials in order, the next few being read while one is used."""
+
+    def read(key: TrialKey) -> tuple[pa.Table, dict[str, Any]]:
+        table = store.trial(key, NEEDED)
+        return streamed.beside(key, table, metadata_of(table, key.object_key))
+
+    waiting: deque[tuple[TrialKey, Future[Any]]] = deque()
     with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="raymem-read") as pool:
         for key in keys:
-            waiting.append((key, pool.submit(store.trial, key, NEEDED)))
+            waiting.append((key, pool.submit(read, key)))
             if len(waiting) == READ_AHEAD:
                 first, future = waiting.popleft()
                 yield first, future.result()
@@ -121,10 +133,14 @@ def total(folds: Iterable[Sums], n_rows: int) -> Sums:
 
 
 def _add(
-    sums: Sums, key: TrialKey, table: pa.Table, study_hash: str, outcomes: Outcomes
+    sums: Sums,
+    key: TrialKey,
+    table: pa.Table,
+    about: dict[str, Any],
+    study_hash: str,
+    outcomes: Outcomes,
 ) -> dict[str, Any]:
     """Add one trial to the sums and outcomes; returns its row of scores/trials.parquet."""
-    about = metadata_of(table, key.object_key)
     if about["study_hash"] != study_hash:
         raise StudyMismatchError(
             f"{key.object_key} belongs to another study; run `raymem verify STORE --repair`"

@@ -13,7 +13,7 @@ import pyarrow as pa
 from raymem.errors import ExamplesError
 from raymem.fleet import duration
 from raymem.shards.models import ScoringModel
-from raymem.shards.readers import Shard
+from raymem.shards.records import Shard
 from raymem.shards.work import LAST, Batch, Task
 from raymem.store import Store, columns
 

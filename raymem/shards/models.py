@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from raymem.errors import RecipeError, StoreError, StudyMismatchError, first_lin
 from raymem.models import Normalize, build_model, identity
 from raymem.shards.transform import PAPER, Transform, of_timm
 from raymem.store import Store, TrialKey
+from raymem.store.patience import open_fs, open_patiently
 from raymem.store.weights import weights_digest
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
@@ -145,7 +145,8 @@ def read_weights(url: str) -> dict[str, Tensor]:
     Wrappers such as {"state_dict": ...} and the prefix "module." are taken off.
     """
     try:
-        with fsspec.open(url, "rb") as file:
+        fs, path = open_fs(url)
+        with open_patiently(fs, path) as file:
             data = file.read()
         if url.endswith(".safetensors"):
             found: Any = safetensors.torch.load(data)
@@ -153,6 +154,8 @@ def read_weights(url: str) -> dict[str, Tensor]:
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise RecipeError(f"there is no file {url}; check --weights") from error
+    except StoreError:  # the network, not the file
+        raise
     except Exception as error:  # unpicklers and file systems raise many kinds
         raise RecipeError(
             f"{url} cannot be read as weights ({first_line(error)}); save "

@@ -1,7 +1,7 @@
 """Shards of encoded images: what there is at a URL, and one shard record by record.
 
-A shard is a WebDataset tar, a Parquet file with encoded images as on Hugging Face, or a folder of
-images that are one class. Nothing is decoded here.
+A shard is a WebDataset tar, a Parquet file with encoded images as on Hugging Face, a folder of
+images that are one class or a part of it, or a piece of a cache. Nothing is decoded here.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raymem.errors import ExamplesError, first_line
+from raymem.errors import ExamplesError, StoreError, first_line
+from raymem.examples.cache import holds_cache
 from raymem.examples.checks import some
 from raymem.examples.pixels import IMAGE_SUFFIXES, example_id
+from raymem.shards.pieces import list_pieces, read_piece
+from raymem.shards.records import Kind, Record, Shard, parts
+from raymem.store.patience import ask, is_local, open_fs, open_patiently
 
-Kind = Literal["tar", "parquet", "folder"]
 SUFFIXES: dict[str, Kind] = {
     ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".parquet": "parquet",
 }  # fmt: skip
@@ -36,6 +39,8 @@ LABEL_COLUMNS = ("label", "fine_label", "labels", "cls", "target", "class")
 ID_COLUMNS = ("example_id", "id", "__key__", "key")
 LABEL_MEMBERS = ("cls", "label", "index")
 ROWS = 64
+# Files of a folder on an object store that are fetched side by side.
+FETCHED = 16
 BLOCK, CHUNK = 512, 1 << 20
 COMPRESSED: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open,
@@ -43,41 +48,20 @@ COMPRESSED: dict[bytes, Any] = {
 CORRUPT = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A part of a set that is read in one go, and gives one object of scores."""
-
-    url: str
-    """Of the file or folder."""
-    name: str
-    """Its path in the set without suffix: the name of its object."""
-    kind: Kind
-    label: int | None = None
-    """Folders: the class of all of its images."""
-    root: str = ""
-    """URL of the set: names of shards, and ids of images in folders, are relative to it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One encoded image, or what is known of one that cannot be read."""
-
-    example_id: str
-    label: int | None
-    data: bytes
-    error: str = ""
-
-
 def list_shards(
     data: str, classes: Sequence[str] | None = None, *, n_classes: int | None = None
 ) -> list[Shard]:
-    """The shards of a set: a tar or Parquet file, a pattern with *, a folder of such or of images.
+    """The shards of a set: a tar or Parquet file, a pattern with *, a folder of such or of images,
+    or a cache of `raymem ingest`.
 
     Folders of images are classes: numbered as in `classes`, which must have them all, or else in
-    the order of their names, of which there must be `n_classes`, if that is given. Hidden files and
-    folders are left out. Raises ExamplesError if there is nothing to read, or no one way to.
+    the order of their names, of which there must be `n_classes`, if that is given; large ones are
+    cut into parts. Hidden files and folders are left out. Raises ExamplesError if there is nothing
+    to read, or no one way to.
     """
-    fs, files, root = _files(data)
+    if holds_cache(data):
+        return list_pieces(data)
+    fs, files, root = list_files(data)
     hidden = re.compile(r"(^|/)\.")
     files = [file for file in files if not hidden.search(_below(file, root))]
     at = str(fs.unstrip_protocol(root))
@@ -112,28 +96,34 @@ def list_shards(
     return shards or folders
 
 
-def _files(data: str) -> tuple[Any, list[str], str]:
+def list_files(data: str) -> tuple[Any, list[str], str]:
     """The file system, the files at a URL in order, and the path they are relative to."""
     try:
-        fs, path = fsspec.core.url_to_fs(data)
-        path = str(path).rstrip("/")
-        if fs.isfile(path):
-            return fs, [path], posixpath.dirname(path)
-        if fs.isdir(path):
-            return fs, sorted(map(str, fs.find(path))), path
-        pattern = re.search(r"[*?\[]", path)
-        if pattern is None:
-            return fs, [], path
-        return fs, sorted(map(str, fs.glob(path))), posixpath.dirname(path[: pattern.start()])
-    except (ImportError, ValueError) as error:
-        raise ExamplesError(
-            f"no file system for {data} ({error}); s3:// needs pip install 'raymem[s3]', gs:// "
-            "needs 'raymem[gcs]'"
-        ) from error
+        fs, path = open_fs(data)
+        files, root = ask(fs, lambda: _listed(fs, path.rstrip("/")), data)
+    except StoreError as error:
+        raise ExamplesError(str(error)) from error
     except Exception as error:  # file systems raise many kinds
         raise ExamplesError(
-            f"{data} cannot be listed ({first_line(error)}); check the URL and the network"
+            f"{data} cannot be listed ({first_line(error)}); check the path"
         ) from error
+    return fs, files, root
+
+
+def _listed(fs: Any, path: str) -> tuple[list[str], str]:
+    try:
+        # fsspec's `isfile` takes all errors for a no.
+        kind = fs.info(path)["type"]
+    except (FileNotFoundError, NotADirectoryError):
+        kind = None
+    if kind == "file":
+        return [path], posixpath.dirname(path)
+    if kind == "directory":
+        return sorted(map(str, fs.find(path))), path
+    pattern = re.search(r"[*?\[]", path)
+    if pattern is None:
+        return [], path
+    return sorted(map(str, fs.glob(path))), posixpath.dirname(path[: pattern.start()])
 
 
 def _below(file: str, root: str) -> str:
@@ -144,7 +134,7 @@ def _suffix(file: str) -> str | None:
     return next((suffix for suffix in SUFFIXES if file.lower().endswith(suffix)), None)
 
 
-def _is_image(file: str) -> bool:
+def is_image(file: str) -> bool:
     return posixpath.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
@@ -155,7 +145,7 @@ def _folders(
     classes: Sequence[str] | None,
     n_classes: int | None,
 ) -> list[Shard]:
-    folders = sorted({posixpath.dirname(file) for file in files if _is_image(file)})
+    folders = sorted({posixpath.dirname(file) for file in files if is_image(file)})
     names = sorted({posixpath.basename(folder) for folder in folders if folder != root})
     known = list(classes or names)
     unknown = sorted(set(names) - set(known))
@@ -170,16 +160,25 @@ def _folders(
             f"has {n_classes} classes; which is which cannot be told: give a folder of all classes,"
             " or tars or Parquet with labels"
         )
+    images: dict[str, list[str]] = {folder: [] for folder in folders}
+    for file in files:
+        if is_image(file):
+            folder, _, name = file.rpartition("/")
+            images[folder].append(name)
     return [
-        Shard(
-            url=fs.unstrip_protocol(folder),
-            name=_below(folder, root) or posixpath.basename(folder),
-            kind="folder",
-            # Images in the set's own folder have no class.
-            label=None if folder == root else known.index(posixpath.basename(folder)),
-            root=str(fs.unstrip_protocol(root)),
-        )
+        part
         for folder in folders
+        for part in parts(
+            Shard(
+                url=fs.unstrip_protocol(folder),
+                name=_below(folder, root) or posixpath.basename(folder),
+                kind="folder",
+                # Images in the set's own folder have no class.
+                label=None if folder == root else known.index(posixpath.basename(folder)),
+                root=str(fs.unstrip_protocol(root)),
+            ),
+            images[folder],
+        )
     ]
 
 
@@ -188,7 +187,10 @@ def read_shard(shard: Shard) -> Iterator[Record]:
 
     Raises ExamplesError if a Parquet file has no column of encoded images.
     """
-    fs, path = fsspec.core.url_to_fs(shard.url)
+    if shard.kind == "cache":
+        yield from read_piece(shard)
+        return
+    fs, path = open_fs(shard.url)
     readers = {"tar": _tar, "parquet": _parquet, "folder": _folder}
     yield from readers[shard.kind](fs, path, shard)
 
@@ -220,8 +222,8 @@ class _Stream:
 
 
 def _tar(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
-    key, members = None, list[tuple[str, bytes]]()
-    with fs.open(path, "rb") as file:
+    key, members = None, list[tuple[str, bytes | None]]()
+    with open_patiently(fs, path) as file:
         try:
             stream = _Stream(file)
             with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
@@ -235,7 +237,7 @@ def _tar(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
                         yield from _of_members(key, members)
                         key, members = this, []
                     content = None if member.islnk() else tar.extractfile(member)
-                    members.append((extension.lower(), content.read() if content else b""))
+                    members.append((extension.lower(), content.read() if content else None))
             stream.drain()
         except CORRUPT as error:
             if isinstance(error, OSError) and error.errno is not None:
@@ -256,7 +258,7 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _of_members(key: str | None, members: Sequence[tuple[str, bytes]]) -> Iterator[Record]:
+def _of_members(key: str | None, members: Sequence[tuple[str, bytes | None]]) -> Iterator[Record]:
     """The record of the members that share a key; those without an image are none."""
     images = [(n, data) for n, data in members if f".{n.rpartition('.')[2]}" in IMAGE_SUFFIXES]
     # Beside key.jpg there may be key.seg.png and the like.
@@ -266,10 +268,10 @@ def _of_members(key: str | None, members: Sequence[tuple[str, bytes]]) -> Iterat
     label, error = None, ""
     if len(plain) > 1:
         error = f"{len(plain)} images have this key (keys end at the first dot of a name)"
-    elif not plain[0][1]:
-        error = "its image is empty, or a hard link to another member"
+    elif plain[0][1] is None:
+        error = "its image is a hard link to another member"
     try:
-        by_name = dict(members)
+        by_name = {name: data or b"" for name, data in members}
         for name in LABEL_MEMBERS:
             if name in by_name:
                 label = int(by_name[name])
@@ -278,13 +280,13 @@ def _of_members(key: str | None, members: Sequence[tuple[str, bytes]]) -> Iterat
             label = next((int(about[name]) for name in LABEL_COLUMNS if name in about), None)
     except (ValueError, TypeError) as wrong:
         error = error or f"its label is no number ({wrong})"
-    yield Record(example_id=example_id(key), label=label, data=plain[0][1], error=error)
+    yield Record(example_id=example_id(key), label=label, data=plain[0][1] or b"", error=error)
 
 
 def _parquet(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
     number = 0
     try:
-        with fs.open(path, "rb") as file:
+        with open_patiently(fs, path) as file:
             parquet = pq.ParquetFile(file)
             image, label, identity = _columns(parquet.schema_arrow, shard)
             wanted = [name for name in (image, label, identity) if name]
@@ -345,16 +347,35 @@ def _of_row(
         example_id=default if name is None else example_id(str(name)),
         label=value if isinstance(value, int) else None,
         data=data or b"",
-        error="" if data else "the row has no image",
+        error="the row has no image" if data is None else "",
     )
 
 
 def _folder(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
-    for file in sorted(map(str, fs.ls(path, detail=False))):
-        if _is_image(file) and not posixpath.basename(file).startswith("."):
-            relative = _below(str(fs.unstrip_protocol(file)), shard.root)
-            # A file that cannot be fetched is the network's or the disk's fault: no bad image.
-            yield Record(example_id=example_id(relative), label=shard.label, data=fs.cat_file(file))
+    files = [f"{path}/{name}" for name in shard.files] or [
+        file
+        for file in sorted(map(str, ask(fs, lambda: fs.ls(path, detail=False), shard.url)))
+        if is_image(file) and not posixpath.basename(file).startswith(".")
+    ]
+    labels = shard.labels or [shard.label] * len(files)
+    # A file that cannot be fetched is the network's or the disk's fault: no bad image.
+    for file, label, data in zip(files, labels, _contents(fs, files, shard.url), strict=True):
+        relative = _below(str(fs.unstrip_protocol(file)), shard.root)
+        yield Record(example_id=example_id(relative), label=label, data=data)
+
+
+def _contents(fs: Any, files: Sequence[str], url: str) -> Iterator[bytes]:
+    if is_local(fs):
+        yield from map(fs.cat_file, files)
+        return
+
+    def fetch(file: str) -> bytes:
+        data: bytes = ask(fs, partial(fs.cat_file, file), url)
+        return data
+
+    with ThreadPoolExecutor(FETCHED) as pool:
+        for start in range(0, len(files), 4 * FETCHED):
+            yield from pool.map(fetch, files[start : start + 4 * FETCHED])
 
 
 def _rest(shard: Shard, why: str) -> Record:

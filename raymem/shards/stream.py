@@ -9,36 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import logging
-import os
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from raymem.curvature import CHECKED, CurvatureRule, pick_mode
-from raymem.errors import (
-    ExamplesError,
-    FleetError,
-    RaymemError,
-    StudyMismatchError,
-    first_line,
-)
+from raymem.curvature import CurvatureRule
+from raymem.errors import StoreHeldError
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
 from raymem.shards.gather import Gathered, StreamSummary
+from raymem.shards.identity import identity_of
 from raymem.shards.models import ScoringModel
-from raymem.shards.readers import Shard, read_shard
-from raymem.shards.transform import Transform
-from raymem.shards.work import Batch, RayScorer, Scorer, Task, decode, read, read_on_ray
+from raymem.shards.on_ray import actors, batches_of, ray_data, with_readers
+from raymem.shards.records import Shard
+from raymem.shards.work import Batch, RayScorer, Scorer, Task, read, read_on_ray
 from raymem.store import DriverLock, Files, Store
-from raymem.training import as_input, batch_of
-from raymem.version import VERSION
-
-OBJECT_STORE_BYTES = 500_000_000
-READERS = 2
+from raymem.training import batch_of
 
 
 def stream_curvature(
@@ -72,7 +55,7 @@ def stream_curvature(
     summary = StreamSummary(
         model=model.name, shards=len(shards), done_before=len(shards) - len(missing)
     )
-    about = _identity(store, model, rule, seed, shards)
+    about = identity_of(store, model, rule, seed, shards)
     summary.mode = about["mode"]
     if not missing:
         return summary
@@ -82,7 +65,7 @@ def stream_curvature(
         n_classes=model.n_classes,
         rule=dataclasses.replace(rule, mode=about["mode"]),
         seed=seed,
-        batch_size=batch_size or batch_of(_values(model.transform)),
+        batch_size=batch_size or batch_of(model.transform.values),
         threads=threads,
         channels_last=model.channels_last,
     )
@@ -91,7 +74,7 @@ def stream_curvature(
     line = ProgressLine()
     folder = Files(f"{store.url}/curvature/{model.name}")
     with (
-        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}),
+        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}) as lock,
         stop_signals() as stops,
     ):
         try:
@@ -100,6 +83,11 @@ def stream_curvature(
                 for batch in batches:
                     gathered.add(batch)
                     line.show_text(gathered.progress(), last=gathered.left == 0)
+                    if lock.lost.is_set():
+                        raise StoreHeldError(
+                            f"another driver took {folder.url} over; its shards will be in the "
+                            "store: see `raymem status` of it"
+                        )
                     if stops.count and gathered.left:
                         raise Stopped(
                             f"stopped after {summary.shards - gathered.left:,} of "
@@ -108,59 +96,6 @@ def stream_curvature(
         finally:
             line.close()
     return summary
-
-
-def _values(transform: Transform) -> int:
-    return transform.size[0] * transform.size[1] * (1 if transform.grey else 3)
-
-
-def _identity(
-    store: Store, model: ScoringModel, rule: CurvatureRule, seed: int, shards: Sequence[Shard]
-) -> dict[str, Any]:
-    """curvature/MODEL/_about.json, made or checked: what makes its shards comparable."""
-    # With an underscore, so that Arrow and pandas read the folder as one table, this left out.
-    key = f"curvature/{model.name}/_about.json"
-    # Names of shards are relative to the set: another set's would be taken for done.
-    about = {"data": shards[0].root, **model.as_dict(), "rule": rule.as_dict(), "seed": seed}
-    here = json.loads(json.dumps(about))
-    if not store.files.exists(key):
-        mode = rule.mode if rule.mode != "auto" else _pick_mode(model, shards, seed)
-        text = json.dumps({**here, "mode": mode, "raymem": VERSION}, indent=1)
-        store.files.create(key, text.encode() + b"\n")
-    there: dict[str, Any] = json.loads(store.files.read(key))
-    differences = [
-        f"{name}: there {there.get(name)}, here {here[name]}"
-        for name in here
-        if there.get(name) != here[name]
-    ]
-    if differences:
-        raise StudyMismatchError(
-            f"curvature/{model.name} in {store.url} was made otherwise ({'; '.join(differences)}); "
-            "choose another --name or --store, or go back to those settings"
-        )
-    return there
-
-
-def _pick_mode(model: ScoringModel, shards: Sequence[Shard], seed: int) -> str:
-    """From the first few images that can be read."""
-    found: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    first = ""
-    for record in (record for shard in shards for record in read_shard(shard)):
-        pixels, error = decode(record, model.transform, model.n_classes)
-        first = first or (error and f"; the first, {record.example_id}: {error}")
-        if pixels is not None:
-            found.append(pixels)
-            labels.append(record.label or 0)
-        if len(found) == CHECKED:
-            break
-    if not found:
-        raise ExamplesError(
-            "no image of the set can be read and has a label of the model"
-            f"{first}; check --data and --model"
-        )
-    x = as_input(torch.from_numpy(np.stack(found)), torch.contiguous_format)
-    return pick_mode(model.net.cpu(), x, torch.tensor(labels), seed=seed)
 
 
 def _in_process(
@@ -175,25 +110,8 @@ def _in_process(
 def _on_ray(
     task: Task, model: ScoringModel, scorers: int | None, gpus: float | None, verbose: bool
 ) -> Generator[Batch]:
-    # Ray takes seconds to import, and nothing but this needs it.
-    from raymem.fleet.cluster import connected
-
-    if not verbose:
-        # Else each of Ray Data's actors starts with an error line about its arguments.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    cores = os.cpu_count() or 1
-    # A local Ray gets two slots for reading beside one for each core: an actor that had a core's
-    # slot for itself would leave none to read with on small machines, and nothing would move.
-    with connected(data_bytes=OBJECT_STORE_BYTES, num_cpus=cores + READERS, verbose=verbose):
-        import ray
-        import ray.data
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = verbose
-        if not verbose:
-            # Ray Data sets its own levels when it is imported.
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
-        n, held = _actors(ray.cluster_resources(), task.threads, scorers, gpus)
+    with ray_data(num_cpus=with_readers(), verbose=verbose) as ray:
+        n, held = actors(ray.cluster_resources(), task.threads, scorers, gpus)
         rows = ray.data.from_items(
             [{"number": number} for number in range(len(task.shards))],
             override_num_blocks=len(task.shards),
@@ -212,37 +130,4 @@ def _on_ray(
             fn_constructor_args=(shared, net),
             **held,
         )
-        try:
-            yield from scored.iter_batches(
-                batch_size=None, batch_format="numpy", prefetch_batches=0
-            )
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            if isinstance(cause, RaymemError):
-                raise cause from error
-            raise FleetError(
-                f"scoring failed ({first_line(cause)}); what is scored is kept: run the same "
-                "command again, with --verbose to see more"
-            ) from error
-
-
-def _actors(
-    resources: Mapping[str, float], threads: int, scorers: int | None, gpus: float | None
-) -> tuple[int, dict[str, float]]:
-    """How many scoring actors, and what each of them holds.
-
-    >>> _actors({"CPU": 8, "GPU": 2}, 1, None, None), _actors({"CPU": 4}, 1, None, None)
-    ((2, {'num_gpus': 1.0}), (2, {'num_cpus': 1.0}))
-    """
-    there = resources.get("GPU", 0.0)
-    each = gpus if gpus is not None else (1.0 if there else 0.0)
-    if each > 0:
-        return scorers or max(1, int(there / each)), {"num_gpus": each}
-    cpus = int(resources.get("CPU", 0))
-    n = scorers or max(1, (cpus - READERS) // threads)
-    if n * threads >= cpus:
-        raise FleetError(
-            f"{n} scorers of {threads} CPUs leave none of the cluster's {cpus} CPUs to read with; "
-            "take fewer --scorers or --threads, or a larger cluster"
-        )
-    return n, {"num_cpus": float(threads)}
+        yield from batches_of(ray, scored, "scoring")

@@ -39,6 +39,11 @@ class Transform:
     grey: bool = False
     """One channel instead of three."""
 
+    @property
+    def values(self) -> int:
+        """Numbers in one image."""
+        return self.size[0] * self.size[1] * (1 if self.grey else 3)
+
     def __call__(self, data: bytes) -> NDArray[np.uint8]:
         """Decode and transform. Raises whatever Pillow raises for images that cannot be read."""
         image = open_image(io.BytesIO(data), grey=self.grey)

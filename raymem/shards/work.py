@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import first_line
+from raymem.errors import ExamplesError, first_line
 from raymem.examples.pixels import content_hash
 from raymem.shards.models import ScoringModel
-from raymem.shards.readers import Record, Shard, read_shard
+from raymem.shards.readers import read_shard
+from raymem.shards.records import Record, Shard
 from raymem.shards.transform import Transform
 from raymem.store import columns
 from raymem.training import Meter, default_device
@@ -49,13 +50,38 @@ class Task:
 def decode(
     record: Record, transform: Transform, n_classes: int
 ) -> tuple[NDArray[np.uint8] | None, str]:
-    """Pixels, or why there are none: never a stand-in."""
+    """Pixels, or why there are none: never a stand-in. Raises ExamplesError; see `pixels_of`."""
     if record.error:
         return None, record.error
-    if record.label is None:
-        return None, "it has no label"
-    if not 0 <= record.label < n_classes:
-        return None, f"label {record.label} is none of the model's {n_classes} classes"
+    error = label_error(record.label, n_classes)
+    return (None, error) if error else pixels_of(record, transform)
+
+
+def label_error(label: int | None, n_classes: int) -> str:
+    """Why an example with this label is none of a set with so many classes; "" if it is."""
+    if label is None:
+        return "it has no label"
+    return "" if 0 <= label < n_classes else f"label {label} is none of the {n_classes} classes"
+
+
+def pixels_of(record: Record, transform: Transform) -> tuple[NDArray[np.uint8] | None, str]:
+    """A record's pixels, whatever its label, or why there are none.
+
+    Raises ExamplesError if the record is a cache's, of another size than the transform's.
+    """
+    if record.error:
+        return None, record.error
+    wanted = (*transform.size, 1 if transform.grey else 3)
+    if record.pixels is not None:
+        if record.pixels.shape != wanted:
+            there, here = ("x".join(map(str, s)) for s in (record.pixels.shape, wanted))
+            raise ExamplesError(
+                f"the cache's images are {there}, the model wants {here}; take a model of that "
+                "size, or ingest the set again with another --size"
+            )
+        return record.pixels, ""
+    if not record.data:
+        return None, "its image is empty"
     try:
         return transform(record.data), ""
     except UnidentifiedImageError:

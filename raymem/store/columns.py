@@ -221,6 +221,39 @@ STREAMED: Columns = {
     **STREAMED_VALUES,
 }
 
+_HASH = "128 bits of SHA-256 over the image's shape and pixels"
+_PIECE = Column(pa.string(), "key of the .npy file in the cache that has its pixels")
+_ROW = Column(pa.int64(), "its row in that file")
+
+# Of a cache made by `raymem ingest`.
+CACHE_INDEX: Columns = {
+    "split": _SPLIT,
+    "index": Column(pa.int64(), "position of the example in its split, which is sorted by id"),
+    "example_id": _ID,
+    "label": _LABEL,
+    "wnid": Column(pa.string(), "WordNet id of its class, where classes are named so; else null"),
+    "content_hash": Column(pa.string(), _HASH),
+    "piece": _PIECE,
+    "row": _ROW,
+}
+
+CACHE_SHARD: Columns = {
+    "example_id": Column(pa.string(), "the image's id"),
+    "label": Column(pa.int64(), "class number as the shard has it; null: none"),
+    "content_hash": Column(pa.string(), f"{_HASH}; null: not ok"),
+    "ok": Column(pa.bool_(), "was it decoded?"),
+    "error": Column(pa.string(), "why not; null: it was"),
+    "piece": Column(pa.string(), f"{_PIECE.meaning}; null: not ok"),
+    "row": Column(pa.int64(), f"{_ROW.meaning}; null: not ok"),
+}
+
+CACHE_REJECTS: Columns = {
+    "split": _SPLIT,
+    "example_id": Column(pa.string(), "the image's id"),
+    "label": Column(pa.int64(), "class number as the set has it; null: none"),
+    "error": Column(pa.string(), "why it is no example"),
+}
+
 SUMS: Columns = {
     "n_in": Column(pa.int32(), "in-trials"),
     "n_out": Column(pa.int32(), "out-trials; for test examples, all"),
@@ -330,6 +363,9 @@ TABLES: Mapping[str, Columns] = {
     "scores/trials.parquet": SCORES_TRIALS,
     "scores/folds.parquet": {**FOLDS, **SUMS_CURVATURE},
     "scores/influence.parquet": INFLUENCE,
+    "CACHE/index.parquet": CACHE_INDEX,
+    "CACHE/shards/SPLIT/SHARD.parquet": CACHE_SHARD,
+    "CACHE/rejects.parquet": CACHE_REJECTS,
 }
 
 

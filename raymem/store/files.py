@@ -1,8 +1,8 @@
 """Objects under one fsspec URL, with the two writes a store needs: create-if-absent and replace.
 
 Both are atomic: a reader sees a whole object or none. On object stores create-if-absent is a
-conditional put (fsspec's mode="create"); on local disks it is a synced temporary file and a hard
-link, because fsspec's own local create can tear and can race.
+conditional put (fsspec's mode="create"), and what fails for a while is tried again; on local disks
+it is a synced temporary file and a hard link, because fsspec's own local create can tear and race.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
-
-import fsspec
+from typing import IO, Any, TypeVar
 
 from raymem.errors import StoreError, StoreFullError
+from raymem.store.patience import ask, error_code, is_local, open_fs, patiently
 
+T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
+PROVEN: set[str] = set()
+"""URLs at which this process saw create-if-absent refuse a second create."""
 
 
 class Files:
@@ -33,15 +35,17 @@ class Files:
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        try:
-            self.fs, root = fsspec.core.url_to_fs(os.fspath(url))
-        except (ImportError, ValueError) as error:
-            raise StoreError(
-                f"no file system for {url} ({error}); s3:// needs pip install 'raymem[s3]', "
-                "gs:// needs 'raymem[gcs]'"
-            ) from error
-        self.local = "file" in _protocols(self.fs)
+        self._given, self._process = url, os.getpid()
+        self._fs, root = open_fs(url)
+        self.local = is_local(self._fs)
         self.root: str = str(Path(root).absolute()) if self.local else root.rstrip("/")
+
+    @property
+    def fs(self) -> Any:
+        """The fsspec file system."""
+        if self._process != os.getpid():  # connections do not survive a fork
+            self._process, (self._fs, _) = os.getpid(), open_fs(self._given)
+        return self._fs
 
     @property
     def url(self) -> str:
@@ -53,57 +57,66 @@ class Files:
         return f"{self.root}/{key}"
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write `key` whole unless it is there; False if it is. Raises StoreFullError."""
-        with _full_named(self.url):
-            if self.local:
+        """Write `key` whole unless it is there; False if it is. Raises StoreFullError.
+
+        On object stores True also if it is there with these very bytes: then it is ours, and the
+        answer that said so was lost.
+        """
+        if self.local:
+            with _disk_errors(self.url):
                 return _create_local(Path(self.path(key)), data)
-            try:
-                self.fs.pipe_file(self.path(key), data, mode="create")
-            except FileExistsError:
-                return False
-            return True
+        self._prove_create()
+        return self._create_object(key, data)
 
     def replace(self, key: str, data: bytes) -> None:
         """Write `key` whole, over what was there. Raises StoreFullError."""
-        with _full_named(self.url):
-            if not self.local:
-                self.fs.pipe_file(self.path(key), data)
-                return
-            target = Path(self.path(key))
+        if not self.local:
+            self._put(lambda: self.fs.pipe_file(self.path(key), data))
+            return
+        target = Path(self.path(key))
+        with _disk_errors(self.url):
             with _temporary(target, data) as temporary:
                 os.replace(temporary, target)
             _sync_folder(target.parent)
 
     def replace_with(self, key: str, write: Callable[[IO[bytes]], None]) -> None:
         """The same with what `write` writes to a local file: for objects too large for memory."""
+        if not self.local:
+            with tempfile.NamedTemporaryFile() as file:
+                write(file)
+                file.flush()
+                self._put(lambda: self.fs.put_file(file.name, self.path(key)))
+            return
         target = Path(self.path(key))
-        with _full_named(self.url):
-            if not self.local:
-                with tempfile.NamedTemporaryFile() as file:
-                    write(file)
-                    file.flush()
-                    self.fs.put_file(file.name, self.path(key))
-                return
+        with _disk_errors(self.url):
             with _temporary(target, write) as temporary:
                 os.replace(temporary, target)
             _sync_folder(target.parent)
 
     def read(self, key: str) -> bytes:
         """The bytes of `key`. Raises FileNotFoundError."""
-        data: bytes = self.fs.cat_file(self.path(key))
+        data: bytes = self._ask(lambda: self.fs.cat_file(self.path(key)))
+        return data
+
+    def read_end(self, key: str, size: int) -> bytes:
+        """The last `size` bytes of `key`, or all if it has fewer. Raises FileNotFoundError."""
+        data: bytes = self._ask(lambda: self.fs.cat_file(self.path(key), start=-size))
         return data
 
     def exists(self, key: str) -> bool:
         """Is there an object `key`, as of now?"""
-        self.fs.invalidate_cache(self.path(key))
-        return bool(self.fs.exists(self.path(key)))
+        try:
+            # fsspec's `exists` takes all errors for a no, on some file systems.
+            self._ask(lambda: self.fs.info(self.path(key)))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
     def list(self, prefix: str = "") -> list[str]:
         """All keys below the folder `prefix`, sorted; temporary files left out."""
         folder = f"{self.root}/{prefix}".rstrip("/")
-        self.fs.invalidate_cache()
         try:
-            found = self.fs.find(folder)
+            found = self._ask(lambda: self.fs.find(folder))
         except FileNotFoundError:
             return []
         skip = len(self.root) + 1
@@ -113,7 +126,7 @@ class Files:
     def delete(self, key: str) -> None:
         """Remove `key`, if it is there."""
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(key))
+            self._ask(lambda: self.fs.rm_file(self.path(key)))
 
     def move(self, key: str, to: str) -> None:
         """Put `key` where `to` says."""
@@ -124,6 +137,53 @@ class Files:
         """What killed writers left behind on a local disk."""
         if self.local and Path(self.root).is_dir():
             yield from Path(self.root).rglob(".*.tmp")
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        return ask(self.fs, call, self.url)
+
+    def _put(self, call: Callable[[], T]) -> T:
+        try:
+            return patiently(call, self.url)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"there is no bucket for {self.url}; make it, or choose another --store"
+            ) from error
+
+    def _create_object(self, key: str, data: bytes) -> bool:
+        def put() -> bool:
+            try:
+                self.fs.pipe_file(self.path(key), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # Servers other than Amazon's do not say which condition failed.
+                if error_code(error) not in ("PreconditionFailed", "412"):
+                    raise
+                return False
+            return True
+
+        if self._put(put):
+            return True
+        try:
+            return self.read(key) == data
+        except FileNotFoundError:
+            return False
+
+    def _prove_create(self) -> None:
+        """Once per process: some servers, and old file systems, overwrite what they should not."""
+        if self.url in PROVEN:
+            return
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            if not self._create_object(probe, b"first") or self._create_object(probe, b"second"):
+                raise StoreError(
+                    f"{self.url} overwrites objects that are to be created only if they are absent,"
+                    " so that trials could be lost; choose a --store whose server honours "
+                    "If-None-Match on PUT (and s3fs, gcsfs or adlfs of 2025 or later)"
+                )
+        finally:
+            self.delete(probe)
+        PROVEN.add(self.url)
 
 
 def _create_local(target: Path, data: bytes) -> bool:
@@ -171,7 +231,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _full_named(url: str) -> Iterator[None]:
+def _disk_errors(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -183,7 +243,3 @@ def _full_named(url: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StoreError(f"cannot write to {url} ({error}); choose another --store") from error
         raise
-
-
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)

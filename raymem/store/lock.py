@@ -7,6 +7,7 @@ still for two intervals. Whatever happens to the lock, commits stay safe by them
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from raymem.errors import StoreHeldError
+from raymem.errors import StoreError, StoreHeldError
 from raymem.store.files import Files
 
 KEY = "driver.json"
@@ -74,9 +75,11 @@ class DriverLock:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        holder = read_driver(self.files)
-        if holder is not None and holder["token"] == self._token:
-            self.files.delete(KEY)
+        # A lock that cannot be removed is a dead driver's as soon as this one ends.
+        with contextlib.suppress(StoreError):
+            holder = read_driver(self.files)
+            if holder is not None and holder["token"] == self._token:
+                self.files.delete(KEY)
 
     def _beat(self) -> None:
         while not self._stop.wait(self.interval):

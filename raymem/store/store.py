@@ -31,6 +31,8 @@ from raymem.version import VERSION
 
 FORMAT = 1
 SHOWN = 5
+# A trial's Parquet footer is a few thousand bytes.
+FOOTER = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,12 +267,35 @@ class Store:
         weights, about = decode_weights(data, key.weights_key)
         if about["study_hash"] != self.study()["hash"]:
             raise StudyMismatchError(f"{key.weights_key} belongs to another study; remove it")
-        if key in self.done() and self.provenance(key).get("weights") != about["digest"]:
+        if (
+            self.files.exists(key.object_key)
+            and self.provenance(key).get("weights") != about["digest"]
+        ):
             raise DamagedObjectError(
                 f"{key.weights_key} is not the model of {key}, but of another run of it; run "
                 "`raymem verify STORE --repair`, and take another trial"
             )
         return weights
+
+    def write_checkpoint(self, key: TrialKey, data: bytes) -> None:
+        """Save a trial that is being trained, in place of what was saved before."""
+        self.files.replace(key.checkpoint_key, data)
+
+    def read_checkpoint(self, key: TrialKey) -> bytes | None:
+        """What was saved of a trial that is not done, or None."""
+        try:
+            return self.files.read(key.checkpoint_key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def delete_checkpoint(self, key: TrialKey) -> None:
+        """What was saved of a trial is needed no more."""
+        self.files.delete(key.checkpoint_key)
+
+    def checkpointed(self) -> set[TrialKey]:
+        """The trials that were saved while they trained: a listing, nothing is read."""
+        found = (TrialKey.parse(key) for key in self.files.list("checkpoints"))
+        return {key for key in found if key is not None}
 
     def record_failure(self, key: TrialKey, attempt: int, cause: str, message: str) -> None:
         """Record that an attempt at a trial failed; it is never counted as a trial."""
@@ -284,15 +309,21 @@ class Store:
 
     def provenance(self, key: TrialKey) -> dict[str, Any]:
         """What is recorded of how one trial came about; reads the object's footer only."""
-        path = self.files.path(key.object_key)
+        end = self._end_of(key, FOOTER)
+        length = int.from_bytes(end[-8:-4], "little") + 8
+        if len(end) == FOOTER < length:
+            end = self._end_of(key, length)
         try:
-            with self.files.fs.open(path) as file:
-                schema = pq.read_schema(file)
+            schema = pq.read_schema(pa.BufferReader(end))
         except (pa.ArrowException, OSError) as error:
-            raise DamagedObjectError(
-                f"{key.object_key} does not read back ({error}); run `raymem verify STORE --repair`"
-            ) from error
+            raise _unreadable(key, error) from error
         return trials.metadata_of(schema, key.object_key)
+
+    def _end_of(self, key: TrialKey, size: int) -> bytes:
+        try:
+            return self.files.read_end(key.object_key, size)
+        except OSError as error:
+            raise _unreadable(key, error) from error
 
     # What is derived
 
@@ -317,9 +348,19 @@ class Store:
 
     # What is streamed
 
+    def streamed(self) -> dict[str, set[str]]:
+        """The shards that were scored, by model: a listing, nothing is read."""
+        found: dict[str, set[str]] = {}
+        for key in self.files.list("curvature"):
+            model, _, shard = key.removeprefix("curvature/").partition("/")
+            shards = found.setdefault(model, set())
+            if shard.endswith(".parquet"):
+                shards.add(shard.removesuffix(".parquet"))
+        return found
+
     def streamed_models(self) -> list[str]:
         """The models in curvature/."""
-        return sorted({key.split("/")[1] for key in self.files.list("curvature")})
+        return sorted(self.streamed())
 
     def streamed_shards(self, model: str) -> set[str]:
         """The shards that were scored with a model: a listing, nothing is read."""
@@ -356,6 +397,12 @@ class Store:
         except (FileNotFoundError, NotADirectoryError) as error:
             self.study()  # says so if there is no store at all
             raise StoreError(f"{self.url} has no {key} yet; {advice}") from error
+
+
+def _unreadable(key: TrialKey, error: Exception) -> DamagedObjectError:
+    return DamagedObjectError(
+        f"{key.object_key} does not read back ({error}); run `raymem verify STORE --repair`"
+    )
 
 
 def study_hash(study: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from raymem.training import TrialResult
 
 KEY = re.compile(
     r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
-    r"|models/eps-[^/]+/\d+\.safetensors)"
+    r"|models/eps-[^/]+/\d+\.safetensors|checkpoints/eps-[^/]+/\d+/state)"
 )
 # As many as pyarrow puts into one by itself.
 ROWS_PER_GROUP = 1024 * 1024
@@ -57,16 +57,21 @@ class TrialKey(NamedTuple):
         """Where its model's weights are, if the study keeps them."""
         return f"models/{self.folder}/{self.trial:06d}.safetensors"
 
+    @property
+    def checkpoint_key(self) -> str:
+        """Where it is saved while it trains; gone when it is done."""
+        return f"checkpoints/{self.folder}/{self.trial:06d}/state"
+
     def failed_key(self, attempt: int) -> str:
         """Where a failed attempt is recorded."""
         return f"failed/{self.folder}/{self.trial:06d}.{attempt}.json"
 
     @classmethod
     def parse(cls, key: str) -> TrialKey | None:
-        """The trial whose result, failure or weights are at `key`; None if that is no such key."""
+        """The trial whose result, failure, weights or checkpoint are at `key`; None if no such."""
         if not KEY.fullmatch(key):
             return None
-        _, epsilon, name = key.split("/")
+        _, epsilon, name = key.split("/")[:3]
         try:
             return cls(float(epsilon.removeprefix("eps-")), int(name.split(".")[0]))
         except ValueError:

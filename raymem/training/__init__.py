@@ -9,25 +9,23 @@ scaled as one tensor on the device; there is no data loader and no Python per im
 """
 
 from raymem.models import margins
+from raymem.training.checkpoint import Checkpoints
 from raymem.training.images import Images, as_input, augment, default_device
+from raymem.training.loop import OnEpoch, SubsetHistory, train
 from raymem.training.measure import Measured, Meter, batch_of, measure
+from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, learning_rate_factor
-from raymem.training.trial import (
-    Evaluation,
-    OnEpoch,
-    SubsetHistory,
-    TrialResult,
-    evaluate,
-    run_trial,
-    train,
-)
+from raymem.training.trial import Evaluation, TrialResult, evaluate, run_trial
 
 __all__ = [
+    "ALONE",
+    "Checkpoints",
     "Evaluation",
     "Images",
     "Measured",
     "Meter",
     "OnEpoch",
+    "Ranks",
     "Recipe",
     "SubsetHistory",
     "TrialResult",

@@ -1,11 +1,17 @@
 """The whole set as tensors, and batches of it: gathered, augmented and scaled on the device.
 
+Pixels are on the device where they fit, else in the machine's memory or mapped from its disk; then
+batches are gathered there and sent, the next one while the device works on one.
+
 Shapes: N training and M test examples, B batch, H x W pixels, C channels, K classes.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +20,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raymem.training.crops import random_boxes, resized_crops
 from raymem.training.recipe import Recipe
+
+# Of a device's free memory, what pixels may take; models and their batches need the rest.
+SHARE_FOR_PIXELS = 0.4
+AHEAD = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """The whole set as tensors on one device, shared by all trials of the process."""
+    """The whole set as tensors, shared by all trials of the process."""
 
     x_train: Tensor
-    """uint8 [N, H, W, C]."""
+    """uint8 [N, H, W, C], on the device or on the CPU."""
     y_train: Tensor
     """int64 [N]."""
     x_test: Tensor
@@ -41,26 +52,53 @@ class Images:
         y_test: NDArray[np.int64],
         n_classes: int,
         device: torch.device | str = "cpu",
+        *,
+        resident: bool | None = None,
     ) -> Images:
-        """On the CPU the arrays are mapped, not copied, also when they are read-only."""
+        """On the CPU the arrays are mapped, not copied, also when they are read-only.
 
-        def tensor(array: NDArray[Any]) -> Tensor:
+        `resident` puts pixels on the device; by default if they take less than 40% of what is free
+        there.
+        """
+        device = torch.device(device)
+        if resident is None:
+            resident = x_train.nbytes + x_test.nbytes <= _room_on(device)
+        pixels_on = device if resident else torch.device("cpu")
+
+        def tensor(array: NDArray[Any], on: torch.device) -> Tensor:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                return torch.from_numpy(array).to(device)
+                return torch.from_numpy(array).to(on)
 
         return cls(
-            x_train=tensor(x_train),
-            y_train=tensor(y_train),
-            x_test=tensor(x_test),
-            y_test=tensor(y_test),
+            x_train=tensor(x_train, pixels_on),
+            y_train=tensor(y_train, device),
+            x_test=tensor(x_test, pixels_on),
+            y_test=tensor(y_test, device),
             n_classes=n_classes,
         )
 
+    def training_batches(self, rows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The pixels of training examples, uint8 [B, H, W, C] on the device, for each `rows` [B].
+
+        Where they have to be sent, a thread gathers the next few while one is used.
+        """
+        if self.x_train.device == self.device:
+            for batch in rows:
+                yield self.x_train[batch.to(self.device)]
+            return
+        yield from _ahead(self._sent(batch) for batch in rows)
+
+    def _sent(self, rows: Tensor) -> Tensor:
+        x = self.x_train[rows]
+        if self.device.type != "cuda":
+            return x.to(self.device)
+        return x.pin_memory().to(self.device, non_blocking=True)
+
     @property
     def device(self) -> torch.device:
-        """Where the tensors, and the trials, are."""
-        return self.x_train.device
+        """Where trials are; labels are there too."""
+        return self.y_train.device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -70,17 +108,31 @@ class Images:
 
 
 def as_input(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """uint8 [B, H, W, C] -> float32 [B, C, H, W] in [0, 1]."""
+    """uint8 or float32 [B, H, W, C], 0 to 255 -> float32 [B, C, H, W] in [0, 1]."""
     images = x.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=memory_format)
-    return images.div_(255)
+    return images.div_(255) if x.dtype == torch.uint8 else images / 255
 
 
-def augment(x: Tensor, recipe: Recipe, draws: torch.Generator) -> Tensor:
+def augment(
+    x: Tensor,
+    recipe: Recipe,
+    draws: torch.Generator,
+    *,
+    part: slice = slice(None),
+    of: int | None = None,
+) -> Tensor:
     """Random crops and flips of a batch x (uint8 [B, H, W, C]), each image with its own draw.
 
-    Draws come from a CPU generator, so they do not depend on the device.
+    Draws come from a CPU generator, so they do not depend on the device. Where x is only a `part`
+    of a batch of `of` images, they are drawn for the whole batch: an image's draw does not depend
+    on how many workers share it. Resized crops are float32, 0 to 255.
     """
-    B, H, W, _ = x.shape
+    B, (_, H, W, _) = len(x) if of is None else of, x.shape
+    if recipe.crop_scale is not None:
+        boxes = random_boxes(B, (H, W), recipe.crop_scale, recipe.crop_ratio, draws)
+        mirrored = torch.rand(B, generator=draws) < 0.5 if recipe.flip else None
+        mirrored = None if mirrored is None else mirrored[part]
+        return resized_crops(x, boxes[part], recipe.crop_size or H, mirrored)
     if recipe.crop_padding == 0 and not recipe.flip:
         return x
     row_at = torch.arange(H).expand(B, H)
@@ -94,7 +146,8 @@ def augment(x: Tensor, recipe: Recipe, draws: torch.Generator) -> Tensor:
         flipped = torch.rand(B, 1, generator=draws) < 0.5
         column_at = torch.where(flipped, column_at.flip(1), column_at)
     # One gather instead of padding, cropping and flipping in turn.
-    image = torch.arange(B, device=x.device)[:, None, None]
+    row_at, column_at = row_at[part], column_at[part]
+    image = torch.arange(len(x), device=x.device)[:, None, None]
     return x[image, row_at[:, :, None].to(x.device), column_at[:, None, :].to(x.device)]
 
 
@@ -102,6 +155,48 @@ def _reflect(at: Tensor, size: int) -> Tensor:
     """Positions outside 0..size-1 come back mirrored at the edge pixel."""
     at = at.abs()
     return torch.where(at >= size, 2 * (size - 1) - at, at).clamp(0, size - 1)
+
+
+def _room_on(device: torch.device) -> float:
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    return SHARE_FOR_PIXELS * float(free)
+
+
+def _ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """`items`, made by a thread a few ahead. Ends the thread when it is closed."""
+    made: queue.Queue[Tensor | BaseException | None] = queue.Queue(AHEAD)
+    stop = threading.Event()
+
+    def put(item: Tensor | BaseException | None) -> bool:
+        while not stop.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(None)
+        except BaseException as error:  # raised where the batch is asked for
+            put(error)
+
+    thread = threading.Thread(target=make, name="raymem-batches", daemon=True)
+    thread.start()
+    try:
+        while (item := made.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
 
 
 def default_device() -> torch.device:

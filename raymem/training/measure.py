@@ -52,10 +52,13 @@ class Meter:
         seed: int = 0,
         channels_last: bool = False,
     ) -> None:
-        """x (uint8 [N, H, W, C]) and y (int64 [N]): some examples, to choose the mode with."""
+        """x (uint8 [N, H, W, C]) and y (int64 [N]): some examples, to choose the mode with.
+
+        Labels are where the model is; pixels may be elsewhere.
+        """
         self.rule, self.seed = rule, seed
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        few = as_input(x[:CHECKED], self.memory_format)
+        few = as_input(x[:CHECKED].to(y.device), self.memory_format)
         # What the model is, is asked of the model itself; folding adds rounding.
         self.mode: Mode = (
             pick_mode(model, few, y[:CHECKED], seed=seed) if rule.mode == "auto" else rule.mode
@@ -76,7 +79,9 @@ class Meter:
     def all(self, x: Tensor, y: Tensor, batch_size: int) -> dict[str, NDArray[np.float32]]:
         """Any number of images, x uint8 [N, H, W, C] and y int64 [N], in batches; [N] each."""
         starts = range(0, len(x), batch_size)
-        parts = [self(x[at : at + batch_size], y[at : at + batch_size]) for at in starts]
+        parts = [
+            self(x[at : at + batch_size].to(y.device), y[at : at + batch_size]) for at in starts
+        ]
         return {
             name: torch.cat([part[name] for part in parts]).to(torch.float32).cpu().numpy()
             for name in parts[0]
@@ -117,10 +122,12 @@ def measure(
     seed: int = 0,
     batch_size: int | None = None,
     channels_last: bool = False,
+    part: slice = slice(None),
 ) -> Measured:
     """Curvature of images x (uint8 [N, H, W, C]) with labels y (int64 [N]) under `model`.
 
-    The model is put into eval mode. Raises CurvatureError as `curvature` does, also without images.
+    The model is put into eval mode. Of a `part` of the images only; how the trace is computed is
+    chosen by the first of them all. Raises CurvatureError as `curvature` does, also without images.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> found = measure(net, torch.zeros(5, 2, 2, 1, dtype=torch.uint8), torch.arange(5) % 3)
@@ -134,5 +141,5 @@ def measure(
     meter = Meter(
         model.eval(), x, y, rule or CurvatureRule(), seed=seed, channels_last=channels_last
     )
-    values = meter.all(x, y, size)
+    values = meter.all(x[part], y[part], size)
     return Measured(values=values, mode=meter.mode, seconds=time.perf_counter() - start)

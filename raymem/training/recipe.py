@@ -10,6 +10,9 @@ from typing import Any, Literal
 from raymem import models
 from raymem.errors import RecipeError
 
+# Settings that came after the first studies: those keep the hash they have.
+LATER = ("crop_scale", "crop_ratio", "crop_size", "compile")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -49,6 +52,15 @@ class Recipe:
     """Random crops after reflecting this many pixels at each edge; 0 is none."""
     flip: bool = False
     """Random horizontal flips."""
+    crop_scale: tuple[float, float] | None = None
+    """Random resized crops: least and most of an image's area; None: none. Evaluation is always of
+    whole images."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Their least and most width over height."""
+    crop_size: int | None = None
+    """The side they are resized to; None: the height of the images."""
+    compile: bool = False
+    """torch.compile the model for training."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Training's; evaluation is always float32."""
     channels_last: bool = False
@@ -83,6 +95,22 @@ class Recipe:
                 (not 0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}"),
                 (self.crop_padding < 0, f"crop_padding must be 0 or more, got {self.crop_padding}"),
                 (
+                    self.crop_scale is not None and not _rises(self.crop_scale, most=1),
+                    f"crop_scale must be two rising shares in (0, 1], got {self.crop_scale}",
+                ),
+                (
+                    not _rises(self.crop_ratio),
+                    f"crop_ratio must be two rising positive numbers, got {self.crop_ratio}",
+                ),
+                (
+                    self.crop_size is not None and (self.crop_scale is None or self.crop_size < 1),
+                    f"crop_size ({self.crop_size}) is 1 or more, and goes with crop_scale",
+                ),
+                (
+                    self.crop_scale is not None and self.crop_padding > 0,
+                    "crop_scale and crop_padding are two ways to crop; take one",
+                ),
+                (
                     not 0 <= self.label_smoothing < 1,
                     f"label_smoothing must be in [0, 1), got {self.label_smoothing}",
                 ),
@@ -95,10 +123,21 @@ class Recipe:
             raise RecipeError("; ".join(wrong))
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-ready data, the model by its identity: what a study's hash covers."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """The recipe as JSON-ready data, the model by its identity: what a study's hash covers.
+
+        Settings of `LATER` are left out where they are the default.
+        """
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in LATER or getattr(self, f.name) != f.default
+        }
         data = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
         return {**data, "model": models.identity(self.model)}
+
+
+def _rises(pair: tuple[float, float], most: float = math.inf) -> bool:
+    return len(pair) == 2 and 0 < pair[0] <= pair[1] <= most
 
 
 def learning_rate_factor(recipe: Recipe, done: float) -> float:

@@ -1,0 +1,1 @@
+"""Files for clusters, and their checks; docs/cluster.md says how they are used."""
