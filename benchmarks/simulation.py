@@ -34,7 +34,7 @@ from raymem.store import Failure, TrialKey
 
 # As the fleet has them: a beat, a poll of the driver, a lane's start and restart.
 BEAT_SECONDS, POLL_SECONDS, START_SECONDS, RESTART_SECONDS = 10.0, 0.5, 20.0, 15.0
-DETECT_SECONDS = 20.0
+DETECT_SECONDS, NOTICE_SECONDS = 20.0, 120.0
 RUNNER_DEATHS_ALLOWED = 3
 HOUR = 3600.0
 
@@ -63,7 +63,7 @@ class Scenario:
     checkpoint_minutes: float = math.inf
     """How often a trial saves its state."""
     notice: bool = False
-    """Nodes say before they go: trials save their state then, if they do at all."""
+    """Nodes say two minutes before that they go: their lane drains, its trials save their state."""
     crash_hours: float = math.inf
     """Mean time between crashes of one worker, each of which restarts its lane."""
     diverging: float = 0.0
@@ -103,6 +103,7 @@ class _Lane:
     size: int
     generation: int = 0
     lost_at: float | None = None
+    drained: bool = False
     workers: list[_Worker] = field(default_factory=list)
     at_home: int = 0
 
@@ -112,6 +113,7 @@ class _Node:
     bad: bool
     lane: _Lane | None = None
     alive: bool = True
+    going: bool = False
     deaths: int = 0
 
 
@@ -239,7 +241,8 @@ class Simulation:
             size = min(self.scenario.lane, left - running, self.scenario.workers - running)
             if size <= 0:
                 break
-            if node.alive and node.lane is None and node.deaths < RUNNER_DEATHS_ALLOWED:
+            can = node.alive and not node.going and node.deaths < RUNNER_DEATHS_ALLOWED
+            if can and node.lane is None:
                 lane = _Lane(f"lane-{next(self._number)}", node, size)
                 node.lane = lane
                 self.lanes.append(lane)
@@ -256,6 +259,15 @@ class Simulation:
         if math.isfinite(self.scenario.node_hours):
             life = self.draw.expovariate(1 / (self.scenario.node_hours * HOUR))
             self.at(self.now + life, self._node_is_lost, node)
+            if self.scenario.notice:
+                self.at(self.now + max(0.0, life - NOTICE_SECONDS), self._node_will_go, node)
+
+    def _node_will_go(self, node: _Node) -> None:
+        node.going = True
+        # Only a lane that has registered is known, as in the fleet; the driver tells it again.
+        if node.lane is not None and node.lane.workers:
+            self.call("drain", node.lane.name)
+            node.lane.drained = True
 
     def _node_is_lost(self, node: _Node) -> None:
         node.alive = False
@@ -421,6 +433,7 @@ class Simulation:
 
     def _check_lease(self, worker: _Worker, key: TrialKey) -> None:
         self.demand(worker.name in self.workers, f"{key} is leased to nobody's worker")
+        self.demand(not worker.lane.drained, f"{key} is leased to a lane that drains")
         self.demand(key in self.length, f"{key} is not wanted")
         self.demand(key not in self.told, f"{key} is leased though it is done")
         self.demand(self.deaths[key] < DEATHS_ALLOWED, f"{key} is leased though given up")
@@ -433,6 +446,8 @@ class Simulation:
         self.demand(progress.total == len(self.wanted), "trials appeared or were lost")
         self.demand(progress.committed == len(self.told), "a commit is not counted once")
         self.demand(progress.done == self.done_before + len(self.told), "done is miscounted")
+        blamed = sum(self.deaths.values())
+        self.demand(progress.deaths == blamed, f"{progress.deaths} deaths, {blamed} were real")
         holders = [w.key for w in self.workers.values() if w.key is not None]
         self.demand(len(set(holders)) == len(holders), "a trial has two live leases")
         self.demand(progress.running == len(holders), "running is not the number of live leases")

@@ -29,6 +29,7 @@ EVERYTHING = {
     "silent": 0.2,
     "orphans": 0.3,
     "checkpoint_minutes": 10,
+    "notice": True,
     "driver_kills": (0.7, 1.5),
 }
 
@@ -96,16 +97,21 @@ class Forgets(Ledger):
                 del self._workers[name]
 
 
+class DoesNotDrain(Ledger):
+    def drain(self, lane):
+        """As if nothing had been said."""
+
+
 class CountsTwice(Ledger):
     def _commit(self, key, outcome, worker):
         super()._commit(key, outcome, worker)
         self._done_before += 1
 
 
-@pytest.mark.parametrize("wrong", [LeasesTwice, BlamesNodes, Forgets, CountsTwice])
+@pytest.mark.parametrize("wrong", [LeasesTwice, BlamesNodes, Forgets, DoesNotDrain, CountsTwice])
 def test_a_wrong_ledger_is_seen(wrong):
     with pytest.raises(Violation):
-        simulate(wrong, workers=8, lane=2, trials=40, node_hours=0.5)
+        simulate(wrong, workers=8, lane=2, trials=40, node_hours=0.5, hours=0.1, notice=True)
 
 
 def test_a_ledger_that_never_ends_is_seen():
