@@ -16,6 +16,7 @@ from benchmarks import (
     estimators,
     fleets,
     scoring_at_scale,
+    simulation,
     streaming,
     ten_thousand,
     trial,
@@ -40,6 +41,7 @@ AT_SCALE = {
     "scoring-at-scale": scoring_at_scale.scoring,
     "influence-at-scale": scoring_at_scale.influence,
     "ten-thousand": ten_thousand.measure,
+    "simulation": simulation.measure,
 }
 
 

@@ -292,3 +292,22 @@ def test_whatever_happens_every_trial_is_committed_once(seed, n, lanes):
     assert progress.complete
     assert progress.committed == n == len(committed)
     assert (progress.failed, progress.fatal, progress.running) == (0, None, 0)
+
+
+def test_a_late_commit_of_the_last_trial_ends_the_fleet_also_if_nobody_is_left_to_ask():
+    ledger = ledger_with(1, 1)
+    lease = ledger.lease("w0")
+    ledger.release_lane("lane")
+    assert not ledger.progress().complete
+    ledger.finish("w0", lease.key, "committed")
+    progress = ledger.progress()
+    assert (progress.complete, progress.committed) == (True, 1)
+
+
+def test_many_idle_workers_ask_less_often():
+    ledger = ledger_with(1, 1000)
+    ledger.lease("w0")
+    assert ledger.lease("w1").wait * 200 >= 1000
+    few = ledger_with(1, 2)
+    few.lease("w0")
+    assert few.lease("w1").wait < 1

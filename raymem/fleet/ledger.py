@@ -33,6 +33,8 @@ FAILURES_IN_A_ROW = 20
 STORE_FAILURES_IN_A_ROW = 3
 RESTARTS_WITHOUT_COMMIT = 6
 POLL_SECONDS = 0.2
+# Of all waiting workers together: a thousand of them would keep the ledger busy with nothing.
+POLLS_PER_SECOND = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,8 @@ class Ledger:
         key = self._next(me.lane)
         if key is None:
             waiting = self._pending or any(w.key is not None for w in self._workers.values())
-            return Lease(key=None, wait=POLL_SECONDS) if waiting else None
+            wait = max(POLL_SECONDS, len(self._workers) / POLLS_PER_SECOND)
+            return Lease(key=None, wait=wait) if waiting else None
         me.key = key
         if self._first_lease is None:
             self._first_lease = me.last_beat
@@ -209,6 +212,10 @@ class Ledger:
         if outcome in ("full", "mismatch"):
             self._fatal = (outcome, message)
         elif outcome in COMMITTED and key not in self._done:
+            if not in_time and key in self._pending:
+                # It waits to be trained again. Nobody may be left to ask for it, and to be told
+                # that it is done.
+                self._pending.remove(key)
             self._commit(key, outcome, me)
         elif outcome not in COMMITTED and in_time and key not in self._done:
             self._fail(key, outcome, message)
@@ -264,7 +271,7 @@ class Ledger:
     def _next(self, lane: str) -> TrialKey | None:
         # Trials whose worker died are suspects: one at a time per lane, so that a trial that kills
         # its worker is told from those that only ran beside it.
-        suspect_runs = any(
+        suspect_runs = self._deaths > 0 and any(
             w.key is not None and w.lane == lane and self._trials[w.key].deaths > 0
             for w in self._workers.values()
         )
