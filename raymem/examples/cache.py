@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from raymem.errors import DamagedObjectError, ExamplesError
 from raymem.examples.examples import Examples
 from raymem.examples.local import Split, copied
+from raymem.patience import ask, open_fs
 
 FORMAT = 1
 SPLITS = ("train", "test")
@@ -148,7 +148,7 @@ class Cache:
         return x_train, self.labels("train"), x_test, self.labels("test")
 
     def _fetch(self, key: str) -> bytes:
-        data: bytes = self.fs.cat_file(f"{self._root}/{key}")
+        data: bytes = ask(self.fs, lambda: self.fs.cat_file(f"{self._root}/{key}"), self.url)
         return data
 
     def _read(self, key: str) -> bytes | None:
@@ -162,7 +162,8 @@ def holds_cache(url: str | os.PathLike[str]) -> bool:
     """Is there a cache at `url`, whole or not?"""
     try:
         fs, root = _file_system(url)
-        names = {posixpath.basename(str(name).rstrip("/")) for name in fs.ls(root, detail=False)}
+        found = ask(fs, lambda: fs.ls(root, detail=False), str(url))
+        names = {posixpath.basename(str(name).rstrip("/")) for name in found}
     except Exception:  # file systems raise many kinds; whoever reads the set says what is wrong
         return False
     return WHOLE in names or (ABOUT in names and not names.isdisjoint({"pieces", "shards"}))
@@ -170,8 +171,8 @@ def holds_cache(url: str | os.PathLike[str]) -> bool:
 
 def _file_system(url: str | os.PathLike[str]) -> tuple[Any, str]:
     text = os.fspath(url)
-    fs, root = fsspec.core.url_to_fs(text if "://" in text else os.path.expanduser(text))
-    return fs, str(root).rstrip("/")
+    fs, root = open_fs(text if "://" in text else os.path.expanduser(text))
+    return fs, root.rstrip("/")
 
 
 def _unfinished(url: str, about: bytes | None) -> str:

@@ -40,10 +40,11 @@ class Smoke:
         if context.get_parameter_source("store") is ParameterSource.DEFAULT:
             settings["store"] = str(root / "store")
         write_images(root / "images", self.train_per_class, self.test_per_class, self.size)
+        if context.get_parameter_source("trials") is ParameterSource.DEFAULT:
+            settings["trials"] = self.trials
         settings |= {
             "data": str(root / "images"),
-            "trials": self.trials,
-            "curvature_trials": self.trials,
+            "curvature_trials": settings["trials"],
             "recipe": self.recipe,
         }
         return CacheOptions(

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from raymem.errors import RecipeError, StoreError, StudyMismatchError, first_line
 from raymem.models import Normalize, build_model, identity
+from raymem.patience import open_fs, open_patiently
 from raymem.shards.transform import PAPER, Transform, of_timm
 from raymem.store import Store, TrialKey
-from raymem.store.patience import open_fs, open_patiently
 from raymem.store.weights import weights_digest
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")

@@ -27,9 +27,9 @@ from raymem.errors import ExamplesError, StoreError, first_line
 from raymem.examples.cache import holds_cache
 from raymem.examples.checks import some
 from raymem.examples.pixels import IMAGE_SUFFIXES, example_id
+from raymem.patience import ask, is_local, open_fs, open_patiently
 from raymem.shards.pieces import list_pieces, read_piece
 from raymem.shards.records import Kind, Record, Shard, parts
-from raymem.store.patience import ask, is_local, open_fs, open_patiently
 
 SUFFIXES: dict[str, Kind] = {
     ".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", ".parquet": "parquet",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from raymem.errors import StoreError, StoreFullError
-from raymem.store.patience import ask, error_code, is_local, open_fs, patiently
+from raymem.patience import ask, error_code, is_local, open_fs, patiently
 
 T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT)
