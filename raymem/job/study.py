@@ -109,7 +109,9 @@ def run_job(
         context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     )
     @click.argument("stage", type=click.Choice(STAGES), default="all")
-    @click.option("--data", default=data, help=f"{', '.join(NAMED)}, an .npz file, or a folder.")
+    @click.option(
+        "--data", default=data, help=f"{', '.join(NAMED)}, an .npz file, a folder, or a cache."
+    )
     @click.option("--data-root", default="data", help="Where torchvision's files are.")
     @click.option("--download", is_flag=True, help="Let torchvision fetch the named set.")
     @click.option(

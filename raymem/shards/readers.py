@@ -10,6 +10,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import posixpath
 import re
 import tarfile
@@ -104,7 +105,8 @@ def list_files(data: str) -> tuple[Any, list[str], str]:
         if fs.isfile(path):
             return fs, [path], posixpath.dirname(path)
         if fs.isdir(path):
-            return fs, sorted(map(str, fs.find(path))), path
+            found = _walked(path) if isinstance(fs, LocalFileSystem) else map(str, fs.find(path))
+            return fs, sorted(found), path
         pattern = re.search(r"[*?\[]", path)
         if pattern is None:
             return fs, [], path
@@ -118,6 +120,17 @@ def list_files(data: str) -> tuple[Any, list[str], str]:
         raise ExamplesError(
             f"{data} cannot be listed ({first_line(error)}); check the URL and the network"
         ) from error
+
+
+def _walked(folder: str) -> Iterator[str]:
+    """All files below a local folder, also behind links, which fsspec would leave out."""
+    for at, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(at) + "/"
+        # A link to a folder that it is in would be followed for ever.
+        folders[:] = [
+            f for f in folders if not here.startswith(os.path.realpath(f"{at}/{f}") + "/")
+        ]
+        yield from (f"{at}/{file}" for file in files)
 
 
 def _below(file: str, root: str) -> str:
