@@ -16,9 +16,9 @@ from raymem.store import columns
 ROOT = Path(__file__).parents[1]
 # In the data's way: a module imports from its left only.
 LAYERS = [
-    "version", "errors", "patience", "examples", "plan", "models", "curvature", "training", "store",
-    "fleet", "memorization", "scoring", "links", "shards", "interop", "study", "tables", "text", "cli",
-    "job",
+    "version", "errors", "patience", "examples", "plan", "models", "curvature", "training",
+    "store", "fleet", "memorization", "scoring", "links", "shards", "interop", "study",
+    "tables", "text", "cli", "job",
 ]  # fmt: skip
 ONLY_HERE = {
     "ray": {"fleet", "scoring", "shards"},

@@ -297,6 +297,36 @@ def test_splits_are_where_the_user_says(small, tmp_path):
     assert found.about["fingerprint"] == expected
 
 
+def test_links_are_followed_and_never_for_ever(small, tmp_path):
+    class_folders(tmp_path / "real", *small)
+    expected = run(tmp_path / "real", tmp_path / "expected").about["fingerprint"]
+    real, data = tmp_path / "real", tmp_path / "data"
+    (data / "val").mkdir(parents=True)
+    (data / "train").symlink_to(real / "train")
+    for folder in (real / "val").iterdir():
+        (data / "val" / folder.name).symlink_to(folder)
+    (data / "val" / WNIDS[0]).unlink()
+    (data / "val" / WNIDS[0]).mkdir()
+    for path in (real / "val" / WNIDS[0]).iterdir():
+        (data / "val" / WNIDS[0] / path.name).symlink_to(path)
+    (real / "train" / WNIDS[1] / "loop").symlink_to(real / "train")
+    assert run(data, tmp_path / "cache").about["fingerprint"] == expected
+
+
+def test_a_cache_may_be_inside_of_the_set_but_is_none(small, tmp_path):
+    write_ilsvrc(tmp_path / "set", "parquet", *small)
+    expected = run(tmp_path / "set", tmp_path / "cache").about
+    run(tmp_path / "set", tmp_path / "set" / "cache")
+    (tmp_path / "set/cache/cache.json").unlink()
+    (tmp_path / "set/cache/shards/train/data/train-00001-of-00004.parquet").unlink()
+    again = run(tmp_path / "set", tmp_path / "set" / "cache")
+    assert (again.images, again.about) == (10, expected)
+    with pytest.raises(ExamplesError, match="cannot be the set and its cache"):
+        run(tmp_path / "set", tmp_path / "set")
+    with pytest.raises(ExamplesError, match="is a cache already"):
+        run(tmp_path / "cache", tmp_path / "cache2")
+
+
 def test_ids_of_folders_without_ilsvrcs_names_begin_with_the_split(small, tmp_path):
     train, val = small
     for split, rows in (("train", train), ("val", val)):
@@ -629,7 +659,7 @@ if __name__ == "__main__":
 
 
 def start(tmp_path, engine):
-    script = tmp_path / f"{engine}.py"
+    script = tmp_path / f"drive_{engine}.py"
     script.write_text(
         SCRIPT.format(data=str(tmp_path / "set"), cache=str(tmp_path / "cache"), engine=engine)
     )

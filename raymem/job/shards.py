@@ -29,7 +29,9 @@ def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -
         help=(doc or "").replace("\n\n", "\n\n\b\n"),
         context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     )
-    @click.option("--data", required=True, help="A .tar or .parquet, a pattern with *, a folder.")
+    @click.option(
+        "--data", required=True, help="A .tar or .parquet, a pattern with *, a folder, a cache."
+    )
     @click.option("--store", required=True, help="Folder or URL; scores go to STORE/curvature.")
     @click.option("--model", "models", multiple=True, help="timm's name; can be given repeatedly.")
     @click.option("--weights", help="State dict for the one --model: .safetensors or torch.save's.")

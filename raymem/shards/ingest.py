@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from raymem.errors import FleetError, StoreHeldError, StudyMismatchError
+from raymem.errors import ExamplesError, FleetError, StoreHeldError, StudyMismatchError
 from raymem.examples.cache import ABOUT, FORMAT, WHOLE
 from raymem.examples.pixels import content_hash
 from raymem.fleet import Engine, ProgressLine, Stopped, duration, stop_signals
@@ -85,10 +85,12 @@ def ingest(
         "val": val,
         "val_labels": val_labels,
     }
+    if files.url == data:
+        raise ExamplesError(f"{data} cannot be the set and its cache; give another CACHE")
     if files.exists(WHOLE):
         _check(files, asked)
         return summary_of(files)
-    splits = find_splits(data, train=train, val=val, val_labels=val_labels)
+    splits = find_splits(data, train=train, val=val, val_labels=val_labels, but=files.url)
     transform = Transform(size=(size, size), way="fit", grey=grey)
     settings = {**asked, **splits.facts()}
     text = json.dumps({**settings, "raymem": VERSION}, indent=1)

@@ -10,6 +10,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import posixpath
 import re
 import tarfile
@@ -119,11 +120,23 @@ def _listed(fs: Any, path: str) -> tuple[list[str], str]:
     if kind == "file":
         return [path], posixpath.dirname(path)
     if kind == "directory":
-        return sorted(map(str, fs.find(path))), path
+        found = _walked(path) if is_local(fs) else map(str, fs.find(path))
+        return sorted(found), path
     pattern = re.search(r"[*?\[]", path)
     if pattern is None:
         return [], path
     return sorted(map(str, fs.glob(path))), posixpath.dirname(path[: pattern.start()])
+
+
+def _walked(folder: str) -> Iterator[str]:
+    """All files below a local folder, also behind links, which fsspec would leave out."""
+    for at, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(at) + "/"
+        # A link to a folder that it is in would be followed for ever.
+        folders[:] = [
+            f for f in folders if not here.startswith(os.path.realpath(f"{at}/{f}") + "/")
+        ]
+        yield from (f"{at}/{file}" for file in files)
 
 
 def _below(file: str, root: str) -> str:

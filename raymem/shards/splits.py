@@ -60,9 +60,16 @@ class Splits:
 
 
 def find_splits(
-    data: str, *, train: str | None = None, val: str | None = None, val_labels: str | None = None
+    data: str,
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    val_labels: str | None = None,
+    but: str = "",
 ) -> Splits:
     """Train and test in the set at `data`; `train` and `val` say where, relative to it or as URLs.
+
+    What is below the URL `but`, a cache that may be inside of the set, is none of it.
 
     Raises ExamplesError if it cannot be told which is which, or if classes do not fit.
     """
@@ -71,18 +78,14 @@ def find_splits(
     fs, root = _root(data)
     if train is not None and val is not None:
         return _of_two(_below_or_url(data, train), _below_or_url(data, val), val_labels)
-    folders = {
-        posixpath.basename(str(entry["name"]).rstrip("/")).lower(): str(entry["name"]).rstrip("/")
-        for entry in _entries(fs, root)
-        if entry["type"] == "directory"
-    }
+    folders = _split_folders(fs, root)
     if "train" in folders:
         held = _held_out(data, list(folders))
         left = [name for name in HELD_OUT if name in folders and name != held]
         url = str(fs.unstrip_protocol(folders[held]))
         found = _of_two(str(fs.unstrip_protocol(folders["train"])), url, val_labels)
         return dataclasses.replace(found, left_out=", ".join(f"{name}/" for name in left))
-    return _by_names(str(fs.unstrip_protocol(root)) if fs.isdir(root) else data)
+    return _by_names(str(fs.unstrip_protocol(root)) if fs.isdir(root) else data, but)
 
 
 def _root(data: str) -> tuple[Any, str]:
@@ -100,9 +103,19 @@ def _root(data: str) -> tuple[Any, str]:
         ) from error
 
 
-def _entries(fs: Any, root: str) -> list[dict[str, Any]]:
+def _split_folders(fs: Any, root: str) -> dict[str, str]:
+    """The folders in `root` that are called like splits, by name in lower case."""
     try:
-        return list(fs.ls(root, detail=True)) if fs.isdir(root) else []
+        paths = [str(path).rstrip("/") for path in fs.ls(root, detail=False)]
+        named = {posixpath.basename(path).lower(): path for path in paths}
+        # Links to folders are folders to isdir alone.
+        return {
+            name: named[name]
+            for name in ("train", *HELD_OUT)
+            if name in named and fs.isdir(named[name])
+        }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}  # a pattern, or nothing, of which list_shards will speak
     except Exception as error:  # file systems raise many kinds
         raise ExamplesError(
             f"{root} cannot be listed ({first_line(error)}); check the URL and the network"
@@ -127,10 +140,16 @@ def _held_out(data: str, folders: Sequence[str]) -> str:
     return labelled[0] if labelled else "test"
 
 
-def _by_names(data: str) -> Splits:
+def _by_names(data: str, but: str) -> Splits:
     """Tars or Parquet, told apart by their names, the nearest word first."""
     shards = list_shards(data)
-    if shards[0].kind not in ("tar", "parquet"):
+    if but:
+        shards = [s for s in shards if not _path(s.url).startswith(f"{_path(but)}/")]
+    if not shards:
+        raise ExamplesError(f"there is nothing but a cache at {data}; check DATA")
+    if shards[0].kind == "cache":
+        raise ExamplesError(f"{data} is a cache already; studies take it as --data")
+    if shards[0].kind == "folder":
         raise ExamplesError(
             f"{data} has folders of images, but no train/; put them into train/ and val/, or give "
             "--train and --val"
@@ -163,6 +182,10 @@ def _by_names(data: str) -> Splits:
         names=_names(of["train"]),
         left_out=f"{len(left)} shards of test" if left else "",
     )
+
+
+def _path(url: str) -> str:
+    return url.partition("://")[2] or url
 
 
 def _of_two(train: str, val: str, val_labels: str | None) -> Splits:
