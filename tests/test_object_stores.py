@@ -42,6 +42,7 @@ from raymem import (
     Study,
     TrialKey,
     list_shards,
+    patience,
     stream_curvature,
     verify,
 )
@@ -51,7 +52,7 @@ from raymem.models import build_model
 from raymem.shards import Transform
 from raymem.shards.models import read_weights
 from raymem.shards.readers import read_shard
-from raymem.store import DriverLock, Files, patience
+from raymem.store import DriverLock, Files
 from raymem.store import files as files_module
 
 INF = math.inf
