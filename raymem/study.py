@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import PlanError, StoreError, StudyMismatchError
+from raymem.errors import PlanError, StoreError
 from raymem.examples import CachedExamples, Examples
 from raymem.fleet import (
     Engine,
@@ -99,7 +99,17 @@ class Study:
     def _measured_trials(self) -> int:
         return self.trials if self.curvature_trials is None else self.curvature_trials
 
+    def _curvature_source(self) -> str | None:
+        if self.curvature_data is None and isinstance(self.examples, CachedExamples):
+            return self.examples.cache.url
+        return self.curvature_data
+
     def _check_curvature_trials(self) -> None:
+        if self.curvature and self.curvature_at == "stage" and self._curvature_source() is None:
+            raise PlanError(
+                "curvature after training reads shards or a cache, and the images are in memory; "
+                "give curvature_data, or measure it in the trials (curvature_at='trial')"
+            )
         limit, block = self.curvature_trials, self.plan.block
         if limit is None:
             return
@@ -184,14 +194,8 @@ class Study:
         """
         if self.curvature is None or self.curvature_at == "trial":
             return None
-        data = self.curvature_data
-        if data is None and isinstance(self.examples, CachedExamples):
-            data = self.examples.cache.url
-        if data is None:
-            raise StudyMismatchError(
-                "curvature after training reads shards or a cache, and the images are in memory; "
-                "give curvature_data, or curvature_at='trial'"
-            )
+        data = self._curvature_source()
+        assert data is not None  # __post_init__ refused it
         store = self.open_store()
         keys = [TrialKey(math.inf, trial) for trial in range(self._measured_trials)]
         return measure_kept(

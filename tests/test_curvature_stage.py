@@ -14,11 +14,11 @@ from PIL import Image
 from raymem import (
     CurvatureRule,
     Examples,
+    PlanError,
     Recipe,
     Store,
     StoreError,
     Study,
-    StudyMismatchError,
     TrialKey,
     list_shards,
     verify,
@@ -151,9 +151,8 @@ def test_measures_of_other_models_rules_and_images_are_not_taken_in(after, few, 
 
 
 def test_images_in_memory_are_refused_with_the_way_out(few, tmp_path):
-    study = study_of(few, tmp_path, curvature_at="stage")
-    with pytest.raises(StudyMismatchError, match="curvature_data"):
-        study.measure_curvature()
+    with pytest.raises(PlanError, match="give curvature_data"):
+        study_of(few, tmp_path, curvature_at="stage")
 
 
 def test_studies_that_measure_in_trials_have_no_such_stage(in_trials):

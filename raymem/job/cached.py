@@ -56,8 +56,10 @@ def cache_options(on: bool) -> Decorator:
     )
 
 
-def ready_cache(options: JobOptions, caching: CacheOptions, machine: Machine) -> JobOptions:
-    """`options` with a cache as their data, made if need be."""
+def ready_cache(
+    options: JobOptions, caching: CacheOptions, machine: Machine, *, make: bool
+) -> JobOptions:
+    """`options` with a cache as their data, made if need be and `make`."""
     if caching.cache is None:
         if holds_cache(options.data):
             return options
@@ -66,7 +68,7 @@ def ready_cache(options: JobOptions, caching: CacheOptions, machine: Machine) ->
             "`raymem ingest`"
         )
     cache = absolute_store(caching.cache, "--cache")
-    if not holds_cache(cache):
+    if make:
         summary = ingest(
             absolute_store(options.data, "--data"),
             cache,

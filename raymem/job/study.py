@@ -89,8 +89,9 @@ def run_job(
             if settings.pop("smoke", False) and smoke is not None:
                 caching = smoke.prepare(settings)
             options = _options(settings, recipes or {})
-            if caching is not None and stage in ("all", "ingest"):
-                options = ready_cache(options, caching, machine)
+            if caching is not None:
+                make = stage in ("all", "ingest")
+                options = ready_cache(options, caching, machine, make=make)
             if stage != "ingest":
                 study = build(options)
                 run_stages(study, stage, machine, rule)
@@ -118,6 +119,8 @@ def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOpti
     recipe = settings.pop("recipe", None)
     seconds = 60 * settings.pop("checkpoint_minutes")
     settings["store"] = absolute_store(settings["store"])
+    if settings["curvature_data"]:
+        settings["curvature_data"] = absolute_store(settings["curvature_data"], "--curvature-data")
     if not on:
         # A job's default; asked for without curvature it is the user's mistake, which Study names.
         context = click.get_current_context()
