@@ -22,7 +22,7 @@ from raymem.shards.readers import read_shard
 from raymem.shards.records import Record, Shard
 from raymem.shards.transform import Transform
 from raymem.store import columns
-from raymem.training import Meter, default_device
+from raymem.training import Meter, default_device, fast_arithmetic
 
 # Rows that a reading task hands on at once.
 CHUNK = 64
@@ -127,8 +127,6 @@ class Scorer:
     """Holds a model on its device; scores batches of decoded images."""
 
     def __init__(self, task: Task, model: ScoringModel) -> None:
-        torch.set_num_threads(task.threads)
-        torch.set_flush_denormal(True)
         self.task, self.device = task, default_device()
         self.net = model.net.to(self.device).eval()
         self.meter: Meter | None = None
@@ -140,7 +138,8 @@ class Scorer:
         if len(good):
             x = torch.from_numpy(np.ascontiguousarray(batch["pixels"][good])).to(self.device)
             y = torch.from_numpy(batch["label"][good].astype(np.int64)).to(self.device)
-            found = self._score(x, y)
+            with fast_arithmetic(self.task.threads):
+                found = self._score(x, y)
         errors = batch["error"].astype(object)
         for row, finite in zip(good, _finite(found), strict=True):
             if not finite:

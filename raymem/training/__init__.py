@@ -15,7 +15,7 @@ from raymem.training.loop import OnEpoch, SubsetHistory, train
 from raymem.training.measure import Measured, Meter, batch_of, measure
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, learning_rate_factor
-from raymem.training.trial import Evaluation, TrialResult, evaluate, run_trial
+from raymem.training.trial import Evaluation, TrialResult, evaluate, fast_arithmetic, run_trial
 
 __all__ = [
     "ALONE",
@@ -34,6 +34,7 @@ __all__ = [
     "batch_of",
     "default_device",
     "evaluate",
+    "fast_arithmetic",
     "learning_rate_factor",
     "margins",
     "measure",

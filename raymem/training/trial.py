@@ -195,16 +195,25 @@ def _flushes_denormals() -> bool:
 
 
 @contextlib.contextmanager
-def _alone(seed: int, threads: int) -> Iterator[None]:
-    """Seeded global random states, threads and flushing of denormals, put back afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    threads_before = torch.get_num_threads()
-    flushed_before = _flushes_denormals()
+def fast_arithmetic(threads: int) -> Iterator[None]:
+    """So many threads, and denormals flushed to zero; put back afterwards."""
+    threads_before, flushed_before = torch.get_num_threads(), _flushes_denormals()
     torch.set_num_threads(threads)
     # Models that memorize drive gradients into denormals: 10 to 100 times slower on CPUs.
     torch.set_flush_denormal(True)
     try:
-        with torch.random.fork_rng():
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        torch.set_flush_denormal(flushed_before)
+
+
+@contextlib.contextmanager
+def _alone(seed: int, threads: int) -> Iterator[None]:
+    """Seeded global random states, and fast arithmetic, put back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with fast_arithmetic(threads), torch.random.fork_rng():
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
@@ -212,8 +221,6 @@ def _alone(seed: int, threads: int) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        torch.set_num_threads(threads_before)
-        torch.set_flush_denormal(flushed_before)
 
 
 @contextlib.contextmanager
