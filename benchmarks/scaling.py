@@ -242,9 +242,9 @@ def main() -> None:
     page = PAGE.read_text()
     for name, text in tables().items():
         print(f"\n{name}\n{text}")
-        place = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert place.search(page), name
-        page = place.sub(lambda found, text=text: found[1] + text + found[2], page)
+        page = place.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
     if write:
         PAGE.write_text(page)
 
