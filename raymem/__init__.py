@@ -18,6 +18,7 @@ from raymem.errors import (
     ImportFileError,
     OutOfMemoryError,
     PlanError,
+    PrivacyError,
     RaymemError,
     RecipeError,
     ResultMismatchError,
@@ -27,11 +28,11 @@ from raymem.errors import (
     StudyMismatchError,
     TrialError,
 )
-from raymem.examples import Cache, CachedExamples, Examples, load_examples
+from raymem.examples import Cache, CachedExamples, Examples, flip_labels, load_examples
 from raymem.fleet import Progress, run_fleet
 from raymem.interop import import_npz
 from raymem.job import JobOptions, Smoke, run_curvature_job, run_job
-from raymem.links import Correlation, correlations
+from raymem.links import Correlation, Links, correlations, find_links
 from raymem.memorization import (
     Estimate,
     InfluencePairs,
@@ -42,6 +43,14 @@ from raymem.memorization import (
     memorization,
 )
 from raymem.plan import Plan, Seeds
+from raymem.privacy import (
+    Bound,
+    Mechanism,
+    Privacy,
+    bounds_on_memorization,
+    mechanism_for,
+    one_run_epsilon,
+)
 from raymem.scoring import EpsilonSummary, score
 from raymem.shards import (
     IngestSummary,
@@ -59,6 +68,7 @@ from raymem.training import Images, Measured, Recipe, TrialResult, measure, run_
 from raymem.version import VERSION as __version__
 
 __all__ = [
+    "Bound",
     "Cache",
     "CachedExamples",
     "Correlation",
@@ -77,13 +87,17 @@ __all__ = [
     "InfluencePairs",
     "IngestSummary",
     "JobOptions",
+    "Links",
     "Measured",
+    "Mechanism",
     "Memorization",
     "OutOfMemoryError",
     "PairRule",
     "PaperRule",
     "Plan",
     "PlanError",
+    "Privacy",
+    "PrivacyError",
     "Problem",
     "Progress",
     "RaymemError",
@@ -106,9 +120,12 @@ __all__ = [
     "TrialKey",
     "TrialResult",
     "__version__",
+    "bounds_on_memorization",
     "correlations",
     "curvature",
+    "find_links",
     "find_pairs",
+    "flip_labels",
     "import_npz",
     "influence",
     "ingest",
@@ -116,7 +133,9 @@ __all__ = [
     "load_examples",
     "measure",
     "measure_kept",
+    "mechanism_for",
     "memorization",
+    "one_run_epsilon",
     "paper_score",
     "run_curvature_job",
     "run_fleet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ from pyarrow.csv import write_csv
 from raymem.errors import RaymemError
 from raymem.fleet import duration
 from raymem.interop import import_npz
+from raymem.links import find_links
 from raymem.scoring import score
 from raymem.shards import ingest, join_curvature
 from raymem.store import Store, TrialKey, is_alive, read_driver, verify
@@ -25,6 +27,7 @@ from raymem.text import (
     example_text,
     for_people,
     ingest_text,
+    links_text,
     pairs_for_people,
     summary_text,
 )
@@ -249,6 +252,23 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
     """
     with command_errors(debug):
         click.echo(example_text(Store(store), example_id, n))
+
+
+@main.command("links")
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@_debug
+def links_command(store: str, as_json: bool, debug: bool) -> None:
+    """The three links: memorization and curvature, and what epsilon does to both.
+
+    With private trials: laws of curvature against epsilon, bounds on memorization, and an audit
+    that could refute the claimed epsilons.
+
+    Example: raymem links runs/privacy_digits
+    """
+    with command_errors(debug):
+        found = find_links(Store(store))
+        click.echo(json.dumps(found.as_dict(), indent=1) if as_json else links_text(found))
 
 
 @main.command("import")

@@ -4,6 +4,7 @@
     ├── ExamplesError            the data set cannot be used as it is
     ├── PlanError                subsets asked for do not exist
     ├── RecipeError              the training recipe makes no sense
+    ├── PrivacyError             trials cannot be made private so
     ├── CurvatureError           curvature cannot be measured so
     ├── StoreError               the store cannot be read or written
     │   ├── StudyMismatchError   the store belongs to another study, data set or recipe
@@ -45,6 +46,10 @@ class PlanError(RaymemError, ValueError):
 
 class RecipeError(RaymemError, ValueError):
     """The training recipe makes no sense."""
+
+
+class PrivacyError(RaymemError, ValueError):
+    """Trials cannot be made private so: no such budget, or the model mixes examples."""
 
 
 class CurvatureError(RaymemError, ValueError):

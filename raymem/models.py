@@ -55,8 +55,10 @@ def build_model(
     Names: `mlp-512-256` (or any widths; Feldman & Zhang's MNIST net), `small-resnet` (four stages
     of 16 to 128 channels, for 8x8 to 32x32 images), `tiny-resnet` (the same behind a stem of
     stride 2: a quarter of the work), `cifar-resnet18|34|50` (timm's ResNets with a 3x3 stem and no
-    pooling, as used on CIFAR), any other name is timm's. A function is called with n_classes and
-    image_shape; "module:function" is imported first.
+    pooling, as used on CIFAR), any other name is timm's. With `-gn` at the end it is the same net
+    with GroupNorm for BatchNorm, as private training needs: groups of two channels or more, at most
+    32 (64 channels and more: 32 groups, as opacus has them). A function is called with n_classes
+    and image_shape; "module:function" is imported first.
 
     Weights come from torch's global random state. Raises RecipeError for unknown names and for
     models that do not give [B, K] logits.
@@ -146,6 +148,8 @@ def _sources(function: Any) -> Iterator[str]:
 
 def _by_name(name: str, n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     H, W, C = image_shape
+    if name.endswith("-gn"):
+        return _with_group_norm(_by_name(name.removesuffix("-gn"), n_classes, image_shape))
     if name.startswith("mlp-"):
         return _mlp(name, H * W * C, n_classes)
     if name in ("small-resnet", "tiny-resnet"):
@@ -201,6 +205,23 @@ def _small_stem(net: Any, n_channels: int, width: int, *, stride: int = 1) -> nn
     net.maxpool = nn.Identity()
     module: nn.Module = net
     return module
+
+
+def _with_group_norm(net: nn.Module) -> nn.Module:
+    """`net` with a GroupNorm in place of each BatchNorm, with the same activation after it."""
+    from timm.layers import BatchNormAct2d
+
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if not isinstance(child, nn.modules.batchnorm._BatchNorm):
+                continue
+            C = child.num_features
+            groups = max(g for g in range(1, min(32, max(1, C // 2)) + 1) if C % g == 0)
+            norm: nn.Module = nn.GroupNorm(groups, C)
+            if isinstance(child, BatchNormAct2d):
+                norm = nn.Sequential(norm, child.drop, child.act)
+            setattr(module, name, norm)
+    return net
 
 
 def _per_channel(values: Sequence[float], n_channels: int) -> Sequence[float]:

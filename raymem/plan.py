@@ -35,13 +35,14 @@ STREAM_BALANCED, STREAM_FIXED_SIZE = 1, 2
 class Seeds:
     """The random seeds of one trial, each below 2**63.
 
-    `init` starts the model's weights (and dropout), `order` shuffles the subset, `augment` draws
-    crops and flips.
+    `init` starts the model's weights (and dropout), `order` shuffles the subset or draws Poisson
+    batches, `augment` draws crops and flips, `noise` is of private training.
     """
 
     init: int
     order: int
     augment: int
+    noise: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,12 @@ class Plan:
             digest = hashlib.sha256(text.encode()).digest()
             return int.from_bytes(digest[:8], "big") >> 1
 
-        return Seeds(init=draw("init"), order=draw("order"), augment=draw("augment"))
+        return Seeds(
+            init=draw("init"),
+            order=draw("order"),
+            augment=draw("augment"),
+            noise=draw("noise"),
+        )
 
     def worst_case_stderr(self, trials: int) -> float:
         """Standard error of memorization after `trials` trials if both accuracies were 1/2.

@@ -23,10 +23,22 @@ from raymem.fleet import (
 )
 from raymem.memorization import PairRule
 from raymem.plan import Kind, Plan
+from raymem.privacy import (
+    Mechanism,
+    Privacy,
+    bounds_on_memorization,
+    check_epsilons,
+    mechanism_for,
+    tightest,
+)
 from raymem.scoring import EpsilonSummary, score
 from raymem.shards import StageSummary, list_shards, measure_kept
 from raymem.store import Store, Target, TrialKey
-from raymem.training import Recipe, default_device
+from raymem.training import Recipe, check_private_recipe, default_device
+
+
+def _kind_of_trial(epsilon: float) -> str:
+    return "one trial at epsilon inf" if math.isinf(epsilon) else "one private trial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +89,11 @@ class Study:
     """Where that stage reads the study's images: shards, or None for its cache."""
     checkpoint_seconds: float = Extras.checkpoint_seconds
     """A trial is saved so often while it trains."""
+    epsilons: tuple[float, ...] = (math.inf,)
+    """Privacy budgets, each of which trains the same subsets; inf is not private. More can be asked
+    for later."""
+    privacy: Privacy | None = None
+    """How trials are made private; None: not at all, unless an epsilon is finite."""
     plan: Plan = field(init=False)
     """The subsets."""
 
@@ -93,7 +110,45 @@ class Study:
             pool=self.pool,
         )
         object.__setattr__(self, "plan", plan)
+        self._check_privacy()
         self._check_curvature_trials()
+
+    def _check_privacy(self) -> None:
+        epsilons = tuple(float(epsilon) for epsilon in self.epsilons)
+        object.__setattr__(self, "epsilons", epsilons)
+        privacy = self.privacy
+        if privacy is None and all(math.isinf(epsilon) for epsilon in epsilons):
+            check_epsilons(epsilons, n=1, delta=0.0)
+            return
+        privacy = privacy or Privacy()
+        object.__setattr__(self, "privacy", privacy)
+        check_epsilons(epsilons, self.plan.subset_size, privacy.delta)
+        check_private_recipe(self.recipe)
+
+    def mechanism(self, epsilon: float) -> Mechanism | None:
+        """What trials at `epsilon` do, by this machine's accountant; None if they are not private.
+
+        A store keeps the one that its first trials had. Raises PrivacyError if there is none.
+        """
+        if self.privacy is None:
+            return None
+        return mechanism_for(
+            self.privacy,
+            epsilon,
+            subset_size=self.plan.subset_size,
+            batch_size=self.recipe.batch_size,
+            epochs=self.recipe.epochs,
+        )
+
+    def _mechanisms(self, store: Store | None) -> dict[float, Mechanism]:
+        """Of all epsilons: those that the store has, new ones fixed there."""
+        found = {}
+        for epsilon in self.epsilons:
+            fixed = None if store is None or self.privacy is None else store.mechanism(epsilon)
+            made = fixed or self.mechanism(epsilon)
+            if made is not None:
+                found[epsilon] = made if fixed or store is None else store.fix_mechanism(made)
+        return found
 
     @property
     def _measured_trials(self) -> int:
@@ -130,11 +185,13 @@ class Study:
                 "image_shape": list(self.examples.image_shape),
                 "n_train": len(self.examples.train_ids),
                 "n_test": len(self.examples.test_ids),
+                **({"planted": list(self.examples.planted)} if self.examples.planted else {}),
             },
             "plan": self.plan.as_dict(),
             "recipe": self.recipe.as_dict(),
             # Absent if not measured: such studies are those of before there was curvature.
             **({} if self.curvature is None else {"curvature": self.curvature.as_dict()}),
+            **({} if self.privacy is None else {"privacy": self.privacy.as_dict()}),
         }
 
     def open_store(self) -> Store:
@@ -155,7 +212,7 @@ class Study:
     ) -> Progress:
         """Train the trials that are not done yet; see `run_fleet`."""
         store = self.open_store()
-        store.target = Target(trials=self.trials)
+        store.target = self._target
         return run_fleet(
             self.examples,
             self.plan,
@@ -166,17 +223,22 @@ class Study:
             gpus_per_trial=gpus_per_trial,
             workers_per_trial=workers_per_trial,
             max_workers=max_workers,
-            extras=self._extras(),
+            extras=self._extras(store),
             verbose=verbose,
         )
 
-    def _extras(self) -> Extras:
+    @property
+    def _target(self) -> Target:
+        return Target(trials=self.trials, epsilons=self.epsilons)
+
+    def _extras(self, store: Store | None = None) -> Extras:
         at_stage = self.curvature is not None and self.curvature_at == "stage"
         return Extras(
             curvature=None if at_stage else self.curvature,
             curvature_trials=self.curvature_trials,
             keep_models=max(self.keep_models, self._measured_trials if at_stage else 0),
             checkpoint_seconds=self.checkpoint_seconds,
+            mechanisms=self._mechanisms(store),
         )
 
     def measure_curvature(
@@ -197,10 +259,10 @@ class Study:
         data = self._curvature_source()
         assert data is not None  # __post_init__ refused it
         store = self.open_store()
-        keys = [TrialKey(math.inf, trial) for trial in range(self._measured_trials)]
+        measured = range(min(self._measured_trials, self.trials))
         return measure_kept(
             store,
-            [key for key in keys if key.trial < self.trials],
+            [TrialKey(epsilon, trial) for epsilon in self.epsilons for trial in measured],
             list_shards(data, self.examples.classes, n_classes=self.examples.n_classes),
             self.curvature,
             engine=engine,
@@ -229,6 +291,7 @@ class Study:
                 self._describe_subsets(),
                 self._describe_precision(),
                 *self._describe_curvature(),
+                *self._describe_privacy(),
                 *self._describe_time(cpus_per_trial, workers),
                 self._describe_store(),
             ]
@@ -238,17 +301,51 @@ class Study:
         workers = workers or max(1, (os.cpu_count() or 1) // threads)
         large = isinstance(self.examples, CachedExamples)
         timed = estimated_trial if large else timed_trial
-        seconds, n_bytes = timed(
-            self.examples, self.plan, self.recipe, self._extras(), threads=threads
-        )
-        rounds = math.ceil(self.trials / workers)
+        extras = self._extras()
         would = "would take" if large else "took"
+        lines, total, n_bytes = [], 0.0, 0
+        # Noise costs the same, however much of it: one trial stands for all finite epsilons.
+        for epsilons in ([e for e in self.epsilons if e < math.inf], [math.inf]):
+            alike = [epsilon for epsilon in epsilons if epsilon in self.epsilons]
+            if not alike:
+                continue
+            seconds, n_bytes = timed(
+                self.examples, self.plan, self.recipe, extras, threads=threads, epsilon=alike[0]
+            )
+            total += seconds * len(alike)
+            kind = "one trial" if self.privacy is None else _kind_of_trial(alike[0])
+            lines.append(
+                f"time: {kind} {would} {duration(seconds)} here ({default_device().type}, "
+                f"{threads} threads)"
+            )
+        trials = self.trials * len(self.epsilons)
+        lines.append(
+            f"time: {trials:,} trials on {workers} workers would take "
+            f"{duration(total * math.ceil(self.trials / workers))}, half a minute to start"
+        )
         return [
-            f"time: one trial {would} {duration(seconds)} here ({default_device().type}, "
-            f"{threads} threads); {self.trials:,} on {workers} workers would take "
-            f"{duration(seconds * rounds)}, half a minute to start",
-            f"disk: {n_bytes / 1e3:,.0f} kB per trial, {n_bytes * self.trials / 1e6:,.1f} MB",
+            *lines,
+            f"disk: {n_bytes / 1e3:,.0f} kB per trial, {n_bytes * trials / 1e6:,.1f} MB",
         ]
+
+    def _describe_privacy(self) -> list[str]:
+        lines = []
+        for m in self._mechanisms(None).values():
+            if m.accountant == "none":
+                lines.append(
+                    f"epsilon inf: {m.steps:,} steps, Poisson batches of {m.expected_batch} "
+                    "expected, no noise" + ("" if m.clips else ", no clipping")
+                )
+                continue
+            bound = tightest(bounds_on_memorization(m, self.kind))
+            assert bound is not None
+            lines.append(
+                f"epsilon {m.epsilon:g} (spends {m.spent_epsilon:.3f} at delta {m.delta:g}, by "
+                f"{m.accountant}): noise {m.noise_multiplier:.3f} x {m.max_grad_norm:g}, "
+                f"{m.steps:,} steps, rate {m.sample_rate:.4f}; memorization at most "
+                f"{bound.value:.3f}"
+            )
+        return lines
 
     def _describe_subsets(self) -> str:
         plan = self.plan
@@ -292,5 +389,5 @@ class Study:
             store.study()
         except StoreError:
             return f"store: {store.url}, not made yet"
-        done = len(store.done() & set(Target(trials=self.trials).wanted()))
-        return f"store: {store.url}, {done:,} of {self.trials:,} trials are done"
+        wanted = set(self._target.wanted())
+        return f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} are done"

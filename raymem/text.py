@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from raymem.errors import StoreError
 from raymem.fleet import duration
-from raymem.links import Coefficient, Correlation
+from raymem.links import Audit, Coefficient, Correlation, Link2, Links
 from raymem.scoring import EpsilonSummary
 from raymem.shards import IngestSummary
 from raymem.store import Store
@@ -291,3 +291,96 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return str(dict(value))
     return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def links_text(links: Links) -> str:
+    """The three links of a store."""
+    parts = []
+    if links.correlations:
+        parts += [correlations_text(links.correlations), bins_text(links.bins)]
+    parts += [link2_text(links.curvature), link3_text(links.memorization), links.verdict]
+    return "\n\n".join(parts)
+
+
+def link2_text(link: Link2) -> str:
+    """Curvature against epsilon: means, fits, doubts."""
+    rows = pa.table(
+        {
+            "epsilon": [f"{o.epsilon:g}" for o in link.observed],
+            "trials": [o.trials for o in link.observed],
+            "mean loss": [_plus_minus(o.loss, o.loss_stderr) for o in link.observed],
+            "mean curvature": [
+                "" if o.curvature is None else _plus_minus(o.curvature, o.curvature_stderr)
+                for o in link.observed
+            ],
+        }
+    )
+    lines = [
+        "Link 2, curvature and epsilon: means over all training examples and the trials that all "
+        f"epsilons have (+- standard error over trials):\n{as_text(rows)}"
+    ]
+    if link.shape is not None:
+        values = {**vars(link.shape), "slope": link.slope, "c2": link.c2}
+        lines.append("fitted: L(eps) = a + b e^(-c eps), curvature = slope L(eps)(1 - e^-eps) + c2")
+        for name, value in values.items():
+            low, high = link.intervals.get(name, (math.nan, math.nan))
+            lines.append(f"  {name:5} {value:.4g} [{low:.4g}, {high:.4g}]")
+        lines.append(
+            "  (slope stands where the theorem has m + 1, and is not m + 1: only the shape is "
+            "tested)"
+        )
+    if link.fits:
+        lines.append("error at epsilons left out of the fit, by law: " + ", ".join(
+            f"{fit.law} {fit.loo_rmse:.3g}" for fit in link.fits
+        ))  # fmt: skip
+    lines += [f"NOTE: {warning}" for warning in link.warnings]
+    return "\n".join(lines)
+
+
+def link3_text(audits: Sequence[Audit]) -> str:
+    """Memorization against epsilon: the pool's mean, bounds, what the data certify."""
+    rows = []
+    for audit in audits:
+        bounds = {check.bound.name: check for check in audit.bounds}
+        row = {
+            "epsilon": f"{audit.epsilon:g}",
+            "trials": audit.trials,
+            "mean memorization": ""
+            if audit.pool is None
+            else f"{audit.pool.value:.3f} [{audit.pool.low:.3f}, {audit.pool.high:.3f}]",
+        }
+        for name, title in (
+            ("paper", "1-e^-eps"),
+            ("fixed-size", "fixed size"),
+            ("sharp", "sharp"),
+            ("total-variation", "TV"),
+        ):
+            row[title] = _bound(bounds.get(name))
+        row["above"] = sum(c.violations for c in audit.bounds if c.bound.holds)
+        row["certified eps"] = f"{audit.certified:.2f} of {audit.certifiable:.2f}"
+        row["one-run eps"] = "" if audit.one_run is None else f"{audit.one_run:.2f}"
+        rows.append(row)
+    if not rows:
+        return "Link 3: nothing is trained yet"
+    if all(not row["fixed size"] or row["sharp"] for row in rows):
+        rows = [{k: v for k, v in row.items() if k != "fixed size"} for row in rows]
+    table = pa.Table.from_pylist(rows)
+    pool = next((audit.pool for audit in audits if audit.pool is not None), None)
+    over = "" if pool is None else f" of {pool.examples:,} examples ({pool.what})"
+    return (
+        f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs; upper "
+        "bounds (- says nothing); examples above a bound that holds; the epsilon that the example "
+        f"which says most certifies, of what it could:\n{as_text(table)}\n"
+        f"one-run audit: {audits[-1].one_run_about}"
+    )
+
+
+def _bound(check: Any) -> str:
+    if check is None:
+        return ""
+    return "-" if check.bound.vacuous else f"{check.bound.value:.3f}"
+
+
+def _plus_minus(value: float, stderr: float | None) -> str:
+    more = "" if stderr is None or math.isnan(stderr) else f" +- {stderr:.2g}"
+    return f"{value:.4g}{more}"

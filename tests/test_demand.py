@@ -60,10 +60,11 @@ def test_nodes_are_asked_for_and_let_go(tmp_path, monkeypatch):
 
     def job(environment, trials, *arguments):
         command = [sys.executable, str(FOLDER / "gated.py"), "train", "--store", str(store)]
-        return subprocess.Popen(
-            [*command, "--trials", str(trials), *arguments],
-            env=environment, stdout=subprocess.DEVNULL, stderr=said.open("w"),
-        )  # fmt: skip
+        with said.open("w") as file:
+            return subprocess.Popen(
+                [*command, "--trials", str(trials), *arguments],
+                env=environment, stdout=subprocess.DEVNULL, stderr=file,
+            )  # fmt: skip
 
     with autoscaling_head(PORT) as environment:
         time.sleep(8)

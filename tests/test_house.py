@@ -16,14 +16,15 @@ from raymem.store import columns
 ROOT = Path(__file__).parents[1]
 # In the data's way: a module imports from its left only.
 LAYERS = [
-    "version", "errors", "patience", "examples", "plan", "models", "curvature", "training",
-    "store", "fleet", "memorization", "scoring", "links", "shards", "interop", "study",
+    "version", "errors", "patience", "examples", "plan", "models", "curvature", "privacy",
+    "training", "store", "fleet", "memorization", "scoring", "links", "shards", "interop", "study",
     "tables", "text", "cli", "job",
 ]  # fmt: skip
 ONLY_HERE = {
     "ray": {"fleet", "scoring", "shards"},
     "torchvision": {"examples"},
     "sklearn": {"examples"},
+    "opacus": {"privacy"},
 }
 
 
@@ -58,19 +59,20 @@ def test_heavy_packages_stay_in_their_rooms():
 
 def test_the_public_door_is_this_wide():
     assert set(raymem.__all__) == {
-        "Cache", "CachedExamples", "Correlation", "Curvature", "CurvatureError",
-        "CurvatureRule", "DamagedObjectError", "DivergedError", "EpsilonSummary",
-        "Estimate", "Examples", "ExamplesError", "FleetError", "Images", "ImportFileError",
-        "InfluencePairs", "IngestSummary", "JobOptions", "Measured", "Memorization",
-        "OutOfMemoryError", "PairRule", "PaperRule", "Plan", "PlanError", "Problem",
-        "Progress", "RaymemError", "Recipe", "RecipeError", "ResultMismatchError",
-        "ScoringModel", "Seeds", "Smoke", "StageSummary", "Store", "StoreError",
-        "StoreFullError", "StoreHeldError", "Study", "StudyMismatchError", "Target",
-        "Transform", "TrialError", "TrialKey", "TrialResult", "__version__", "correlations",
-        "curvature", "find_pairs", "import_npz", "influence", "ingest", "list_shards",
-        "load_examples", "measure", "measure_kept", "memorization", "paper_score",
-        "run_curvature_job", "run_fleet", "run_job", "run_trial", "score",
-        "stream_curvature", "verify",
+        "Bound", "Cache", "CachedExamples", "Correlation", "Curvature", "CurvatureError",
+        "CurvatureRule", "DamagedObjectError", "DivergedError", "EpsilonSummary", "Estimate",
+        "Examples", "ExamplesError", "FleetError", "Images", "ImportFileError",
+        "InfluencePairs", "IngestSummary", "JobOptions", "Links", "Measured", "Mechanism",
+        "Memorization", "OutOfMemoryError", "PairRule", "PaperRule", "Plan", "PlanError",
+        "Privacy", "PrivacyError", "Problem", "Progress", "RaymemError", "Recipe",
+        "RecipeError", "ResultMismatchError", "ScoringModel", "Seeds", "Smoke", "StageSummary",
+        "Store", "StoreError", "StoreFullError", "StoreHeldError", "Study",
+        "StudyMismatchError", "Target", "Transform", "TrialError", "TrialKey", "TrialResult",
+        "__version__", "bounds_on_memorization", "correlations", "curvature", "find_links",
+        "find_pairs", "flip_labels", "import_npz", "influence", "ingest", "list_shards",
+        "load_examples", "measure", "measure_kept", "mechanism_for", "memorization",
+        "one_run_epsilon", "paper_score", "run_curvature_job", "run_fleet", "run_job",
+        "run_trial", "score", "stream_curvature", "verify",
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ Out: `Examples`. What cannot be used as it is, is refused with the ids concerned
 from raymem.examples.cache import Cache, CachedExamples, holds_cache
 from raymem.examples.checks import arrays_of_npz
 from raymem.examples.examples import Examples, fingerprint_of, group_column
+from raymem.examples.flipped import flip_labels
 from raymem.examples.near import near_duplicates
 from raymem.examples.readers import NAMED, load_examples
 
@@ -19,6 +20,7 @@ __all__ = [
     "Examples",
     "arrays_of_npz",
     "fingerprint_of",
+    "flip_labels",
     "group_column",
     "holds_cache",
     "load_examples",

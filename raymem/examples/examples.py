@@ -56,6 +56,8 @@ class Examples:
     """Ids of the test examples."""
     name: str = "arrays"
     """What people call the set; not part of its identity."""
+    planted: tuple[int, ...] = ()
+    """Rows of training examples whose labels were made wrong on purpose; see `flip_labels`."""
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)

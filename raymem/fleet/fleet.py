@@ -25,8 +25,9 @@ from raymem.fleet.report import ProgressLine
 from raymem.fleet.work import Extras, Job, work
 from raymem.models import build_model
 from raymem.plan import Plan
+from raymem.privacy import check_private
 from raymem.store import DriverLock, Store
-from raymem.training import Recipe, default_device
+from raymem.training import Recipe, check_private_recipe, default_device
 
 Engine = Literal["ray", "serial"]
 FATAL: dict[str, type[RaymemError]] = {
@@ -74,13 +75,17 @@ def run_fleet(
     """
     # A model that does not fit the images is an error here, not one in every worker.
     with torch.random.fork_rng():
-        build_model(
+        model = build_model(
             recipe.model,
             n_classes=examples.n_classes,
             image_shape=examples.image_shape,
             mean=recipe.mean,
             std=recipe.std,
         )
+    extras = extras or Extras()
+    if extras.mechanisms:
+        check_private(model)
+        check_private_recipe(recipe, workers_per_trial)
     line = ProgressLine()
     latest: dict[str, Any] = {}
     with DriverLock(store.files, progress=lambda: latest) as lock, stop_signals() as stops:
@@ -115,7 +120,7 @@ def run_fleet(
         try:
             progress = ledger.progress()
             if not progress.complete:
-                job = Job.of(examples, plan, recipe, store, cpus_per_trial, extras or Extras())
+                job = Job.of(examples, plan, recipe, store, cpus_per_trial, extras)
                 run = _run_serial if engine == "serial" else _run_ray
                 slots = {
                     "cpus_per_trial": cpus_per_trial,

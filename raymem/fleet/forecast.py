@@ -33,9 +33,15 @@ KEY = TrialKey(math.inf, 0)
 
 
 def timed_trial(
-    examples: Examples, plan: Plan, recipe: Recipe, extras: Extras, *, threads: int
+    examples: Examples,
+    plan: Plan,
+    recipe: Recipe,
+    extras: Extras,
+    *,
+    threads: int,
+    epsilon: float = math.inf,
 ) -> tuple[float, int]:
-    """Seconds and bytes of trial 0, which is trained and not kept."""
+    """Seconds and bytes of trial 0 at `epsilon`, which is trained and not kept."""
     e, mask = examples, plan.mask(0)
     images = Images.from_arrays(
         e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, default_device()
@@ -44,13 +50,20 @@ def timed_trial(
     warm_up = dataclasses.replace(recipe, epochs=1)
     run_trial(images, mask, warm_up, plan.seeds(0), threads=threads)
     start = time.perf_counter()
-    result = run_trial(images, mask, recipe, plan.seeds(0), threads=threads, **extras.of(0))
+    asked = extras.of(TrialKey(epsilon, 0))
+    result = run_trial(images, mask, recipe, plan.seeds(0), threads=threads, **asked)
     seconds = time.perf_counter() - start
     return seconds, len(encode(trial_table(KEY, mask, result), {}))
 
 
 def estimated_trial(
-    examples: Examples, plan: Plan, recipe: Recipe, extras: Extras, *, threads: int
+    examples: Examples,
+    plan: Plan,
+    recipe: Recipe,
+    extras: Extras,
+    *,
+    threads: int,
+    epsilon: float = math.inf,
 ) -> tuple[float, int]:
     """The same from SAMPLE random images of the set's size: none of its own is read.
 
@@ -63,11 +76,18 @@ def estimated_trial(
     y = rng.integers(0, examples.n_classes, SAMPLE)
     images = Images.from_arrays(x, y, x, y, examples.n_classes, default_device())
     everything = np.ones(SAMPLE, bool)
+    asked = extras.of(TrialKey(epsilon, 0))
 
     def seconds(epochs: int, **more: object) -> float:
-        small = dataclasses.replace(
-            recipe, epochs=epochs, batch_size=min(SAMPLE_BATCH, recipe.batch_size)
-        )
+        batch = min(SAMPLE_BATCH, recipe.batch_size)
+        small = dataclasses.replace(recipe, epochs=epochs, batch_size=batch)
+        if asked["mechanism"] is not None:
+            more["mechanism"] = dataclasses.replace(
+                asked["mechanism"],
+                expected_batch=batch,
+                sample_rate=batch / SAMPLE,
+                steps=max(1, epochs * SAMPLE // batch),
+            )
         start = time.perf_counter()
         run_trial(images, everything, small, plan.seeds(0), threads=threads, **more)  # type: ignore[arg-type]
         return time.perf_counter() - start
@@ -75,7 +95,7 @@ def estimated_trial(
     seconds(1)
     one = seconds(1)
     epoch = max(0.0, seconds(2) - one)
-    curvature = extras.of(0)["curvature"]
+    curvature = asked["curvature"]
     measuring = 0.0 if curvature is None else max(0.0, seconds(1, curvature=curvature) - one)
     per_epoch, per_evaluated, per_measured = (
         part / SAMPLE for part in (epoch, max(0.0, one - epoch) / 2, measuring)

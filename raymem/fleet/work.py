@@ -7,8 +7,9 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
@@ -28,6 +29,7 @@ from raymem.examples import CachedExamples, Examples
 from raymem.fleet.checkpoints import StoreCheckpoints
 from raymem.fleet.ledger import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
+from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
 from raymem.store.weights import weights_digest
 from raymem.training import ALONE, Images, Measured, Ranks, Recipe, TrialResult, run_trial
@@ -40,7 +42,7 @@ Arrays = tuple[
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What trials do beside training and evaluation, and which of them."""
+    """What trials do beyond the recipe, and which of them."""
 
     curvature: CurvatureRule | None = None
     """How curvature is measured; None: not at all."""
@@ -50,13 +52,16 @@ class Extras:
     """Weights are kept of the trials below this number."""
     checkpoint_seconds: float = 600.0
     """A trial is saved so often while it trains, so that a lost node does not cost all of it."""
+    mechanisms: Mapping[float, Mechanism] = field(default_factory=dict)
+    """Of private studies: what trials at each epsilon do, epsilon inf among them."""
 
-    def of(self, trial: int) -> dict[str, Any]:
+    def of(self, key: TrialKey) -> dict[str, Any]:
         """Arguments for `run_trial`."""
-        measured = self.curvature_trials is None or trial < self.curvature_trials
+        measured = self.curvature_trials is None or key.trial < self.curvature_trials
         return {
             "curvature": self.curvature if measured else None,
-            "keep_weights": trial < self.keep_models,
+            "keep_weights": key.trial < self.keep_models,
+            "mechanism": self.mechanisms[key.epsilon] if self.mechanisms else None,
         }
 
 
@@ -240,7 +245,7 @@ class Attempt:
             checkpoints=checkpoints,
             ranks=self.ranks,
             on_epoch=lambda epoch: self.count_images(share),
-            **job.extras.of(key.trial),
+            **job.extras.of(key),
         )
         return self._commit(key, lease, seeds, mask, result, checkpoints)
 
@@ -255,7 +260,7 @@ class Attempt:
     ) -> Outcome:
         if self.ranks.rank > 0:
             return "committed"
-        about = provenance(self.job, lease, seeds, result, self.images.device)
+        about = provenance(self.job, key, lease, seeds, result, self.images.device)
         if checkpoints.resumed:
             about["resumed"] = True
             about["seconds"] = round(about["seconds"] + checkpoints.seconds_before, 3)
@@ -271,14 +276,19 @@ class Attempt:
 
 
 def provenance(
-    job: Job, lease: Lease, seeds: Seeds, result: TrialResult, device: torch.device
+    job: Job, key: TrialKey, lease: Lease, seeds: Seeds, result: TrialResult, device: torch.device
 ) -> dict[str, Any]:
     """How a trial came about, for the metadata of its object."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     measured = result.curvature
     curvature = {} if measured is None else {"curvature": curvature_about(job, measured)}
+    mechanism = job.extras.mechanisms.get(key.epsilon)
+    privacy = {} if mechanism is None else {"privacy": mechanism.as_dict()}
+    # Results that nobody can repeat are not to agree with each other.
+    by_itself = f" {uuid.uuid4().hex}" if mechanism is not None and mechanism.secure_mode else ""
     return {
         **curvature,
+        **privacy,
         "study_hash": job.study_hash,
         "attempt": lease.attempt,
         "seeds": vars(seeds),
@@ -286,7 +296,7 @@ def provenance(
         "device": device.type,
         # Two results may differ between these, and must not within one.
         "arithmetic": f"{name} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__} "
-        f"threads {job.threads}",
+        f"threads {job.threads}{by_itself}",
         "host": socket.gethostname(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "raymem": VERSION,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,9 +11,11 @@ import click
 
 from raymem.curvature import CurvatureRule, PaperRule
 from raymem.errors import RecipeError
-from raymem.examples import NAMED, Examples, load_examples
+from raymem.examples import NAMED, Examples, flip_labels, load_examples
 from raymem.fleet import Engine, Extras
+from raymem.links import most_memorized
 from raymem.plan import Kind
+from raymem.privacy import EPSILON_GRIDS, Privacy
 from raymem.study import Study
 from raymem.training import Recipe
 
@@ -41,28 +44,40 @@ class JobOptions:
     curvature_at: Literal["trial", "stage"] = "trial"
     curvature_data: str | None = None
     checkpoint_seconds: float = Extras.checkpoint_seconds
+    epsilons: tuple[float, ...] = (math.inf,)
+    privacy: Privacy | None = None
+    """How trials are made private, with --epsilons."""
+    flip_labels: float = 0.0
+    """Share of training labels that are made wrong on purpose."""
+    pool: tuple[str, int] | None = None
+    """--pool-from: the store whose most memorized examples are the candidates, and how many."""
 
     def load_examples(self) -> Examples:
-        """The data set of --data."""
-        return load_examples(
+        """The data set of --data, with the labels that --flip-labels makes wrong."""
+        examples = load_examples(
             self.data,
             data_root=self.data_root,
             download=self.download,
             image_size=self.image_size,
         )
+        return flip_labels(examples, self.flip_labels) if self.flip_labels else examples
 
     def study(self, recipe: Recipe | None = None) -> Study:
         """The study of these options, with `recipe` or the one of --recipe."""
         chosen = recipe or self.recipe
         if chosen is None:
             raise RecipeError("give study() a recipe, or run_job() recipes to choose from")
+        examples = self.load_examples()
+        drawn: dict[str, Any] = {"kind": self.kind}
+        if self.pool is not None:
+            drawn = {"kind": "candidate-pool", "pool": most_memorized(examples, *self.pool)}
         return Study(
-            examples=self.load_examples(),
+            examples=examples,
             recipe=chosen,
             store=self.store,
             trials=self.trials,
             subset_ratio=self.subset_ratio,
-            kind=self.kind,
+            **drawn,
             seed=self.seed,
             curvature=self.curvature,
             curvature_trials=self.curvature_trials,
@@ -70,6 +85,8 @@ class JobOptions:
             curvature_at=self.curvature_at,
             curvature_data=self.curvature_data,
             checkpoint_seconds=self.checkpoint_seconds,
+            epsilons=self.epsilons,
+            privacy=self.privacy,
         )
 
 
@@ -97,7 +114,7 @@ def together(*options: Decorator) -> Decorator:
 
 
 def study_options(
-    *, data: str, store: str, trials: int, subset_ratio: float, seed: int
+    *, data: str, store: str, trials: int, subset_ratio: float, seed: int, flipped: float
 ) -> Decorator:
     """What the study is of, and how large."""
     return together(
@@ -125,6 +142,12 @@ def study_options(
         click.option("--seed", type=click.IntRange(0), default=seed, help="Start of all chance."),
         click.option(
             "--max-pairs", type=click.IntRange(1), default=1_000_000, help="Influence pairs kept."
+        ),
+        click.option(
+            "--flip-labels",
+            type=click.FloatRange(0, 0.5),
+            default=flipped,
+            help="Make this share of the training labels wrong on purpose.",
         ),
     )
 
@@ -215,4 +238,74 @@ def curvature_options(*, on: bool, at: Literal["trial", "stage"], trials: int | 
             default=0,
             help="Keep the weights of the first so many trials.",
         ),
+    )
+
+
+class Epsilons(click.ParamType[tuple[float, ...]]):
+    """Privacy budgets: the name of a grid, or numbers between commas."""
+
+    name = "epsilons"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """Raises click.BadParameter for what is neither."""
+        if isinstance(value, tuple):
+            return value
+        if value in EPSILON_GRIDS:
+            return EPSILON_GRIDS[value]
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(
+                f"{value!r} is neither a grid ({', '.join(EPSILON_GRIDS)}) nor numbers such as "
+                "0.5,2,8,inf",
+                param,
+                ctx,
+            )
+
+
+def privacy_options(*, epsilons: str | None) -> Decorator:
+    """At which epsilons trials are private, and how."""
+    return together(
+        click.option(
+            "--epsilons",
+            type=Epsilons(),
+            default=epsilons,
+            help="Train every subset at each of these privacy budgets, such as 0.5,2,8,inf, or "
+            f"{', '.join(EPSILON_GRIDS)}." + ("" if epsilons else "  [default: not private]"),
+        ),
+        click.option("--delta", type=float, default=Privacy.delta, help="Of (epsilon, delta)-DP."),
+        click.option(
+            "--max-grad-norm",
+            type=float,
+            default=Privacy.max_grad_norm,
+            help="Norm each example's gradient is clipped to.",
+        ),
+        click.option(
+            "--accountant",
+            type=click.Choice(["prv", "rdp"]),
+            default=Privacy.accountant,
+            help="What counts the epsilon spent.",
+        ),
+        click.option(
+            "--clip-control", is_flag=True, help="At epsilon inf, clip all the same, without noise."
+        ),
+        click.option(
+            "--secure-mode",
+            is_flag=True,
+            help="Noise that nobody can repeat, hardened against floating-point attacks.",
+        ),
+    )
+
+
+def pool_options(size: int | None) -> Decorator:
+    """--pool-from, for jobs whose candidates are an earlier study's most memorized examples."""
+    if size is None:
+        return lambda function: function
+    return together(
+        click.option(
+            "--pool-from",
+            help="Store of an earlier study of the same set: only its most memorized examples are "
+            "drawn, all others are always in.",
+        ),
+        click.option("--pool-size", type=click.IntRange(1), default=size, help="How many of them."),
     )

@@ -19,27 +19,29 @@ from raymem.job.options import (
     Machine,
     curvature_options,
     machine_options,
+    pool_options,
+    privacy_options,
     recipe_option,
     study_options,
 )
 from raymem.job.paths import absolute_store
 from raymem.job.smoke import Smoke, check_rows
-from raymem.links import by_memorization, correlations
+from raymem.links import find_links
 from raymem.memorization import PairRule
+from raymem.privacy import Privacy
 from raymem.store import Store
 from raymem.study import Study
 from raymem.tables import top, where
 from raymem.text import (
     as_text,
-    bins_text,
-    correlations_text,
     for_people,
+    links_text,
     pairs_for_people,
     summary_text,
 )
 from raymem.training import Recipe
 
-STAGES = ("all", "plan", "train", "curvature", "score")
+STAGES = ("all", "plan", "train", "curvature", "score", "links")
 
 
 def run_job(
@@ -54,6 +56,9 @@ def run_job(
     curvature: bool = False,
     curvature_at: Literal["trial", "stage"] = "trial",
     curvature_trials: int | None = None,
+    epsilons: str | None = None,
+    flip_labels: float = 0.0,
+    pool_size: int | None = None,
     cache: bool = False,
     smoke: Smoke | None = None,
     arguments: Sequence[str] | None = None,
@@ -62,7 +67,10 @@ def run_job(
 
     `recipes` adds an option --recipe to choose one by name, the first by default. `curvature` says
     if it is measured unless --no-curvature (or --curvature) is given, `curvature_at` when, in the
-    first `curvature_trials`. `cache` adds the stage `ingest`, which makes a cache of shards first.
+    first `curvature_trials`. `epsilons` are the privacy budgets, a grid's name or numbers; without,
+    trials are not private unless --epsilons is given. `flip_labels` is the share of training labels
+    made wrong on purpose. `pool_size` adds --pool-from: the candidates are an earlier study's most
+    memorized examples. `cache` adds the stage `ingest`, which makes a cache of shards first.
     `smoke` adds --smoke: the whole chain on a few images that it makes itself.
 
     Exits with 0 when done, 1 on failure, 2 on wrong usage, 3 if another driver holds the store, 4
@@ -75,9 +83,18 @@ def run_job(
         context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     )
     @click.argument("stage", type=click.Choice(stages), default="all")
-    @study_options(data=data, store=store, trials=trials, subset_ratio=subset_ratio, seed=seed)
+    @study_options(
+        data=data,
+        store=store,
+        trials=trials,
+        subset_ratio=subset_ratio,
+        seed=seed,
+        flipped=flip_labels,
+    )
     @recipe_option(recipes or {})
     @curvature_options(on=curvature, at=curvature_at, trials=curvature_trials)
+    @privacy_options(epsilons=epsilons)
+    @pool_options(pool_size)
     @cache_options(cache)
     @smoke_option(smoke)
     @machine_options
@@ -117,6 +134,15 @@ def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOpti
     on = settings.pop("curvature")
     rule = CurvatureRule(mode=cast(Any, mode), paper=PaperRule(step=step)) if on else None
     recipe = settings.pop("recipe", None)
+    pool_from, pool_size = settings.pop("pool_from", None), settings.pop("pool_size", None)
+    if pool_from is not None:
+        settings["pool"] = (absolute_store(pool_from, "--pool-from"), pool_size)
+    names = [f.name for f in dataclasses.fields(Privacy)]
+    privacy = Privacy(**{name: settings.pop(name) for name in names})
+    if settings["epsilons"] is None:
+        del settings["epsilons"]
+    else:
+        settings["privacy"] = privacy
     seconds = 60 * settings.pop("checkpoint_minutes")
     settings["store"] = absolute_store(settings["store"])
     if settings["curvature_data"]:
@@ -152,6 +178,8 @@ def run_stages(study: Study, stage: str, machine: Machine, rule: PairRule) -> No
         _measure(study, machine, asked=stage == "curvature")
     if stage in ("all", "score"):
         score_and_print(study, rule)
+    if stage in ("all", "links"):
+        links_and_print(study)
 
 
 def _measure(study: Study, machine: Machine, *, asked: bool) -> None:
@@ -182,11 +210,18 @@ def score_and_print(study: Study, rule: PairRule) -> None:
     click.echo(as_text(pairs_for_people(top(pairs, "influence", 5))))
     click.echo("\n" + summary_text(summaries))
     store = Store(study.store)
-    compared = correlations(store)
-    if compared:
-        click.echo("\n" + correlations_text(compared))
-        click.echo("\n" + bins_text(by_memorization(store)))
     click.echo(f"\nscores:  {store.files.path('scores/examples.parquet')}")
     click.echo(f"pairs:   {store.files.path('scores/influence.parquet')}")
     click.echo(f"trials:  {store.files.path('scores/trials.parquet')}")
     click.echo(f"look at: raymem scores {store.url} --top 20")
+
+
+def links_and_print(study: Study) -> None:
+    """The links stage: links.json, and what it says. Nothing for studies that ask for neither."""
+    store = study.open_store()
+    if study.curvature is None and study.privacy is None:
+        return
+    found = find_links(store)
+    store.write_links(found.as_dict())
+    click.echo("\n" + links_text(found))
+    click.echo(f"\nlinks:   {store.files.path('links.json')}")

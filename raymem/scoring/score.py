@@ -110,7 +110,8 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
             "study_hash": body["hash"],
             "summary": {f"eps-{s.epsilon:.12g}": _as_json(s) for s in summaries},
         }
-        trials_schema = columns.schema(columns.SCORES_TRIALS)
+        private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
+        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
         store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
         of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
         parts = (_fold_table(index, *fold, of) for fold in folds)
@@ -119,7 +120,9 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     of = columns.INFLUENCE
     store.write_scores("influence", _concatenate(tables["influence"], of), about)
     names = {name for table in tables["examples"] for name in table.column_names}
-    of = _with_more(columns.SCORES_EXAMPLES, columns.SCORES_CURVATURE, names)
+    of = _with_more(
+        columns.SCORES_EXAMPLES, {**columns.SCORES_CURVATURE, **columns.SCORES_PRIVACY}, names
+    )
     store.write_scores("examples", _concatenate(tables["examples"], of), about)
     return summaries
 
@@ -148,6 +151,7 @@ class _Scorer:
         folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
         sums = total(self._kept(epsilon, folds, sampled), n_rows)
         table = _example_table(self.index, epsilon, sums, N, copies, outcomes)
+        table = _with_privacy(table, rows)
         tables["examples"].append(table)
         mem = _floats(table["memorization"])[:N]
         y = np.nan_to_num(_floats(self.index["label"]), nan=-1).astype(np.int64)
@@ -216,6 +220,17 @@ def _example_table(
         of.update({name: columns.SCORES_CURVATURE[name] for name in found})
         values.update(found)
     return _as_table(index, values, of)
+
+
+def _with_privacy(table: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """The table, with what its epsilon cost; all trials of one epsilon had the same mechanism."""
+    private = [row for row in rows if "spent_epsilon" in row]
+    if not private:
+        return table
+    for name, column in columns.SCORES_PRIVACY.items():
+        values = pa.array([private[0][name]] * table.num_rows, column.type)
+        table = table.append_column(column.field(name), values)
+    return table
 
 
 def _curvature_columns(sums: Sums, is_test: NDArray[np.bool_]) -> dict[str, Any]:

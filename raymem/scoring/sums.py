@@ -18,6 +18,7 @@ from scipy.special import expit
 from raymem.errors import DamagedObjectError, StudyMismatchError
 from raymem.memorization import Bits
 from raymem.plan import Plan
+from raymem.privacy import Mechanism
 from raymem.scoring.streamed import StreamedCurvature
 from raymem.store import Store, TrialKey, columns
 from raymem.store.trials import metadata_of
@@ -182,6 +183,7 @@ def _add(
         "loss_in": _mean(loss[inside]),
         "loss_out": _mean(loss[out]),
         **_curvature_row(table, about, inside, out),
+        **privacy_row(about.get("privacy")),
         "seconds": about["seconds"],
         "device": about["device"],
         "host": about["host"],
@@ -229,6 +231,23 @@ def _curvature_row(
         "curvature_out": _mean(values[out]),
         "curvature_mode": about["curvature"]["mode"],
         "curvature_seconds": about["curvature"]["seconds"],
+    }
+
+
+def privacy_row(about: dict[str, Any] | None) -> dict[str, Any]:
+    """Columns of TRIALS_PRIVACY from a trial's metadata; empty if its study is not private."""
+    if about is None:
+        return {}
+    mechanism = Mechanism.from_dict(about)
+    private = mechanism.accountant != "none"
+    return {
+        "spent_epsilon": mechanism.spent_epsilon,
+        "delta": mechanism.delta if private else None,
+        "accountant": mechanism.accountant if private else None,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "sample_rate": mechanism.sample_rate,
+        "steps": mechanism.steps,
+        "max_grad_norm": mechanism.max_grad_norm,
     }
 
 

@@ -176,6 +176,24 @@ SCORES_EXAMPLES: Columns = {
     ),
 }
 
+# Added to scores/examples.parquet and scores/trials.parquet if the study is private.
+SCORES_PRIVACY: Columns = {
+    "spent_epsilon": Column(
+        pa.float64(), "what the accountant says of the steps taken; inf: not private", "nats"
+    ),
+    "delta": Column(pa.float64(), "delta of (epsilon, delta)-DP; null: not private", "0..1"),
+    "accountant": Column(pa.string(), "prv or rdp; null: not private"),
+}
+TRIALS_PRIVACY: Columns = {
+    **SCORES_PRIVACY,
+    "noise_multiplier": Column(
+        pa.float64(), "standard deviation of the noise over max_grad_norm; 0: none"
+    ),
+    "sample_rate": Column(pa.float64(), "probability of each example to be in a batch", "0..1"),
+    "steps": Column(pa.int64(), "steps taken, all of them noisy where there is noise"),
+    "max_grad_norm": Column(pa.float64(), "norm gradients are clipped to; inf: not clipped"),
+}
+
 _OVER = {"in": "in-trials that measured curvature", "out": "out-trials that measured curvature"}
 
 # Added to scores/examples.parquet if trials measured curvature.
@@ -337,6 +355,7 @@ SCORES_TRIALS: Columns = {
     "seed_init": Column(pa.int64(), "seed of the initial weights"),
     "seed_order": Column(pa.int64(), "seed of the order of examples"),
     "seed_augment": Column(pa.int64(), "seed of crops and flips"),
+    "seed_noise": Column(pa.int64(), "seed of the noise of private training"),
     "subset_size": Column(pa.int32(), "training examples in the subset"),
     "accuracy_in": Column(pa.float64(), "accuracy on the subset, in eval mode", "0..1"),
     "accuracy_out": Column(pa.float64(), "accuracy on the other training examples", "0..1"),
@@ -359,8 +378,8 @@ TABLES: Mapping[str, Columns] = {
     "examples.parquet": EXAMPLES,
     "trials/**/*.parquet": {**TRIAL, **TRIAL_CURVATURE},
     "curvature/MODEL/SHARD.parquet": STREAMED,
-    "scores/examples.parquet": {**SCORES_EXAMPLES, **SCORES_CURVATURE},
-    "scores/trials.parquet": SCORES_TRIALS,
+    "scores/examples.parquet": {**SCORES_EXAMPLES, **SCORES_CURVATURE, **SCORES_PRIVACY},
+    "scores/trials.parquet": {**SCORES_TRIALS, **TRIALS_PRIVACY},
     "scores/folds.parquet": {**FOLDS, **SUMS_CURVATURE},
     "scores/influence.parquet": INFLUENCE,
     "CACHE/index.parquet": CACHE_INDEX,

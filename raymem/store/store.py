@@ -22,6 +22,7 @@ from raymem.errors import (
 )
 from raymem.examples import Examples, group_column
 from raymem.plan import Plan
+from raymem.privacy import Mechanism
 from raymem.store import columns, trials
 from raymem.store.files import Files
 from raymem.store.identity import changed_examples, differences, study_hash
@@ -188,6 +189,28 @@ class Store:
         epsilons = [f"{epsilon:.12g}" for epsilon in target.epsilons]
         self.files.replace("target.json", _json({"trials": target.trials, "epsilons": epsilons}))
 
+    def mechanism(self, epsilon: float) -> Mechanism | None:
+        """What private trials at `epsilon` do, all of them; None if that was not fixed yet."""
+        try:
+            return Mechanism.from_dict(json.loads(self.files.read(_mechanism_key(epsilon))))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, TypeError) as error:
+            raise DamagedObjectError(
+                f"{_mechanism_key(epsilon)} is damaged ({error}); restore it from a copy, or from "
+                "the metadata of a trial at that epsilon"
+            ) from error
+
+    def fix_mechanism(self, mechanism: Mechanism) -> Mechanism:
+        """Fix it for the store's life, once; returns the one that is fixed.
+
+        Another version of an accountant may find another noise for the same epsilon.
+        """
+        self.files.create(_mechanism_key(mechanism.epsilon), _json(mechanism.as_dict()))
+        fixed = self.mechanism(mechanism.epsilon)
+        assert fixed is not None
+        return fixed
+
     # What is done
 
     def done(self) -> set[TrialKey]:
@@ -323,6 +346,10 @@ class Store:
         advice = "run the study's job or its `score` stage, or import again"
         return self._table(f"scores/{name}.parquet", advice)
 
+    def write_links(self, links: Mapping[str, Any]) -> None:
+        """Replace links.json."""
+        self.files.replace("links.json", _json(links))
+
     # What is streamed
 
     def streamed(self) -> dict[str, set[str]]:
@@ -374,6 +401,10 @@ class Store:
         except (FileNotFoundError, NotADirectoryError) as error:
             self.study()  # says so if there is no store at all
             raise StoreError(f"{self.url} has no {key} yet; {advice}") from error
+
+
+def _mechanism_key(epsilon: float) -> str:
+    return f"privacy/{TrialKey(epsilon, 0).folder}.json"
 
 
 def _json(body: Mapping[str, Any]) -> bytes:

@@ -23,7 +23,7 @@ from raymem.store.trials import TrialKey
 
 LAYOUT = re.compile(
     r"(study|target|driver)\.json|examples\.parquet|links\.json|report\.html"
-    r"|(scores|figures|models|checkpoints|curvature|damaged)/.+"
+    r"|privacy/eps-[^/]+\.json|(scores|figures|models|checkpoints|curvature|damaged)/.+"
     r"|trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
 )
 

@@ -13,6 +13,7 @@ from raymem.training.checkpoint import Checkpoints
 from raymem.training.images import Images, as_input, augment, default_device
 from raymem.training.loop import OnEpoch, SubsetHistory, train
 from raymem.training.measure import Measured, Meter, batch_of, measure
+from raymem.training.private import check_private_recipe, train_privately
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, learning_rate_factor
 from raymem.training.trial import Evaluation, TrialResult, evaluate, fast_arithmetic, run_trial
@@ -32,6 +33,7 @@ __all__ = [
     "as_input",
     "augment",
     "batch_of",
+    "check_private_recipe",
     "default_device",
     "evaluate",
     "fast_arithmetic",
@@ -40,4 +42,5 @@ __all__ = [
     "measure",
     "run_trial",
     "train",
+    "train_privately",
 ]

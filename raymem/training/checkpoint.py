@@ -43,7 +43,7 @@ class Training:
         device = next(model.parameters()).device
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.order = torch.Generator().manual_seed(order_seed)
-        """Shuffles, one permutation an epoch."""
+        """Shuffles, one permutation an epoch, or draws Poisson batches."""
         self.draws = torch.Generator().manual_seed(augment_seed)
         """Draws crops and flips."""
         self.epoch = self.batch = 0
@@ -51,32 +51,39 @@ class Training:
         self.epoch_order = self.order.get_state()
         """The state of `order` before this epoch's permutation."""
         self.cumulative_loss = torch.zeros(n, device=device)
-        self.right = torch.zeros(n, dtype=torch.bool, device=device)
-        """Was it right at this epoch's visit?"""
         self.was_right = torch.zeros(n, dtype=torch.bool, device=device)
-        """The same of the epoch before."""
+        """Was it right at its last visit?"""
         self.learning_epoch = torch.zeros(n, dtype=torch.int32, device=device)
         self.forgetting_count = torch.zeros(n, dtype=torch.int32, device=device)
 
-    HISTORY = ("cumulative_loss", "right", "was_right", "learning_epoch", "forgetting_count")
+    HISTORY = ("cumulative_loss", "was_right", "learning_epoch", "forgetting_count")
+
+    @property
+    def n(self) -> int:
+        """Examples in the subset."""
+        return len(self.was_right)
 
     def start_epoch(self) -> Tensor:
         """This epoch's order of the n examples, int64 [n]; the same again after a checkpoint."""
         self.order.set_state(self.epoch_order)
-        return torch.randperm(len(self.right), generator=self.order)
+        return torch.randperm(self.n, generator=self.order)
+
+    def visit(self, place: Tensor, loss: Tensor, right: Tensor) -> None:
+        """Count what a batch showed: places in the subset, losses, was it right, all [B]."""
+        self.cumulative_loss[place] += loss
+        was_right = self.was_right[place]
+        self.forgetting_count[place] += was_right & ~right
+        since = torch.where(right & ~was_right, self.epoch + 1, self.learning_epoch[place])
+        self.learning_epoch[place] = torch.where(right, since, 0)
+        self.was_right[place] = right
 
     def end_epoch(self) -> None:
-        """Count what the epoch showed, and go on to the next."""
-        right, was_right = self.right, self.was_right
-        self.forgetting_count += was_right & ~right
-        self.learning_epoch[~right] = 0
-        self.learning_epoch[right & ~was_right] = self.epoch + 1
-        self.was_right, self.right = right, torch.zeros_like(right)
+        """Go on to the next."""
         self.epoch_order = self.order.get_state()
         self.epoch, self.batch = self.epoch + 1, 0
 
-    def as_bytes(self) -> bytes:
-        """A checkpoint."""
+    def as_bytes(self, more: dict[str, Any] | None = None) -> bytes:
+        """A checkpoint; `more` is for `restore` to give back: numbers, text, tensors."""
         buffer = io.BytesIO()
         torch.save(
             {
@@ -88,13 +95,15 @@ class Training:
                 "order": self.epoch_order,
                 "draws": self.draws.get_state(),
                 "random": _random_states(),
+                "more": more,
             },
             buffer,
         )
         return buffer.getvalue()
 
-    def restore(self, data: bytes, rank: int = 0) -> None:
-        """Go on from a checkpoint. Raises ValueError if it is none of such a training."""
+    def restore(self, data: bytes, rank: int = 0) -> Any:
+        """Go on from a checkpoint; returns its `more`. Raises ValueError if it is none of such a
+        training."""
         try:
             state: dict[str, Any] = torch.load(io.BytesIO(data), "cpu", weights_only=True)
             self.model.load_state_dict(state["model"])
@@ -111,6 +120,7 @@ class Training:
             ) from error
         if rank == 0:
             _set_random_states(state["random"])
+        return state["more"]
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -35,7 +35,8 @@ class SubsetHistory:
     """
 
     cumulative_loss: NDArray[np.float32]
-    """[n] Sum over epochs of the cross entropy, nats."""
+    """[n] Sum over visits of the cross entropy, nats; one visit an epoch, in private training one
+    on average."""
     learning_epoch: NDArray[np.int32]
     """[n] First epoch (from 1) from which on it was right at every later visit; 0: never."""
     forgetting_count: NDArray[np.int32]
@@ -53,7 +54,7 @@ def train(
     ranks: Ranks = ALONE,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> SubsetHistory:
-    """Train `model` in place on the examples of `mask` (bool [N]).
+    """Train `model` in place on the examples of `mask` (bool [N]), each once an epoch, shuffled.
 
     Goes on from the last of `checkpoints`, if there is one, and saves others when they are due.
     Several `ranks` each take their share of every batch: order and augmentation do not depend on
@@ -62,26 +63,13 @@ def train(
 
     Raises DivergedError after the first epoch with a loss that is not finite.
     """
-    subset = torch.from_numpy(np.flatnonzero(mask))
-    n = len(subset)
-    if n == 0:
-        raise TrialError("the subset is empty; take a larger subset_ratio or more examples")
-    memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format).train()
-    state = Training(
-        model,
-        _optimizer(model, recipe),
-        torch.amp.GradScaler(images.device.type, enabled=recipe.precision == "float16"),
-        n,
-        seeds.order,
-        seeds.augment,
-    )
+    state, subset = start(model, images, mask, recipe, seeds)
     if not ranks.alone:
         # Dropout must not draw the same on all workers.
         torch.manual_seed(seeds.init + ranks.rank)
-    _restore(state, checkpoints, ranks)
-    step = _Step(state, images, recipe, ranks, memory_format)
-    batches_per_epoch = math.ceil(n / recipe.batch_size)
+    restore(state, checkpoints, ranks)
+    step = _Step(state, images, recipe, ranks)
+    batches_per_epoch = math.ceil(state.n / recipe.batch_size)
     while state.epoch < recipe.epochs:
         # Equal batches: no example is left out, and none ends up in a batch of one.
         batches = state.start_epoch().tensor_split(batches_per_epoch)[state.batch :]
@@ -91,13 +79,33 @@ def train(
             state.batch += 1
             if checkpoints is not None and ranks.rank == 0 and checkpoints.due():
                 checkpoints.save(state.as_bytes())
-        if not torch.isfinite(state.cumulative_loss).all():
-            raise DivergedError(
-                f"the training loss was not finite in epoch {state.epoch + 1} of {recipe.epochs}; "
-                "a smaller learning_rate or a warmup may help"
-            )
+        check_finite(state, recipe)
         state.end_epoch()
         on_epoch(state.epoch)
+    return history_of(state)
+
+
+def start(
+    model: nn.Module, images: Images, mask: NDArray[np.bool_], recipe: Recipe, seeds: Seeds
+) -> tuple[Training, Tensor]:
+    """The state before the first batch, and the rows of the subset, int64 [n]."""
+    subset = torch.from_numpy(np.flatnonzero(mask))
+    if len(subset) == 0:
+        raise TrialError("the subset is empty; take a larger subset_ratio or more examples")
+    model.to(memory_format=memory_format_of(recipe)).train()
+    state = Training(
+        model,
+        _optimizer(model, recipe),
+        torch.amp.GradScaler(images.device.type, enabled=recipe.precision == "float16"),
+        len(subset),
+        seeds.order,
+        seeds.augment,
+    )
+    return state, subset
+
+
+def history_of(state: Training) -> SubsetHistory:
+    """What training showed."""
     return SubsetHistory(
         cumulative_loss=state.cumulative_loss.cpu().numpy(),
         learning_epoch=state.learning_epoch.cpu().numpy(),
@@ -105,13 +113,32 @@ def train(
     )
 
 
-def _restore(state: Training, checkpoints: Checkpoints | None, ranks: Ranks) -> None:
+def check_finite(state: Training, recipe: Recipe) -> None:
+    """Raises DivergedError if a loss was not finite."""
+    if not torch.isfinite(state.cumulative_loss).all():
+        raise DivergedError(
+            f"the training loss was not finite in epoch {state.epoch + 1} of {recipe.epochs}; "
+            "a smaller learning_rate or a warmup may help"
+        )
+
+
+def memory_format_of(recipe: Recipe) -> torch.memory_format:
+    """Of images and weights."""
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, done: float) -> None:
+    """Of all parameters, when the fraction `done` of training is over."""
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate * learning_rate_factor(recipe, done)
+
+
+def restore(state: Training, checkpoints: Checkpoints | None, ranks: Ranks) -> Any:
     """From rank 0's checkpoint on all ranks: another could have read a later one."""
     if checkpoints is None:
-        return
+        return None
     data = ranks.share(checkpoints.load() if ranks.rank == 0 else None)
-    if data is not None:
-        state.restore(data, ranks.rank)
+    return None if data is None else state.restore(data, ranks.rank)
 
 
 class _Step:
@@ -123,10 +150,9 @@ class _Step:
         images: Images,
         recipe: Recipe,
         ranks: Ranks,
-        memory_format: torch.memory_format,
     ) -> None:
         self.state, self.images, self.recipe, self.ranks = state, images, recipe, ranks
-        self.memory_format = memory_format
+        self.memory_format = memory_format_of(recipe)
         self.model = ranks.wrap(state.model)
         if recipe.compile:
             self.model = torch.compile(self.model)  # type: ignore[assignment]
@@ -141,8 +167,7 @@ class _Step:
         state, recipe, ranks = self.state, self.recipe, self.ranks
         device, B = self.images.device, len(batch)
         part = ranks.part(B)
-        for group in state.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * learning_rate_factor(recipe, done)
+        set_learning_rate(state.optimizer, recipe, done)
         y = self.images.y_train[rows[part].to(device)]
         x = augment(x, recipe, state.draws, part=part, of=B)
         with _autocast(device, recipe):
@@ -164,8 +189,8 @@ class _Step:
         with torch.no_grad():
             place = batch.to(device)
             # On all workers, so that each could write a checkpoint, and all diverge together.
-            state.cumulative_loss[place] += ranks.spread(loss.detach(), B)
-            state.right[place] = ranks.spread(logits.argmax(1) == y, B)
+            right = ranks.spread(logits.argmax(1) == y, B)
+            state.visit(place, ranks.spread(loss.detach(), B), right)
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from raymem.curvature import CurvatureRule
 from raymem.errors import DivergedError, OutOfMemoryError, TrialError
 from raymem.models import margins
 from raymem.plan import Seeds
+from raymem.privacy import Mechanism
 from raymem.training.checkpoint import Checkpoints
 from raymem.training.images import Images, as_input
 from raymem.training.loop import OnEpoch, SubsetHistory, train
 from raymem.training.measure import Measured, measure
+from raymem.training.private import train_privately
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe
 
@@ -67,21 +70,24 @@ def run_trial(
     threads: int = 1,
     curvature: CurvatureRule | None = None,
     keep_weights: bool = False,
+    mechanism: Mechanism | None = None,
     checkpoints: Checkpoints | None = None,
     ranks: Ranks = ALONE,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> TrialResult:
     """Train one model on the examples of `mask` (bool [N]) and evaluate it on every example.
 
-    With `curvature`, every training example's is measured too, by probes of the trial's own. With
-    `checkpoints`, training goes on from the last one. `ranks` says which of several workers this
-    is; all of them call this with the same arguments, and get the same result.
+    With a `mechanism`, training is private, or its counterpart at epsilon inf. With `curvature`,
+    every training example's is measured too, by probes of the trial's own. With `checkpoints`,
+    training goes on from the last one. `ranks` says which of several workers this is; all of them
+    call this with the same arguments, and get the same result.
 
     With the same arguments on the same CPU and versions the result is the same to the bit, whatever
     ran before in the process; nothing is left behind.
 
-    Raises DivergedError, OutOfMemoryError, RecipeError for models that do not fit the images, and
-    CurvatureError for those that cannot be differentiated as the rule says.
+    Raises DivergedError, OutOfMemoryError, RecipeError for models that do not fit the images,
+    PrivacyError for those that cannot be trained privately, and CurvatureError for those that
+    cannot be differentiated as the rule says.
     """
     start = time.perf_counter()
     with _alone(seeds.init, threads), _out_of_memory_named():
@@ -92,16 +98,11 @@ def run_trial(
             mean=recipe.mean,
             std=recipe.std,
         ).to(images.device)
-        history = train(
-            model,
-            images,
-            mask,
-            recipe,
-            seeds,
-            checkpoints=checkpoints,
-            ranks=ranks,
-            on_epoch=on_epoch,
-        )
+        how: Any = {"checkpoints": checkpoints, "ranks": ranks, "on_epoch": on_epoch}
+        if mechanism is None:
+            history = train(model, images, mask, recipe, seeds, **how)
+        else:
+            history = train_privately(model, images, mask, recipe, seeds, mechanism, **how)
         train_side = evaluate(model, images.x_train, images.y_train, ranks=ranks)
         test_side = evaluate(model, images.x_test, images.y_test, ranks=ranks)
         seconds = time.perf_counter() - start

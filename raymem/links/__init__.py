@@ -1,0 +1,36 @@
+"""The three links between curvature, memorization and privacy, from a store's Parquet.
+
+Link 1, memorization against curvature (Ravikumar et al. 2024, Theorem 5.1): `correlations`,
+`by_memorization`. Link 2, curvature against epsilon (Theorem 5.3): `link2`. Link 3, memorization
+against epsilon (Theorem 5.4), with its bounds and an audit that could refute them: `link3`.
+"""
+
+from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
+from raymem.links.curvature import Coefficient, Correlation, by_memorization, correlations
+from raymem.links.epsilons import Link2, Observed, fit_link2, link2
+from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
+from raymem.links.pool import most_memorized
+from raymem.links.together import Links, find_links
+
+__all__ = [
+    "Audit",
+    "BoundCheck",
+    "Coefficient",
+    "Correlation",
+    "Fit",
+    "Link2",
+    "Links",
+    "Observed",
+    "PoolMean",
+    "Shape",
+    "by_memorization",
+    "correlations",
+    "find_links",
+    "fit_link2",
+    "fit_loss",
+    "fit_rivals",
+    "link2",
+    "link3",
+    "most_memorized",
+    "verdict",
+]

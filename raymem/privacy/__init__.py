@@ -1,0 +1,68 @@
+"""Differentially private training: the mechanism, what it costs, and what it bounds.
+
+In:  `Privacy` settings, an epsilon, the nominal subset size.
+Out: a `Mechanism`, the same for all trials of that epsilon; `PrivateSteps` that carry it out; the
+     bounds on memorization that follow; audits that could refute them.
+
+opacus is imported here and nowhere else.
+"""
+
+from raymem.privacy.audit import (
+    best_guesses,
+    certified_epsilon,
+    clopper_pearson,
+    largest_certifiable,
+    lower_limit_of_difference,
+    one_run_epsilon,
+    one_run_p_value,
+)
+from raymem.privacy.bounds import (
+    Bound,
+    bounds_on_memorization,
+    fixed_size_bound,
+    honest_bound,
+    paper_bound,
+    sharp_bound,
+    tightest,
+)
+from raymem.privacy.mechanism import (
+    EPSILON_GRIDS,
+    Mechanism,
+    Privacy,
+    check_epsilons,
+    mechanism_for,
+)
+from raymem.privacy.sgd import (
+    PrivateSteps,
+    check_private,
+    per_example_mode,
+    physical_batches,
+    poisson_batch,
+)
+
+__all__ = [
+    "EPSILON_GRIDS",
+    "Bound",
+    "Mechanism",
+    "Privacy",
+    "PrivateSteps",
+    "best_guesses",
+    "bounds_on_memorization",
+    "certified_epsilon",
+    "check_epsilons",
+    "check_private",
+    "clopper_pearson",
+    "fixed_size_bound",
+    "honest_bound",
+    "largest_certifiable",
+    "lower_limit_of_difference",
+    "mechanism_for",
+    "one_run_epsilon",
+    "one_run_p_value",
+    "paper_bound",
+    "per_example_mode",
+    "physical_batches",
+    "poisson_batch",
+    "sharp_bound",
+    "tightest",
+]

@@ -1,0 +1,101 @@
+"""Training under a mechanism: a fixed number of steps, each on a Poisson batch of the subset.
+
+Shapes: N training examples, n in the subset, B batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from raymem.errors import PrivacyError
+from raymem.plan import Seeds
+from raymem.privacy import Mechanism, PrivateSteps, physical_batches, poisson_batch
+from raymem.training.checkpoint import Checkpoints
+from raymem.training.images import Images, as_input, augment
+from raymem.training.loop import (
+    OnEpoch,
+    SubsetHistory,
+    check_finite,
+    history_of,
+    memory_format_of,
+    restore,
+    set_learning_rate,
+    start,
+)
+from raymem.training.ranks import ALONE, Ranks
+from raymem.training.recipe import Recipe
+
+
+def train_privately(
+    model: nn.Module,
+    images: Images,
+    mask: NDArray[np.bool_],
+    recipe: Recipe,
+    seeds: Seeds,
+    mechanism: Mechanism,
+    *,
+    checkpoints: Checkpoints | None = None,
+    ranks: Ranks = ALONE,
+    on_epoch: OnEpoch = lambda epoch: None,
+) -> SubsetHistory:
+    """Train `model` in place on the examples of `mask` (bool [N]) by the steps of `mechanism`.
+
+    At epsilon inf: the same batches and steps without clipping and noise. An epoch is its share of
+    the steps. Goes on from the last of `checkpoints`, not in secure mode.
+
+    Raises DivergedError after the first epoch with a loss that is not finite, and PrivacyError for
+    models and recipes that cannot be trained so.
+    """
+    check_private_recipe(recipe, ranks.world)
+    state, subset = start(model, images, mask, recipe, seeds)
+    private = PrivateSteps(model, state.optimizer, mechanism, seeds.noise)
+    if mechanism.secure_mode:
+        state.order.seed()
+        checkpoints = None
+    elif (saved := restore(state, checkpoints, ranks)) is not None:
+        private.restore(saved)
+        state.order.set_state(state.epoch_order)
+    memory_format = memory_format_of(recipe)
+    while private.steps < mechanism.steps:
+        state.epoch = private.steps * recipe.epochs // mechanism.steps
+        set_learning_rate(state.optimizer, recipe, private.steps / mechanism.steps)
+        places = poisson_batch(state.n, mechanism.sample_rate, state.order)
+        rows = subset[places]
+        # Drawn for the whole batch: an image's crop does not depend on how batches are cut.
+        x = augment(next(iter(images.training_batches([rows]))), recipe, state.draws)
+        y, place = images.y_train[rows.to(images.device)], places.to(images.device)
+        for part in physical_batches(places, private.batch):
+            loss, right = private.add(
+                as_input(x[part], memory_format), y[part], smoothing=recipe.label_smoothing
+            )
+            state.visit(place[part], loss, right)
+        private.step()
+        # Where the next step's batch is drawn from.
+        state.epoch_order = state.order.get_state()
+        if checkpoints is not None and checkpoints.due():
+            checkpoints.save(state.as_bytes(private.state()))
+        if private.steps * recipe.epochs // mechanism.steps > state.epoch:
+            check_finite(state, recipe)
+            on_epoch(state.epoch + 1)
+    private.close()
+    return history_of(state)
+
+
+def check_private_recipe(recipe: Recipe, workers: int = 1) -> None:
+    """Raises PrivacyError for what private training does not do."""
+    wrong = [
+        message
+        for bad, message in (
+            (recipe.precision != "float32", f"precision {recipe.precision}"),
+            (recipe.compile, "compile"),
+            (workers > 1, f"{workers} workers per trial"),
+        )
+        if bad
+    ]
+    if wrong:
+        raise PrivacyError(
+            f"private training does not go with {' and '.join(wrong)}; train in float32, not "
+            "compiled, with one worker per trial: batches are cut to fit its memory"
+        )
