@@ -11,6 +11,7 @@ curvature of every training image under 100 of them (Ravikumar et al. 2024, sect
 
 --smoke runs the same chain on a few small images that it makes itself. --data may be the set as
 people have it (folders, WebDataset tars, Parquet) with --cache for where its cache is to be.
+--epsilons 2,8,inf trains each subset privately too, with GroupNorm and in float32.
 --workers-per-trial 8 trains each model on 8 GPUs; with BatchNorm each GPU then takes the statistics
 of its share of the batch, which is another recipe in small print.
 
@@ -61,7 +62,21 @@ SMOKE = Smoke(
 )
 
 
+def private(recipe: Recipe) -> Recipe:
+    """The same with what private training needs: no BatchNorm, float32."""
+    return dataclasses.replace(
+        recipe,
+        model=f"{recipe.model}-gn",
+        precision="float32",
+        channels_last=False,
+        compile=False,
+    )
+
+
 def study(options: JobOptions) -> Study:
+    recipe = options.recipe
+    if options.privacy is not None and recipe is not None:
+        return options.study(private(recipe))
     return options.study()
 
 

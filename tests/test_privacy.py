@@ -279,6 +279,27 @@ def test_a_batch_is_not_left_to_the_next_step():
     assert float(update(model, private, x, y, []).abs().max()) == 0
 
 
+def test_empty_batches_are_steps_too(monkeypatch):
+    """Every batch that is drawn is a step: drawing again until one has examples would tell."""
+    from raymem.training import private
+
+    drawn = []
+
+    def recorded(n, q, draws):
+        drawn.append(len(batch := poisson_batch(n, q, draws)))
+        return batch
+
+    monkeypatch.setattr(private, "poisson_batch", recorded)
+    mask = np.arange(40) < 4
+    recipe = dataclasses.replace(RECIPE, batch_size=1)
+    mechanism = mechanism_for(
+        Privacy(accountant="rdp"), 8.0, subset_size=4, batch_size=1, epochs=10
+    )
+    run_trial(images(), mask, recipe, Plan(n=40).seeds(0, 8.0), mechanism=mechanism)
+    assert len(drawn) == mechanism.steps == 40
+    assert drawn.count(0) > 5
+
+
 # (6) The mechanism does not depend on the subset.
 
 

@@ -17,6 +17,7 @@ from raymem.errors import FleetError
 from raymem.job.cached import CacheOptions
 from raymem.store import columns
 from raymem.study import Study
+from raymem.tables import where
 from raymem.training import Recipe
 
 WNIDS = ("n01440764", "n02102040", "n02979186", "n03000684")
@@ -83,20 +84,24 @@ def _picture(label: int, size: int, rng: np.random.Generator) -> Image.Image:
 
 
 def check_rows(study: Study) -> str:
-    """One joined row per example, every measure in it. Raises FleetError if not."""
-    table = study.scores()
-    e = study.examples
-    ids = table["example_id"].to_pylist()
-    if sorted(ids) != sorted((*e.train_ids, *e.test_ids)):
-        raise FleetError("the scores do not have one row per example; report this as a bug")
-    train = table.slice(0, len(e.train_ids))
+    """One joined row per example (and epsilon), every measure in it. Raises FleetError if not."""
+    table, e = study.scores(), study.examples
+    wanted = sorted((*e.train_ids, *e.test_ids))
     measured = ["curvature_in", "curvature_out"] if study.curvature is not None else []
-    for name in ("memorization", "memorization_stderr", "loss_out", *measured):
-        missing = train[name].null_count
-        if missing:
-            raise FleetError(f"{missing} training examples have no {name}; report this as a bug")
+    for epsilon in study.epsilons:
+        here = where(table, f"epsilon == {epsilon}")
+        if sorted(here["example_id"].to_pylist()) != wanted:
+            raise FleetError("the scores do not have one row per example; report this as a bug")
+        train = where(here, "split == train")
+        for name in ("memorization", "memorization_stderr", "loss_out", *measured):
+            missing = train[name].null_count
+            if missing:
+                raise FleetError(
+                    f"{missing} training examples have no {name}; report this as a bug"
+                )
     known = [name for name in table.column_names if name in columns.SCORES_CURVATURE]
+    at = "" if study.privacy is None else f" at each of {len(study.epsilons)} epsilons"
     return (
-        f"smoke test passed: {len(ids)} examples, one row each, memorization and {len(known)} "
-        "columns of curvature"
+        f"smoke test passed: {len(wanted)} examples, one row each{at}, memorization and "
+        f"{len(known)} columns of curvature"
     )

@@ -119,9 +119,9 @@ class PrivateSteps:
                     self._model, strict=False, max_grad_norm=m.max_grad_norm
                 )
             elif self.mode == "expanded-weights":
-                self._wrapped = GradSampleModuleExpandedWeights(self._model)
+                self._wrapped = GradSampleModuleExpandedWeights(self._model, loss_reduction="sum")
             else:
-                self._wrapped = GradSampleModule(self._model, strict=False)
+                self._wrapped = GradSampleModule(self._model, loss_reduction="sum", strict=False)
         except NotImplementedError as error:
             raise PrivacyError(
                 f"opacus has no per-example gradients of this model ({first_line(error)}); take "
@@ -162,9 +162,8 @@ class PrivateSteps:
                 objective = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
             if self.mode == "ghost":
                 self._ghost_backward(objective)
-            elif self.mechanism.clips:
-                objective.mean().backward()  # type: ignore[no-untyped-call]
             else:
+                # Of a mean, every gradient would have to be multiplied by B again.
                 objective.sum().backward()  # type: ignore[no-untyped-call]
         if self.mechanism.clips:
             self._optimizer.step()
