@@ -298,8 +298,10 @@ def links_text(links: Links) -> str:
     parts = []
     if links.correlations:
         parts += [correlations_text(links.correlations), bins_text(links.bins)]
-    parts += [link2_text(links.curvature), link3_text(links.memorization), links.verdict]
-    return "\n\n".join(parts)
+    if len(links.memorization) > 1 or any(audit.mechanism for audit in links.memorization):
+        parts += [link2_text(links.curvature), link3_text(links.memorization), links.verdict]
+    nothing = "no links: the study measures no curvature, and is not private"
+    return "\n\n".join(parts or [nothing])
 
 
 def link2_text(link: Link2) -> str:

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from raymem import CurvatureRule, Recipe, Store, Study, correlations
-from raymem.links import MEASURES, _correlate, _Sums, by_memorization
+from raymem.links.curvature import MEASURES, _correlate, _Sums, by_memorization
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_bin_holds_its_lower_end_however_it_was_computed(tmp_path, monkeypatch
 
 
 def test_more_examples_than_are_needed_are_drawn_once(study, monkeypatch):
-    from raymem import links
+    from raymem.links import curvature as links
 
     monkeypatch.setattr(links, "MOST_EXAMPLES", 700)
     ((_, found),) = correlations(Store(study.store)).items()

@@ -4,11 +4,12 @@
     target.json                         how many trials at which epsilons are wanted; replaceable
     driver.json                         who drives it now
     examples.parquet                    the set's index
+    privacy/eps-2.json                  the mechanism of an epsilon, fixed by the first run
     trials/eps-inf/000017.parquet       one trained model; that it exists means "done"
     models/eps-inf/000017.safetensors   its weights, for the trials whose weights are kept
     curvature/MODEL/SHARD.parquet       curvature under one model, streamed over shards
     failed/eps-inf/000017.1.json        an attempt that failed: cause
-    scores/*.parquet                    derived, replaced whole
+    scores/*.parquet, links.json        derived, replaced whole
     damaged/...                         what `verify --repair` moved away
 
 Trial objects are created if absent, derived objects are replaced whole, nothing is appended to.
@@ -18,7 +19,8 @@ from raymem.store import columns
 from raymem.store.files import Files
 from raymem.store.identity import study_hash
 from raymem.store.lock import DriverLock, is_alive, read_driver
-from raymem.store.store import Failure, Store, Target
+from raymem.store.store import Store
+from raymem.store.target import Failure, Target
 from raymem.store.trials import TrialKey, trial_table
 from raymem.store.verify import Problem, verify
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO, Any
 
@@ -26,6 +24,7 @@ from raymem.privacy import Mechanism
 from raymem.store import columns, trials
 from raymem.store.files import Files
 from raymem.store.identity import changed_examples, differences, study_hash
+from raymem.store.target import Failure, Target
 from raymem.store.trials import TrialKey
 from raymem.store.weights import decode_weights, encode_weights
 from raymem.version import VERSION
@@ -33,29 +32,6 @@ from raymem.version import VERSION
 FORMAT = 1
 SHOWN = 5
 READERS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a study wants to have: replaceable, not part of its identity."""
-
-    trials: int
-    """Trials at each epsilon."""
-    epsilons: tuple[float, ...] = (math.inf,)
-    """Privacy budgets; inf is not private."""
-
-    def wanted(self) -> list[TrialKey]:
-        """All trials wanted; every epsilon of one subset before the next subset."""
-        return [TrialKey(e, t) for t in range(self.trials) for e in self.epsilons]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A recorded failure of one attempt at one trial."""
-
-    key: TrialKey
-    attempt: int
-    cause: str
 
 
 class Store:
