@@ -196,6 +196,8 @@ def _both(a: Floats, b: Floats) -> tuple[float, float]:
 
 
 def _interval(value: float, replicates: Sequence[float]) -> Coefficient:
+    if math.isnan(value) or np.isfinite(replicates).sum() < 2:
+        return Coefficient(value=value, low=math.nan, high=math.nan)
     clipped = np.clip([value, *replicates], -1 + 1e-12, 1 - 1e-12)
     z, others = np.arctanh(clipped[0]), np.arctanh(clipped[1:])
     half = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.nanstd(others, ddof=1)

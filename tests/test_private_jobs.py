@@ -1,0 +1,306 @@
+"""Private studies from the command line: options, stages, what is refused, and the digits job."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from raymem import (
+    CurvatureRule,
+    Examples,
+    Plan,
+    Privacy,
+    PrivacyError,
+    Recipe,
+    Store,
+    Study,
+    run_job,
+)
+from raymem.cli import main
+from raymem.links import find_links, link2, link3
+from raymem.store import TrialKey, verify
+
+JOBS = Path(__file__).parents[1] / "jobs"
+
+
+def job(name):
+    spec = importlib.util.spec_from_file_location(name, JOBS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small(options):
+    return options.study(Recipe(model="mlp-8", epochs=2, batch_size=100))
+
+
+small.__module__ = __name__
+
+
+def run(capsys, *arguments, **settings):
+    """What a job prints, and its exit code."""
+    code = 0
+    try:
+        run_job(
+            small,
+            data="digits",
+            store="memory://private-jobs",
+            trials=2,
+            arguments=[*arguments, "--engine", "serial"],
+            **settings,
+        )
+    except SystemExit as end:
+        code = end.code or 0
+    out = capsys.readouterr()
+    return out.out + out.err, code
+
+
+def test_the_whole_chain(capsys, tmp_path):
+    store = str(tmp_path / "store")
+    asked = ("--store", store, "--epsilons", "0.5,8,inf", "--accountant", "rdp", "--flip-labels",
+             "0.1", "--curvature", "--curvature-trials", "20", "--subset-ratio", "0.5")  # fmt: skip
+    out, code = run(capsys, *asked)
+    assert code == 0, out
+    assert "digits, 120 labels flipped" in out
+    assert "trials 6/6" in out
+    opened = Store(store)
+    assert opened.done() == {TrialKey(e, t) for e in (0.5, 8.0, math.inf) for t in (0, 1)}
+    assert [m.epsilon for m in map(opened.mechanism, (0.5, 8.0, math.inf))] == [0.5, 8.0, math.inf]
+    # Rows of different epsilons are of the same subsets.
+    inside = [opened.trial(TrialKey(e, 1))["in_subset"].to_pylist() for e in (0.5, 8.0, math.inf)]
+    assert inside[0] == inside[1] == inside[2]
+    assert len({opened.provenance(key)["digest"] for key in opened.done()}) == 6
+    links = json.loads((tmp_path / "store" / "links.json").read_text())
+    assert [a["epsilon"] for a in links["link_3_memorization_and_epsilon"]] == [0.5, 8.0, "inf"]
+    assert {row["mode"] for row in modes(opened)} == {"gauss-newton"}
+    assert verify(opened) == []
+    shown = CliRunner().invoke(main, ["links", store])
+    assert shown.exit_code == 0
+    assert "training examples with flipped labels" in shown.output
+    as_json = CliRunner().invoke(main, ["links", store, "--json"])
+    assert json.loads(as_json.output)["link_3_verdict"].startswith("link 3: no example's")
+    status = CliRunner().invoke(main, ["status", store])
+    assert "6 of 6 done" in status.output
+    # Again: nothing to train, and the same scores to the byte.
+    before = (tmp_path / "store" / "scores" / "examples.parquet").read_bytes()
+    out, code = run(capsys, *asked)
+    assert code == 0
+    assert (tmp_path / "store" / "scores" / "examples.parquet").read_bytes() == before
+
+
+def modes(store):
+    return [store.provenance(key)["curvature"] for key in store.done()]
+
+
+def test_a_dry_run_says_what_epsilons_cost(capsys):
+    out, code = run(capsys, "plan", "--epsilons", "2,inf", "--store", "memory://private-plan")
+    assert code == 0
+    assert "epsilon 2 (spends 1.9" in out
+    assert "epsilon inf: 17 steps, Poisson batches of 100 expected, no noise, no clipping" in out
+    assert "one private trial took" in out
+    assert "4 trials on" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says", "code"),
+    [
+        (["--epsilons", "much"], "neither a grid (default, quick, paper-curvature", 2),
+        (["--epsilons", "0,1"], "must be positive", 1),
+        (["--epsilons", "1,1"], "given twice", 1),
+        (["--epsilons", "1", "--delta", "0.01"], "publishing a whole example", 1),
+        (["--epsilons", "1", "--max-grad-norm", "-1"], "must be a positive number", 1),
+        (["--epsilons", "1", "--workers-per-trial", "2"], "2 workers per trial", 1),
+    ],
+)
+def test_what_is_refused(capsys, arguments, says, code):
+    out, got = run(capsys, *arguments, "--store", "memory://private-refused")
+    assert says in " ".join(out.split())
+    assert got == code
+    assert "Traceback" not in out
+
+
+def test_grids_have_names(capsys):
+    out, _ = run(capsys, "plan", "--epsilons", "quick", "--accountant", "rdp")
+    assert all(f"epsilon {e} " in out for e in ("0.5", "2", "8"))
+
+
+def test_a_store_tells_private_studies_from_others(capsys, tmp_path):
+    store = str(tmp_path / "store")
+    assert run(capsys, "train", "--store", store)[1] == 0
+    out, code = run(capsys, "train", "--store", store, "--epsilons", "8,inf")
+    assert code == 1
+    assert "privacy" in out
+    assert "another study" in out
+
+
+def test_batch_norm_is_refused_before_anything_is_trained():
+    study = Study(
+        examples=tiny(),
+        recipe=Recipe(model="tiny-resnet", epochs=1),
+        store="memory://private-bn",
+        trials=1,
+        epsilons=(8.0,),
+        privacy=Privacy(accountant="rdp"),
+    )
+    with pytest.raises(PrivacyError, match="BatchNorm2d"):
+        study.train(engine="serial")
+    assert Store("memory://private-bn").done() == set()
+
+
+def tiny():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (50, 8, 8, 1), np.uint8)
+    return Examples(
+        x_train=x[:40], y_train=np.arange(40) % 2, x_test=x[40:], y_test=np.arange(10) % 2
+    )
+
+
+def test_studies_without_out_trials_have_links_too():
+    """As the paper's link 2: all data in all trials, only seeds differ."""
+    study = Study(
+        examples=tiny(),
+        recipe=Recipe(model="mlp-8", epochs=2, batch_size=10),
+        store="memory://private-all",
+        trials=3,
+        subset_ratio=1.0,
+        curvature=CurvatureRule(),
+        epsilons=(1, 2, 4, 8),
+        privacy=Privacy(accountant="rdp"),
+    )
+    study.train(engine="serial")
+    study.score()
+    found = find_links(Store(study.store))
+    assert len(found.curvature.fits) == 5
+    assert [audit.pool for audit in found.memorization] == [None] * 4
+    assert not any(audit.refuted for audit in found.memorization)
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_fixed_sizes_have_their_own_bound():
+    study = Study(
+        examples=tiny(),
+        recipe=Recipe(model="mlp-8", epochs=2, batch_size=10),
+        store="memory://private-fixed",
+        trials=6,
+        kind="fixed-size",
+        epsilons=(1.0,),
+        privacy=Privacy(accountant="rdp"),
+    )
+    study.train(engine="serial")
+    study.score()
+    (audit,) = link3(Store(study.store))
+    assert {c.bound.name for c in audit.bounds if c.bound.holds} == {
+        "fixed-size", "total-variation",
+    }  # fmt: skip
+    assert audit.one_run is None
+
+
+def test_weights_are_kept_at_every_epsilon(tmp_path):
+    study = Study(
+        examples=tiny(),
+        recipe=Recipe(model="mlp-8", epochs=2, batch_size=10),
+        store=tmp_path / "store",
+        trials=1,
+        keep_models=1,
+        epsilons=(8.0, math.inf),
+        privacy=Privacy(accountant="rdp"),
+    )
+    study.train(engine="serial")
+    store = Store(tmp_path / "store")
+    assert store.kept() == store.done() == {TrialKey(8.0, 0), TrialKey(math.inf, 0)}
+    assert set(store.weights(TrialKey(8.0, 0))) == set(store.weights(TrialKey(math.inf, 0)))
+
+
+def test_a_pool_from_an_earlier_store(capsys, tmp_path):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    assert run(capsys, "--store", first, "--trials", "20")[1] == 0
+    out, code = run(
+        capsys, "--store", second, "--epsilons", "8", "--accountant", "rdp", "--pool-from", first,
+        "--pool-size", "30", "--subset-ratio", "0.5", pool_size=500,
+    )  # fmt: skip
+    assert code == 0, out
+    plan = Store(second).plan()
+    assert (plan.kind, len(plan.pool)) == ("candidate-pool", 30)
+    assert "examples (the candidates)" in out
+    sizes = Store(second).scores("trials")["subset_size"].to_pylist()
+    assert all(1170 <= size <= 1200 for size in sizes)
+    out, code = run(capsys, "--store", second, "--pool-from", str(tmp_path / "nowhere"),
+                    "--epsilons", "8", pool_size=500)  # fmt: skip
+    assert code == 1
+    assert "there is no study" in out
+
+
+def test_the_papers_studies_are_there():
+    paper = job("privacy_cifar").RECIPES["paper"]
+    assert (paper.model, paper.epochs, paper.batch_size) == ("cifar-resnet18-gn", 20, 128)
+    assert (paper.learning_rate, paper.schedule) == (0.001, "steps")
+    assert Privacy() == Privacy(delta=1e-5, max_grad_norm=1.0, accountant="prv")
+    private = job("feldman_imagenet").private(job("feldman_imagenet").QUICK)
+    assert (private.model, private.precision) == ("resnet50-gn", "float32")
+
+
+@pytest.mark.slow
+def test_ray_trains_what_the_serial_engine_trains(tmp_path):
+    found = []
+    for engine in ("serial", "ray"):
+        study = Study(
+            examples=tiny(),
+            recipe=Recipe(model="mlp-8", epochs=2, batch_size=10),
+            store=tmp_path / engine,
+            trials=4,
+            epsilons=(8.0, math.inf),
+            privacy=Privacy(accountant="rdp"),
+        )
+        assert study.train(engine=engine).done == 8
+        store = Store(tmp_path / engine)
+        found.append({key: store.provenance(key)["digest"] for key in store.done()})
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_the_digits_show_both_effects(tmp_path, digits):
+    """Links 2 and 3 on digits with planted label noise: the job's recipe, three epsilons."""
+    from raymem import flip_labels
+
+    study = Study(
+        examples=flip_labels(digits, 0.1),
+        recipe=job("privacy_digits").RECIPE,
+        store=tmp_path / "store",
+        trials=20,
+        subset_ratio=0.5,
+        curvature=CurvatureRule(paper=None),
+        epsilons=(0.5, 4.0, math.inf),
+        privacy=Privacy(),
+    )
+    study.train()
+    study.score()
+    store = Store(study.store)
+    low, middle, inf = link3(store)
+    # Intervals over runs, not point estimates: memorization falls as epsilon falls.
+    assert inf.pool.low > 0.4
+    assert middle.pool.high < 0.1
+    assert low.pool.high < 0.1
+    for audit in (low, middle):
+        assert not audit.refuted
+        assert all(check.violations == 0 for check in audit.bounds)
+    assert inf.one_run > middle.one_run
+    # Curvature rises with epsilon, by many standard errors each time.
+    seen = link2(store).observed
+    assert [o.epsilon for o in seen] == [0.5, 4.0, math.inf]
+    for before, after in itertools.pairwise(seen):
+        assert after.curvature - before.curvature > 5 * (
+            after.curvature_stderr + before.curvature_stderr
+        )
+
+
+def test_plans_have_a_seed_for_noise():
+    seeds = [Plan(n=10).seeds(0, epsilon) for epsilon in (0.5, 1.0, math.inf)]
+    assert len({s.noise for s in seeds}) == 3
+    assert all(s.noise not in (s.init, s.order, s.augment) for s in seeds)
