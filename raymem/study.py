@@ -390,4 +390,4 @@ class Study:
         except StoreError:
             return f"store: {store.url}, not made yet"
         wanted = set(self._target.wanted())
-        return f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} are done"
+        return f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} trials are done"

@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from raymem import CurvatureRule, Recipe, Store, Study, correlations
-from raymem.links.curvature import MEASURES, _correlate, _Sums, by_memorization
+from raymem.links import by_memorization, costs, paper_bins
+from raymem.links.curvature import MEASURES, _correlate, _Sums
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,13 @@ def study(digits, tmp_path_factory):
     return study
 
 
+def of(row, measure):
+    """A measure in a row of the scores."""
+    if measure.startswith("p_wrong"):
+        return 1 - row[measure.replace("p_wrong", "p_true")]
+    return row[measure]
+
+
 def test_correlations_are_scipys_over_the_training_examples(study):
     ((epsilon, found),) = correlations(Store(study.store)).items()
     assert epsilon == math.inf
@@ -32,7 +40,7 @@ def test_correlations_are_scipys_over_the_training_examples(study):
     rows = [row for row in study.scores().to_pylist() if row["split"] == "train"]
     mem = [row["memorization"] for row in rows]
     for c in found:
-        values = [row[c.measure] for row in rows]
+        values = [of(row, c.measure) for row in rows]
         assert c.spearman.value == pytest.approx(stats.spearmanr(mem, values)[0], abs=1e-9)
         assert c.pearson.value == pytest.approx(stats.pearsonr(mem, values)[0], abs=1e-9)
         for coefficient in (c.spearman, c.pearson):
@@ -53,7 +61,7 @@ def test_bins_are_means_over_their_examples(study):
         ]
         assert len(inside) == bin_["examples"]
         for name in MEASURES:
-            assert bin_[name] == pytest.approx(np.mean([r[name] for r in inside]))
+            assert bin_[name] == pytest.approx(np.mean([of(r, name) for r in inside]))
 
 
 def test_a_bin_holds_its_lower_end_however_it_was_computed(tmp_path, monkeypatch):
@@ -141,3 +149,123 @@ def test_intervals_cover_the_expected_coefficient_at_their_rate():
         ]
     # 95% nominal; below 87% of 120 has a chance of 2e-4 then. Above is allowed: it is safe.
     assert (covered >= 0.87 * repeats).all(), covered
+
+
+def test_cosines_and_partial_correlations_are_those_of_their_definitions(study):
+    ((_, found),) = correlations(Store(study.store)).items()
+    rows = [row for row in study.scores().to_pylist() if row["split"] == "train"]
+    mem = np.array([row["memorization"] for row in rows])
+    loss = stats.rankdata([row["loss_out"] for row in rows])
+    for c in found:
+        x = np.array([of(row, c.measure) for row in rows])
+        cosine = mem @ x / np.linalg.norm(mem) / np.linalg.norm(x)
+        assert c.cosine.value == pytest.approx(cosine)
+        # The mean over all shuffles has a closed form.
+        null = len(x) * mem.mean() * x.mean() / np.linalg.norm(mem) / np.linalg.norm(x)
+        assert c.cosine_null == pytest.approx(null, abs=0.02)
+        if c.measure == "loss_out":
+            assert math.isnan(c.partial.value)
+            continue
+        # By residuals of ranks on the ranks of the loss.
+        design = np.stack([loss, np.ones(len(loss))], 1)
+        residuals = [
+            r - design @ np.linalg.lstsq(design, r, rcond=None)[0]
+            for r in (stats.rankdata(mem), stats.rankdata(x))
+        ]
+        assert c.partial.value == pytest.approx(np.corrcoef(residuals)[0, 1], abs=1e-6)
+
+
+def test_the_least_c1_makes_the_line_a_bound_and_no_smaller_does(study):
+    ((_, found),) = correlations(Store(study.store)).items()
+    rows = [row for row in study.scores().to_pylist() if row["split"] == "train"]
+    mem = np.array([row["memorization"] for row in rows])
+    for c in found:
+        x = np.array([of(row, c.measure) for row in rows])
+        slope, intercept = np.polyfit(mem, x, 1)
+        assert c.slope == pytest.approx(max(slope, 0))
+        assert c.violating == pytest.approx(np.mean(x < slope * mem + intercept))
+        slack = x / c.slope + c.c1 - mem
+        assert slack.min() == pytest.approx(0, abs=1e-9)
+
+
+def related(rng, F, N, block=20):
+    """A fleet whose measure is 3 memorization + 1, with noise in both."""
+    truth = rng.beta(0.5, 1.0, N)
+    n_in = np.full((F, N), block // 2)
+    right = rng.binomial(block // 2, 1 - truth, (F, N))
+    noise = rng.standard_normal((F, N)) * 2 / np.sqrt(block // 2)
+    sums = {
+        "n_in": n_in, "n_out": n_in, "correct_in": n_in, "correct_out": right,
+        "n_curvature_out": n_in, "curvature_out": n_in * (3 * truth + 1 + noise),
+    }  # fmt: skip
+    return truth, sums
+
+
+def test_instruments_and_reliabilities_undo_what_noise_does():
+    """Over 30 fleets of two blocks: the plain slope is too flat, the instrumented one is right."""
+    plain, instrumented, attenuated, restored = [], [], [], []
+    for k in range(30):
+        _truth, sums = related(np.random.default_rng(k), F=2, N=300)
+        mem, values = estimate(sums)
+        fold = np.repeat(np.arange(2), 300)
+        table = pa.table({"fold": fold, **{n: v.reshape(-1) for n, v in sums.items()}})
+        (found,) = _correlate(
+            mem, {"curvature_out": values}, _Sums(table, ["curvature_out"]),
+            np.random.default_rng(k), replicates=2,
+        )  # fmt: skip
+        plain.append(found.slope)
+        instrumented.append(found.slope_instrumented)
+        attenuated.append(found.pearson.value)
+        restored.append(found.disattenuated[1])
+    error = np.std(instrumented) / np.sqrt(30)
+    assert np.mean(plain) < 3 - 5 * error
+    assert abs(np.mean(instrumented) - 3) < 4 * error
+    # The true measure is a line in memorization: without noise the correlation is 1.
+    error = np.std(restored) / np.sqrt(30)
+    assert np.mean(attenuated) < 0.95
+    assert abs(np.mean(restored) - 1) < 4 * error + 0.005
+
+
+def test_paper_bins_are_fifty_with_both_of_its_fits():
+    rng = np.random.default_rng(0)
+    mem = np.concatenate([rng.uniform(0, 0.1, 5000), rng.uniform(0, 1, 1000), [-0.2, 1.0]])
+    x = 2 * mem + 0.5 + rng.normal(0, 0.3, len(mem))
+    bins = paper_bins("curvature_out", mem, x)
+    assert bins.examples.sum() == 6001  # not the negative one
+    assert len(bins.low) == 50
+    inside = (mem >= 0.04) & (mem < 0.06)
+    assert bins.mean[2] == pytest.approx(x[inside].mean())
+    slope, intercept = np.polyfit(bins.memorization, bins.mean, 1)
+    assert (bins.straight.slope, bins.straight.intercept) == pytest.approx((slope, intercept))
+    scaled = np.polyfit(bins.memorization / np.sqrt(bins.examples), bins.mean, 1)
+    assert (bins.scaled.slope, bins.scaled.intercept) == pytest.approx(tuple(scaled))
+    large = bins.examples >= 20
+    weighted = np.polyfit(
+        bins.memorization[large], bins.mean[large], 1, w=np.sqrt(bins.examples[large])
+    )
+    assert (bins.weighted.slope, bins.weighted.intercept) == pytest.approx(tuple(weighted))
+    assert bins.straight.r_squared > 0.9
+    # Bins fit far better than examples do.
+    assert np.corrcoef(mem, x)[0, 1] ** 2 < bins.straight.r_squared
+
+
+def test_falling_measures_have_a_flat_line():
+    mem = np.linspace(0, 1, 500)
+    bins = paper_bins("curvature_out", mem, 1 - mem)
+    assert bins.straight.slope == 0
+    assert bins.straight.intercept == pytest.approx(0.5)
+    assert paper_bins("curvature_out", np.full(30, 0.01), np.ones(30)).straight is None
+
+
+def test_costs_are_those_of_the_trials(study):
+    store = Store(study.store)
+    compared = correlations(store)
+    (found,) = costs(store, compared).values()
+    rows = store.scores("trials").to_pylist()
+    training = sum(row["seconds"] for row in rows)
+    measuring = sum(row["curvature_seconds"] for row in rows)
+    assert (found.trials, found.models_measured) == (60, 60)
+    assert found.training_seconds == pytest.approx(training)
+    assert found.ratio == pytest.approx(training / (training + measuring))
+    assert found.ratio_without_training == pytest.approx(training / measuring)
+    assert found.ratio_at_target > 0

@@ -6,7 +6,16 @@ against epsilon (Theorem 5.4), with its bounds and an audit that could refute th
 """
 
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
-from raymem.links.curvature import Coefficient, Correlation, by_memorization, correlations
+from raymem.links.binned import Line, PaperBins, paper_bins
+from raymem.links.costs import Costs, costs
+from raymem.links.curvature import (
+    Coefficient,
+    Correlation,
+    by_memorization,
+    correlations,
+    in_paper_bins,
+    measures_of,
+)
 from raymem.links.epsilons import Link2, Observed, fit_link2, link2
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
@@ -17,20 +26,27 @@ __all__ = [
     "BoundCheck",
     "Coefficient",
     "Correlation",
+    "Costs",
     "Fit",
+    "Line",
     "Link2",
     "Links",
     "Observed",
+    "PaperBins",
     "PoolMean",
     "Shape",
     "by_memorization",
     "correlations",
+    "costs",
     "find_links",
     "fit_link2",
     "fit_loss",
     "fit_rivals",
+    "in_paper_bins",
     "link2",
     "link3",
+    "measures_of",
     "most_memorized",
+    "paper_bins",
     "verdict",
 ]

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from raymem.links.binned import PaperBins, line, paper_bins
 from raymem.memorization import ratio
 from raymem.store import Store
 
@@ -25,8 +26,13 @@ Floats = NDArray[np.float64]
 # Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.
 MEASURES = (
     "curvature_out", "curvature_in", "curvature_paper_out", "curvature_paper_in",
-    "loss_out", "loss_in", "gradient_norm_out", "gradient_norm_in",
+    "loss_out", "loss_in", "p_wrong_out", "p_wrong_in", "gradient_norm_out", "gradient_norm_in",
+    "cumulative_loss",
 )  # fmt: skip
+# What a measure must say more than, for its partial correlation.
+GIVEN = "loss_out"
+PERMUTATIONS = 200
+HALVES = 20
 REPLICATES = 300
 # Of more examples, so many drawn ones: more only cost time.
 MOST_EXAMPLES = 100_000
@@ -50,11 +56,31 @@ class Correlation:
     """Memorization against one measure, over training examples."""
 
     measure: str
-    """Column of scores/examples.parquet."""
+    """Column of scores/examples.parquet, or p_wrong: 1 - p_true."""
     spearman: Coefficient
     """Of ranks."""
     pearson: Coefficient
     """Of values."""
+    cosine: Coefficient
+    """Of the two as vectors (Garg et al. 2024); unrelated positive ones have a high one too."""
+    cosine_null: float
+    """Its mean when the measure is shuffled among examples."""
+    partial: Coefficient
+    """Spearman's, given loss_out: what the measure says beyond that; NaN for loss_out itself."""
+    reliability: float
+    """Split-half reliability of the measure; NaN with one fold."""
+    disattenuated: tuple[float, float]
+    """Spearman's and Pearson's over the square root of both reliabilities: without their noise."""
+    slope: float
+    """L of measure = L memorization + k, by least squares over examples; not negative."""
+    intercept: float
+    """k."""
+    slope_instrumented: float
+    """The same slope by split-half instruments: noise in memorization does not flatten it."""
+    c1: float
+    """The least c1 for which memorization <= measure / L + c1 for every example."""
+    violating: float
+    """Share of the examples above the fitted line, for which it is no bound."""
     examples: int
     """Training examples that have both."""
     folds: int
@@ -76,13 +102,21 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
     found = {}
     for epsilon in sorted(set(scores["epsilon"].to_pylist())):
         here = _train_at(scores, epsilon)
-        values = {name: _floats(here, name) for name in here.column_names if name in MEASURES}
+        values = measures_of(here)
         values = {name: column for name, column in values.items() if np.isfinite(column).any()}
         if any(name.startswith("curvature") for name in values):
             sums = _Sums(_train_at(folds, epsilon), list(values))
             mem = _floats(here, "memorization")
             found[epsilon] = _correlate(mem, values, sums, np.random.default_rng(seed))
     return found
+
+
+def measures_of(table: pa.Table) -> dict[str, Floats]:
+    """Those of MEASURES that rows of scores/examples.parquet have, [N] each."""
+    found = {name: _floats(table, name) for name in table.column_names if name in MEASURES}
+    for name in [name for name in table.column_names if name in ("p_true_in", "p_true_out")]:
+        found[name.replace("p_true", "p_wrong")] = 1 - _floats(table, name)
+    return {name: found[name] for name in MEASURES if name in found}
 
 
 def by_memorization(store: Store) -> dict[float, pa.Table]:
@@ -106,8 +140,8 @@ def by_memorization(store: Store) -> dict[float, pa.Table]:
         for b in np.unique(number[np.isfinite(mem)]):
             inside = np.isfinite(mem) & (number == b)
             row = {"from": b / BINS, "to": (b + 1) / BINS, "examples": int(inside.sum())}
-            for name in [name for name in MEASURES if name in here.column_names]:
-                values = _floats(here, name)[inside]
+            for name, column in measures_of(here).items():
+                values = column[inside]
                 finite = values[np.isfinite(values)]
                 row[name] = float(finite.mean()) if len(finite) else None
             rows.append(row)
@@ -115,39 +149,179 @@ def by_memorization(store: Store) -> dict[float, pa.Table]:
     return found
 
 
+def in_paper_bins(store: Store, epsilons: Sequence[float]) -> dict[float, list[PaperBins]]:
+    """The paper's figure of each measure of curvature, by epsilon; see `paper_bins`."""
+    scores = store.scores()
+    found = {}
+    for epsilon in epsilons:
+        here = _train_at(scores, epsilon)
+        mem = _floats(here, "memorization")
+        measures = {n: v for n, v in measures_of(here).items() if n.startswith("curvature")}
+        found[epsilon] = [paper_bins(name, mem, values) for name, values in measures.items()]
+    return found
+
+
 def _correlate(
-    mem: Floats, values: dict[str, Floats], sums: _Sums, generator: np.random.Generator
+    mem: Floats,
+    values: dict[str, Floats],
+    sums: _Sums,
+    generator: np.random.Generator,
+    replicates: int = REPLICATES,
 ) -> list[Correlation]:
     if len(mem) > MOST_EXAMPLES:
         chosen = np.sort(generator.choice(len(mem), MOST_EXAMPLES, replace=False))
     else:
         chosen = np.arange(len(mem))
     mem, values = mem[chosen], {name: column[chosen] for name, column in values.items()}
-    replicates: dict[str, list[tuple[float, float]]] = {name: [] for name in values}
-    for _ in range(REPLICATES):
+    names = [name for name in MEASURES if name in values]
+    estimates = _all_kinds(mem, values)
+    resamples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    for _ in range(replicates):
         drawn = generator.integers(sums.n_folds, size=sums.n_folds)
         weights = np.bincount(drawn, minlength=sums.n_folds).astype(np.float64)
         rows = chosen[generator.integers(len(mem), size=len(mem))]
-        resampled = sums.memorization(weights, rows)
-        for name in values:
-            replicates[name].append(_both(resampled, sums.mean(name, weights, rows)))
+        resampled = {name: sums.mean(name, weights, rows) for name in names}
+        for name, row in _all_kinds(sums.memorization(weights, rows), resampled).items():
+            resamples[name].append(row)
+    halves = _halves(sums, names, chosen, generator)
     found = []
-    for name in [name for name in MEASURES if name in values]:
-        estimate = _both(mem, values[name])
-        spearman, pearson = (
-            _interval(value, [pair[side] for pair in replicates[name]])
-            for side, value in enumerate(estimate)
+    for name in names:
+        spearman, pearson, cosine, partial = (
+            _interval(value, [row[kind] for row in resamples[name]])
+            for kind, value in enumerate(estimates[name])
         )
+        reliabilities = halves["memorization"].reliability, halves[name].reliability
+        with np.errstate(invalid="ignore"):
+            noise = float(
+                np.sqrt(np.prod(np.where(np.array(reliabilities) > 0, reliabilities, np.nan)))
+            )
+        both = np.isfinite(mem) & np.isfinite(values[name])
+        fitted = _bound(mem[both], values[name][both])
         found.append(
             Correlation(
                 measure=name,
                 spearman=spearman,
                 pearson=pearson,
-                examples=int((np.isfinite(mem) & np.isfinite(values[name])).sum()),
+                cosine=cosine,
+                cosine_null=_shuffled_cosine(mem[both], values[name][both], generator),
+                partial=partial,
+                reliability=reliabilities[1],
+                disattenuated=(spearman.value / noise, pearson.value / noise),
+                slope_instrumented=halves[name].slope,
+                examples=int(both.sum()),
                 folds=sums.n_folds,
+                **fitted,
             )
         )
     return found
+
+
+def _all_kinds(mem: Floats, values: dict[str, Floats]) -> dict[str, tuple[float, ...]]:
+    """Spearman, Pearson, cosine, partial Spearman given loss_out, over examples that have all."""
+    finite = np.isfinite(mem) & np.logical_and.reduce([np.isfinite(v) for v in values.values()])
+    if finite.sum() < 3 or np.ptp(mem[finite]) == 0:
+        return dict.fromkeys(values, (math.nan,) * 4)
+    mem = mem[finite]
+    ranks = {name: stats.rankdata(v[finite]) for name, v in values.items()}
+    mem_ranks = stats.rankdata(mem)
+    given_ranks = ranks.get(GIVEN)
+    found: dict[str, tuple[float, ...]] = {}
+    for name, column in values.items():
+        x = column[finite]
+        rho, partial = _pearson(mem_ranks, ranks[name]), math.nan
+        if given_ranks is not None:
+            partial = _partial(
+                rho, _pearson(mem_ranks, given_ranks), _pearson(ranks[name], given_ranks)
+            )
+        cosine = float(mem @ x / max(np.linalg.norm(mem) * np.linalg.norm(x), 1e-300))
+        found[name] = rho, _pearson(mem, x), cosine, partial
+    return found
+
+
+def _pearson(a: Floats, b: Floats) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / size if size > 0 else math.nan
+
+
+def _partial(rho: float, given: float, with_given: float) -> float:
+    """Of two variables whose correlation is rho, given a third that goes with them so."""
+    left = (1 - with_given**2) * (1 - given**2)
+    return (rho - given * with_given) / math.sqrt(left) if left > 1e-12 else math.nan
+
+
+def _shuffled_cosine(mem: Floats, x: Floats, generator: np.random.Generator) -> float:
+    if len(mem) == 0:
+        return math.nan
+    size = max(float(np.linalg.norm(mem) * np.linalg.norm(x)), 1e-300)
+    return float(np.mean([mem @ generator.permutation(x) for _ in range(PERMUTATIONS)]) / size)
+
+
+def _bound(mem: Floats, x: Floats) -> dict[str, float]:
+    """The line x = slope mem + intercept, and how far it is from being a bound."""
+    fitted = line(mem, x, np.ones(len(mem)))
+    if fitted is None:
+        return dict.fromkeys(("slope", "intercept", "c1", "violating"), math.nan)
+    c1 = float((mem - x / fitted.slope).max()) if fitted.slope > 0 else math.nan
+    above = x < fitted.slope * mem + fitted.intercept
+    return {
+        "slope": fitted.slope,
+        "intercept": fitted.intercept,
+        "c1": c1,
+        "violating": float(above.mean()),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Halves:
+    """What two halves of the folds say of a measure."""
+
+    reliability: float
+    slope: float
+    """Of the measure on memorization, each half's memorization as the other's instrument."""
+
+
+def _halves(
+    sums: _Sums, names: Sequence[str], rows: NDArray[np.int64], generator: np.random.Generator
+) -> dict[str, _Halves]:
+    """Means over random splits of the folds into halves; NaN with one fold."""
+    every = ["memorization", *names]
+    if sums.n_folds < 2:
+        return {name: _Halves(reliability=math.nan, slope=math.nan) for name in every}
+    correlations: dict[str, list[float]] = {name: [] for name in every}
+    slopes: dict[str, list[float]] = {name: [] for name in every}
+    everything = {name: sums.mean(name, np.ones(sums.n_folds), rows) for name in names}
+    for _ in range(HALVES):
+        first = np.zeros(sums.n_folds)
+        first[generator.permutation(sums.n_folds)[: sums.n_folds // 2]] = 1
+        mem = [sums.memorization(weights, rows) for weights in (first, 1 - first)]
+        for name in every:
+            halves = mem
+            if name != "memorization":
+                halves = [sums.mean(name, weights, rows) for weights in (first, 1 - first)]
+                both = np.isfinite(mem[0]) & np.isfinite(mem[1]) & np.isfinite(everything[name])
+                a, b, x = mem[0][both], mem[1][both], everything[name][both]
+                shared = _covariance(a, b)
+                slope = (
+                    (_covariance(x, a) + _covariance(x, b)) / 2 / shared if shared > 0 else math.nan
+                )
+                slopes[name].append(slope)
+            both = np.isfinite(halves[0]) & np.isfinite(halves[1])
+            a, b = halves[0][both], halves[1][both]
+            correlations[name].append(_pearson(a, b) if len(a) > 2 else math.nan)
+    # Spearman and Brown: of all folds, twice the half.
+    rho = {name: float(np.mean(found)) for name, found in correlations.items()}
+    return {
+        name: _Halves(
+            reliability=2 * rho[name] / (1 + rho[name]) if rho[name] > -1 else math.nan,
+            slope=float(np.mean(slopes[name])) if slopes[name] else math.nan,
+        )
+        for name in every
+    }
+
+
+def _covariance(a: Floats, b: Floats) -> float:
+    return float(np.mean((a - a.mean()) * (b - b.mean()))) if len(a) else math.nan
 
 
 class _Sums:
@@ -159,8 +333,8 @@ class _Sums:
             name: _floats(table, name).reshape(self.n_folds, -1)
             for name in {
                 *(f"{what}_{arm}" for what in ("n", "correct") for arm in ("in", "out")),
-                *measures,
-                *(_count(name) for name in measures),
+                *map(_sum, measures),
+                *map(_count, measures),
             }
         }
 
@@ -175,24 +349,22 @@ class _Sums:
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """Of a measure, the same."""
         # Folds without curvature have null sums and no count.
-        total = weights @ np.nan_to_num(self._sums[name][:, rows])
-        return ratio(total, weights @ np.nan_to_num(self._sums[_count(name)][:, rows]))
+        total = weights @ np.nan_to_num(self._sums[_sum(name)][:, rows])
+        mean = ratio(total, weights @ np.nan_to_num(self._sums[_count(name)][:, rows]))
+        return 1 - mean if name.startswith("p_wrong") else mean
+
+
+def _sum(measure: str) -> str:
+    """The column of folds with a measure's sum."""
+    return measure.replace("p_wrong", "p_true")
 
 
 def _count(measure: str) -> str:
     """The column of folds that counts the trials in a measure's sum."""
     arm = measure.rpartition("_")[2]
-    return f"n_{arm}" if measure.startswith("loss") else f"n_curvature_{arm}"
-
-
-def _both(a: Floats, b: Floats) -> tuple[float, float]:
-    """Spearman's and Pearson's coefficient over the pairs that are finite."""
-    both = np.isfinite(a) & np.isfinite(b)
-    a, b = a[both], b[both]
-    if len(a) < 3 or a.min() == a.max() or b.min() == b.max():
-        return math.nan, math.nan
-    ranks = float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
-    return ranks, float(np.corrcoef(a, b)[0, 1])
+    if measure == "cumulative_loss":
+        return "n_in"
+    return f"n_{arm}" if measure.startswith(("loss", "p_wrong")) else f"n_curvature_{arm}"
 
 
 def _interval(value: float, replicates: Sequence[float]) -> Coefficient:

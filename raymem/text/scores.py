@@ -1,4 +1,4 @@
-"""Tables and sentences for a terminal."""
+"""Examples, pairs, caches and summaries for a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from raymem.errors import StoreError
 from raymem.fleet import duration
-from raymem.links import Audit, Coefficient, Correlation, Link2, Links
 from raymem.scoring import EpsilonSummary
 from raymem.shards import IngestSummary
 from raymem.store import Store
@@ -184,9 +183,9 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
             lines.append(f"{at}no trial is done yet")
             continue
         lines.append(
-            f"{at}{s.trials:,} trials; mean accuracy: {_percent(s.accuracy_in)} on examples they "
-            f"trained on, {_percent(s.accuracy_out)} on held-out training examples, "
-            f"{_percent(s.accuracy_test)} on the test set"
+            f"{at}{s.trials:,} trials; mean accuracy: {percent(s.accuracy_in)} on examples they "
+            f"trained on, {percent(s.accuracy_out)} on held-out training examples, "
+            f"{percent(s.accuracy_test)} on the test set"
         )
         lines.append(_reliability(s))
         lines.append(
@@ -202,60 +201,6 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
             )
         lines += [f"no memorization for {n:,} examples: {why}" for why, n in s.null.items()]
     return "\n".join(lines)
-
-
-def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
-    """Memorization against curvature and its baselines, a table for each epsilon."""
-    parts = []
-    for epsilon, rows in found.items():
-        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
-        over = "blocks of trials and examples" if rows[0].folds > 1 else "examples only: one block"
-        table = pa.table(
-            {
-                "memorization against": [row.measure for row in rows],
-                "Spearman": [_coefficient(row.spearman) for row in rows],
-                "Pearson": [_coefficient(row.pearson) for row in rows],
-                "examples": [row.examples for row in rows],
-            }
-        )
-        parts.append(
-            f"Memorization and curvature over training examples{at} (95% bootstrap intervals over "
-            f"{over}; loss and gradient are what curvature must be better than):\n{as_text(table)}"
-        )
-    return "\n\n".join(parts)
-
-
-def bins_text(found: Mapping[float, pa.Table]) -> str:
-    """Curvature and its baselines over bins of memorization, a table for each epsilon."""
-    parts = []
-    for epsilon, bins in found.items():
-        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
-        shown = pa.table(
-            {
-                "memorization": [
-                    f"{low:.1f} to {high:.1f}"
-                    for low, high in zip(
-                        bins["from"].to_pylist(), bins["to"].to_pylist(), strict=True
-                    )
-                ],
-                "examples": bins["examples"],
-                **{
-                    name: [_short(value) for value in bins[name].to_pylist()]
-                    for name in bins.column_names
-                    if name.endswith("_out")
-                },
-            }
-        )
-        parts.append(f"Means over out-models, by memorization{at}:\n{as_text(shown)}")
-    return "\n\n".join(parts)
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _coefficient(c: Coefficient) -> str:
-    return "" if math.isnan(c.value) else f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]"
 
 
 def _reliability(s: EpsilonSummary) -> str:
@@ -281,7 +226,8 @@ def _pairs(s: EpsilonSummary) -> str:
     return f"{text}, {s.pairs_dropped:,} DROPPED by --max-pairs" if s.pairs_dropped else text
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share for people; - for none."""
     return "-" if math.isnan(share) else f"{100 * share:.1f}%"
 
 
@@ -291,98 +237,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return str(dict(value))
     return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
-def links_text(links: Links) -> str:
-    """The three links of a store."""
-    parts = []
-    if links.correlations:
-        parts += [correlations_text(links.correlations), bins_text(links.bins)]
-    if len(links.memorization) > 1 or any(audit.mechanism for audit in links.memorization):
-        parts += [link2_text(links.curvature), link3_text(links.memorization), links.verdict]
-    nothing = "no links: the study measures no curvature, and is not private"
-    return "\n\n".join(parts or [nothing])
-
-
-def link2_text(link: Link2) -> str:
-    """Curvature against epsilon: means, fits, doubts."""
-    rows = pa.table(
-        {
-            "epsilon": [f"{o.epsilon:g}" for o in link.observed],
-            "trials": [o.trials for o in link.observed],
-            "mean loss": [_plus_minus(o.loss, o.loss_stderr) for o in link.observed],
-            "mean curvature": [
-                "" if o.curvature is None else _plus_minus(o.curvature, o.curvature_stderr)
-                for o in link.observed
-            ],
-        }
-    )
-    lines = [
-        "Link 2, curvature and epsilon: means over all training examples and the trials that all "
-        f"epsilons have (+- standard error over trials):\n{as_text(rows)}"
-    ]
-    if link.shape is not None:
-        values = {**vars(link.shape), "slope": link.slope, "c2": link.c2}
-        lines.append("fitted: L(eps) = a + b e^(-c eps), curvature = slope L(eps)(1 - e^-eps) + c2")
-        for name, value in values.items():
-            low, high = link.intervals.get(name, (math.nan, math.nan))
-            lines.append(f"  {name:5} {value:.4g} [{low:.4g}, {high:.4g}]")
-        lines.append(
-            "  (slope stands where the theorem has m + 1, and is not m + 1: only the shape is "
-            "tested)"
-        )
-    if link.fits:
-        lines.append("error at epsilons left out of the fit, by law: " + ", ".join(
-            f"{fit.law} {fit.loo_rmse:.3g}" for fit in link.fits
-        ))  # fmt: skip
-    lines += [f"NOTE: {warning}" for warning in link.warnings]
-    return "\n".join(lines)
-
-
-def link3_text(audits: Sequence[Audit]) -> str:
-    """Memorization against epsilon: the pool's mean, bounds, what the data certify."""
-    rows = []
-    for audit in audits:
-        bounds = {check.bound.name: check for check in audit.bounds}
-        row = {
-            "epsilon": f"{audit.epsilon:g}",
-            "trials": audit.trials,
-            "mean memorization": ""
-            if audit.pool is None
-            else f"{audit.pool.value:.3f} [{audit.pool.low:.3f}, {audit.pool.high:.3f}]",
-        }
-        for name, title in (
-            ("paper", "1-e^-eps"),
-            ("fixed-size", "fixed size"),
-            ("sharp", "sharp"),
-            ("total-variation", "TV"),
-        ):
-            row[title] = _bound(bounds.get(name))
-        row["above"] = sum(c.violations for c in audit.bounds if c.bound.holds)
-        row["certified eps"] = f"{audit.certified:.2f} of {audit.certifiable:.2f}"
-        row["one-run eps"] = "" if audit.one_run is None else f"{audit.one_run:.2f}"
-        rows.append(row)
-    if not rows:
-        return "Link 3: nothing is trained yet"
-    if all(not row["fixed size"] or row["sharp"] for row in rows):
-        rows = [{k: v for k, v in row.items() if k != "fixed size"} for row in rows]
-    table = pa.Table.from_pylist(rows)
-    pool = next((audit.pool for audit in audits if audit.pool is not None), None)
-    over = "" if pool is None else f" of {pool.examples:,} examples ({pool.what})"
-    return (
-        f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs; upper "
-        "bounds (- says nothing); examples above a bound that holds; the epsilon that the example "
-        f"which says most certifies, of what it could:\n{as_text(table)}\n"
-        f"one-run audit: {audits[-1].one_run_about}"
-    )
-
-
-def _bound(check: Any) -> str:
-    if check is None:
-        return ""
-    return "-" if check.bound.vacuous else f"{check.bound.value:.3f}"
-
-
-def _plus_minus(value: float, stderr: float | None) -> str:
-    more = "" if stderr is None or math.isnan(stderr) else f" +- {stderr:.2g}"
-    return f"{value:.4g}{more}"

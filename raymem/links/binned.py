@@ -1,0 +1,97 @@
+"""The paper's figure of link 1: memorization in bins, mean curvature in each, and two fits.
+
+Ravikumar et al. 2024, section 6.3: 50 bins of width 0.02. Means of bins hide the spread within
+them, so that lines through bins fit far better than examples do: read them beside the correlations
+over examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+
+Floats = NDArray[np.float64]
+WIDTH = 0.02
+# A bin of fewer examples is no mean.
+SMALLEST_BIN = 20
+# 1 - 0.8 is a little below 0.2; in its bin it belongs all the same.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """measure = slope x + intercept, slope not negative, by least squares over bins."""
+
+    slope: float
+    intercept: float
+    r_squared: float
+    """Of the means of bins; NaN if they do not vary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperBins:
+    """A measure in bins of memorization."""
+
+    measure: str
+    low: Floats
+    """Lower ends, [bins]; bins without examples are left out."""
+    examples: NDArray[np.int64]
+    memorization: Floats
+    """Mean of the bin."""
+    mean: Floats
+    """Mean of the measure."""
+    straight: Line | None
+    """x is memorization, bins count alike, as in the paper. None with fewer than three bins."""
+    scaled: Line | None
+    """x is memorization over the square root of the bin's examples: the paper's loss bound of each
+    bin (eq. 15). The number of examples in a bin is then a regressor, and explains by itself."""
+    weighted: Line | None
+    """x is memorization; bins count as their examples, those below 20 are left out."""
+
+
+def paper_bins(measure: str, memorization: Floats, values: Floats) -> PaperBins:
+    """Bins of width 0.02 over memorization in [0, 1], and their lines.
+
+    >>> mem = np.repeat(np.linspace(0.01, 0.99, 50), 30)
+    >>> bins = paper_bins("curvature_out", mem, 3 * mem + 1)
+    >>> len(bins.mean), round(bins.straight.slope, 6), round(bins.straight.r_squared, 6)
+    (50, 3.0, 1.0)
+    """
+    finite = np.isfinite(memorization) & np.isfinite(values) & (memorization >= 0)
+    mem, y = memorization[finite], values[finite]
+    number = np.minimum(np.floor(mem / WIDTH + ROUNDING), round(1 / WIDTH) - 1).astype(np.int64)
+    found, place = np.unique(number, return_inverse=True)
+    counts = np.bincount(place, minlength=len(found))
+    x, mean = (np.bincount(place, weights=v, minlength=len(found)) / counts for v in (mem, y))
+    large = counts >= SMALLEST_BIN
+    ones = np.ones(len(found))
+    return PaperBins(
+        measure=measure,
+        low=np.asarray(found * WIDTH, np.float64),
+        examples=counts,
+        memorization=x,
+        mean=mean,
+        straight=line(x, mean, ones),
+        scaled=line(x / np.sqrt(counts), mean, ones),
+        weighted=line(x[large], mean[large], counts[large].astype(np.float64)),
+    )
+
+
+def line(x: Floats, y: Floats, weights: Floats) -> Line | None:
+    """The line with a slope of 0 or more that fits best; None with fewer than three points."""
+    if len(x) < 3:
+        return None
+    root = np.sqrt(weights / weights.sum())
+    # The intercept is free: its two signs are two columns.
+    scale = max(float(np.abs(x).max()), 1e-300)
+    design = np.stack([x / scale, np.ones(len(x)), -np.ones(len(x))], 1) * root[:, None]
+    (slope, up, down), residual = optimize.nnls(design, y * root)
+    spread = float(((root**2) * (y - (root**2) @ y) ** 2).sum())
+    return Line(
+        slope=float(slope / scale),
+        intercept=float(up - down),
+        r_squared=1 - float(residual) ** 2 / spread if spread > 0 else float("nan"),
+    )

@@ -1,0 +1,21 @@
+"""Tables and sentences for a terminal."""
+
+from raymem.text.links import links_text
+from raymem.text.scores import (
+    as_text,
+    example_text,
+    for_people,
+    ingest_text,
+    pairs_for_people,
+    summary_text,
+)
+
+__all__ = [
+    "as_text",
+    "example_text",
+    "for_people",
+    "ingest_text",
+    "links_text",
+    "pairs_for_people",
+    "summary_text",
+]
