@@ -42,6 +42,8 @@ from raymem.memorization import (
     influence,
     memorization,
 )
+from raymem.opened import Opened
+from raymem.opened import open_store as open
 from raymem.plan import Plan, Seeds
 from raymem.privacy import (
     Bound,
@@ -91,6 +93,7 @@ __all__ = [
     "Measured",
     "Mechanism",
     "Memorization",
+    "Opened",
     "OutOfMemoryError",
     "PairRule",
     "PaperRule",
@@ -136,6 +139,7 @@ __all__ = [
     "mechanism_for",
     "memorization",
     "one_run_epsilon",
+    "open",
     "paper_score",
     "run_curvature_job",
     "run_fleet",

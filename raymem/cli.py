@@ -18,6 +18,7 @@ from raymem.errors import RaymemError
 from raymem.fleet import duration
 from raymem.interop import import_npz
 from raymem.links import find_links
+from raymem.report import write_report
 from raymem.scoring import score
 from raymem.shards import ingest, join_curvature
 from raymem.store import Store, TrialKey, is_alive, read_driver, verify
@@ -269,6 +270,22 @@ def links_command(store: str, as_json: bool, debug: bool) -> None:
     with command_errors(debug):
         found = find_links(Store(store))
         click.echo(json.dumps(found.as_dict(), indent=1) if as_json else links_text(found))
+
+
+@main.command("report")
+@click.argument("store")
+@click.option("--data", help="Where the images are, if not where the study had them.")
+@_debug
+def report_command(store: str, data: str | None, debug: bool) -> None:
+    """The page people read: report.html in the store, with figures as PNG and PDF beside it.
+
+    One file that opens from disk: what was run, whether to trust it, the links, the most memorized
+    examples of each class with their pictures, probable label errors, a table.
+
+    Example: raymem report runs/feldman_digits
+    """
+    with command_errors(debug):
+        click.echo(f"report: {write_report(store, data)}")
 
 
 @main.command("import")

@@ -390,4 +390,6 @@ class Study:
         except StoreError:
             return f"store: {store.url}, not made yet"
         wanted = set(self._target.wanted())
-        return f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} trials are done"
+        return (
+            f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} trials are done"
+        )

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     "version", "errors", "patience", "examples", "plan", "models", "curvature", "privacy",
     "training", "store", "fleet", "memorization", "scoring", "links", "shards", "interop", "study",
-    "tables", "text", "cli", "job",
+    "opened", "tables", "text", "report", "cli", "job",
 ]  # fmt: skip
 ONLY_HERE = {
     "ray": {"fleet", "scoring", "shards"},
@@ -63,15 +63,15 @@ def test_the_public_door_is_this_wide():
         "CurvatureRule", "DamagedObjectError", "DivergedError", "EpsilonSummary", "Estimate",
         "Examples", "ExamplesError", "FleetError", "Images", "ImportFileError",
         "InfluencePairs", "IngestSummary", "JobOptions", "Links", "Measured", "Mechanism",
-        "Memorization", "OutOfMemoryError", "PairRule", "PaperRule", "Plan", "PlanError",
-        "Privacy", "PrivacyError", "Problem", "Progress", "RaymemError", "Recipe",
+        "Memorization", "Opened", "OutOfMemoryError", "PairRule", "PaperRule", "Plan",
+        "PlanError", "Privacy", "PrivacyError", "Problem", "Progress", "RaymemError", "Recipe",
         "RecipeError", "ResultMismatchError", "ScoringModel", "Seeds", "Smoke", "StageSummary",
         "Store", "StoreError", "StoreFullError", "StoreHeldError", "Study",
         "StudyMismatchError", "Target", "Transform", "TrialError", "TrialKey", "TrialResult",
         "__version__", "bounds_on_memorization", "correlations", "curvature", "find_links",
         "find_pairs", "flip_labels", "import_npz", "influence", "ingest", "list_shards",
         "load_examples", "measure", "measure_kept", "mechanism_for", "memorization",
-        "one_run_epsilon", "paper_score", "run_curvature_job", "run_fleet", "run_job",
+        "one_run_epsilon", "open", "paper_score", "run_curvature_job", "run_fleet", "run_job",
         "run_trial", "score", "stream_curvature", "verify",
     }  # fmt: skip
 

@@ -162,7 +162,7 @@ def test_seeds_differ_in_everything_they_depend_on():
         for attempt in (1, 2)
         for seed in vars(plan.seeds(trial, epsilon, attempt)).values()
     ]
-    assert len(set(drawn)) == len(drawn) == 36
+    assert len(set(drawn)) == len(drawn) == 48
     assert all(0 <= seed < 2**63 for seed in drawn)
 
 

@@ -252,6 +252,11 @@ class CachedExamples(Examples):
         return tuple(self.cache.about["classes"])
 
     @property
+    def source(self) -> str:
+        """The URL of the cache."""
+        return self.cache.url
+
+    @property
     def name(self) -> str:
         """What people call the set."""
         return str(self.cache.about["name"])

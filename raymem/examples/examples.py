@@ -56,6 +56,9 @@ class Examples:
     """Ids of the test examples."""
     name: str = "arrays"
     """What people call the set; not part of its identity."""
+    source: str = ""
+    """What `load_examples` was given for it, so that its images can be found again; not part of its
+    identity. Empty: arrays."""
     planted: tuple[int, ...] = ()
     """Rows of training examples whose labels were made wrong on purpose; see `flip_labels`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -42,16 +43,17 @@ def load_examples(
     'digits: 1,200 train and 597 test images, 8x8x1, 10 classes'
     """
     if str(data) == "digits":
-        return _digits()
+        return dataclasses.replace(_digits(), source="digits")
     if str(data) in NAMED:
-        return _torchvision(str(data), Path(data_root), download)
+        named = _torchvision(str(data), Path(data_root), download)
+        return dataclasses.replace(named, source=str(data))
     path = Path(data).expanduser()
     if path.suffix == ".npz":
-        return _npz(path)
+        return dataclasses.replace(_npz(path), source=str(path.absolute()))
     if holds_cache(data):
         return _cached(str(data), image_size)
     if path.is_dir():
-        return _folders(path, image_size)
+        return dataclasses.replace(_folders(path, image_size), source=str(path.absolute()))
     raise ExamplesError(
         f"no data set at {str(data)!r}; give one of {', '.join(NAMED)}, an .npz file with x_train, "
         "y_train, x_test, y_test, a folder with one folder per class, or a cache of `raymem ingest`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -29,6 +30,7 @@ from raymem.job.smoke import Smoke, check_rows
 from raymem.links import find_links
 from raymem.memorization import PairRule
 from raymem.privacy import Privacy
+from raymem.report import write_report
 from raymem.store import Store
 from raymem.study import Study
 from raymem.tables import top, where
@@ -41,7 +43,7 @@ from raymem.text import (
 )
 from raymem.training import Recipe
 
-STAGES = ("all", "plan", "train", "curvature", "score", "links")
+STAGES = ("all", "plan", "train", "curvature", "score", "links", "report")
 
 
 def run_job(
@@ -180,6 +182,9 @@ def run_stages(study: Study, stage: str, machine: Machine, rule: PairRule) -> No
         score_and_print(study, rule)
     if stage in ("all", "links"):
         links_and_print(study)
+    if stage in ("all", "report"):
+        command = shlex.join(["python", *sys.argv])
+        click.echo(f"report:  {write_report(study.store, study.examples, command=command)}")
 
 
 def _measure(study: Study, machine: Machine, *, asked: bool) -> None:

@@ -16,6 +16,7 @@ from raymem.links.curvature import (
     in_paper_bins,
     measures_of,
 )
+from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Link2, Observed, fit_link2, link2
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
@@ -27,6 +28,7 @@ __all__ = [
     "Coefficient",
     "Correlation",
     "Costs",
+    "Finding",
     "Fit",
     "Line",
     "Link2",
@@ -38,6 +40,7 @@ __all__ = [
     "by_memorization",
     "correlations",
     "costs",
+    "diagnostics",
     "find_links",
     "fit_link2",
     "fit_loss",
@@ -48,5 +51,6 @@ __all__ = [
     "measures_of",
     "most_memorized",
     "paper_bins",
+    "red",
     "verdict",
 ]

@@ -19,6 +19,7 @@ from raymem.links.curvature import (
     correlations,
     in_paper_bins,
 )
+from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain
 from raymem.store import Store
 
@@ -39,15 +40,27 @@ class Links:
     """Link 2."""
     memorization: list[Audit]
     """Link 3, an entry for each epsilon."""
+    diagnostics: dict[float, list[Finding]]
+    """Whether to trust the run, by epsilon."""
 
     @property
     def verdict(self) -> str:
         """Link 3 in a sentence."""
         return verdict(self.memorization)
 
+    @property
+    def verdicts(self) -> list[str]:
+        """The verdict of each claim in one sentence, with its numbers."""
+        found = [verdict_on_link1(e, rows) for e, rows in self.correlations.items()]
+        return [*found, verdict_on_link2(self.curvature), self.verdict]
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: what links.json holds."""
         return {
+            "diagnostics": {
+                _name(epsilon): [finding.as_dict() for finding in findings]
+                for epsilon, findings in self.diagnostics.items()
+            },
             "link_1_memorization_and_curvature": {
                 _name(epsilon): [_as_dict(row) for row in rows]
                 for epsilon, rows in self.correlations.items()
@@ -61,6 +74,7 @@ class Links:
             "link_2_curvature_and_epsilon": self.curvature.as_dict(),
             "link_3_memorization_and_epsilon": [audit.as_dict() for audit in self.memorization],
             "link_3_verdict": self.verdict,
+            "verdicts": self.verdicts,
         }
 
 
@@ -74,6 +88,7 @@ def find_links(store: Store, *, seed: int = 0) -> Links:
         costs=costs(store, compared),
         curvature=link2(store, seed=seed),
         memorization=link3(store),
+        diagnostics=diagnostics(store),
     )
 
 
@@ -98,3 +113,50 @@ def _bins_as_dict(bins: PaperBins) -> dict[str, Any]:
     }
     lines = {k: plain(vars(v)) for k, v in values.items() if isinstance(v, Line)}
     return {**values, **lines}
+
+
+def verdict_on_link1(epsilon: float, rows: list[Correlation]) -> str:
+    """Does curvature go with memorization, and better than the loss does?"""
+    by_name = {row.measure: row for row in rows}
+    at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
+    curved, loss = by_name.get("curvature_out"), by_name.get("loss_out")
+    if curved is None or math.isnan(curved.spearman.value):
+        return f"link 1{at}: not known, curvature of out-models was not measured"
+    rho, beyond = curved.spearman, curved.partial
+    goes = "goes with" if rho.low > 0 else "is not seen to go with"
+    text = (
+        f"link 1{at}: curvature {goes} memorization (rank correlation {rho.value:.2f} "
+        f"[{rho.low:.2f}, {rho.high:.2f}])"
+    )
+    if loss is not None and not math.isnan(beyond.value):
+        says = "says something" if beyond.low > 0 else "says nothing"
+        text += (
+            f"; beyond the loss ({loss.spearman.value:.2f}) it {says} "
+            f"({beyond.value:.2f} [{beyond.low:.2f}, {beyond.high:.2f}])"
+        )
+    return text
+
+
+def verdict_on_link2(link: Link2) -> str:
+    """Does curvature rise with epsilon, and by the theorem's law?"""
+    seen = [o for o in link.observed if o.curvature is not None]
+    if len(seen) < 2:
+        return "link 2: not known, it needs curvature at several epsilons"
+    first, last = seen[0], seen[-1]
+    assert first.curvature is not None
+    assert last.curvature is not None
+    rises = "rises" if last.curvature > first.curvature else "does not rise"
+    text = (
+        f"link 2: mean curvature {rises} with epsilon, from {first.curvature:.3g} at "
+        f"{first.epsilon:g} to {last.curvature:.3g} at {last.epsilon:g}"
+    )
+    if link.fits:
+        best = link.fits[0]
+        theorem = next(fit for fit in link.fits if fit.law == "theorem")
+        text += (
+            "; of the laws tried the theorem's predicts best"
+            if best is theorem
+            else f"; the {best.law} law predicts left-out epsilons better than the theorem's "
+            f"(error {best.loo_rmse:.3g}, {theorem.loo_rmse:.3g})"
+        )
+    return text

@@ -59,7 +59,7 @@ class Store:
         the differences if the store has another one.
         """
         if not self.files.exists("study.json"):
-            self._create_study(study, examples.name, examples.classes)
+            self._create_study(study, examples.name, examples.classes, examples.source)
         self._check_study(study, examples)
         if not self.files.exists("examples.parquet"):
             near = group_column(examples.near_duplicate_groups(), examples.n_examples)
@@ -82,12 +82,15 @@ class Store:
             )
         self.create_index(index, study["data"]["fingerprint"], name)
 
-    def _create_study(self, study: Mapping[str, Any], name: str, classes: Sequence[str]) -> None:
+    def _create_study(
+        self, study: Mapping[str, Any], name: str, classes: Sequence[str], source: str = ""
+    ) -> None:
         body = {
             "format": FORMAT,
             "hash": study_hash(study),
             "study": study,
             "data_name": name,
+            "data_source": source,
             "classes": list(classes),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "raymem": VERSION,

@@ -9,7 +9,17 @@ from typing import Any
 import pyarrow as pa
 
 from raymem.fleet import duration
-from raymem.links import Audit, Coefficient, Correlation, Costs, Link2, Links, PaperBins
+from raymem.links import (
+    Audit,
+    Coefficient,
+    Correlation,
+    Costs,
+    Finding,
+    Link2,
+    Links,
+    PaperBins,
+    red,
+)
 from raymem.text.scores import as_text, percent
 
 
@@ -24,8 +34,22 @@ def links_text(links: Links) -> str:
         ]
     if len(links.memorization) > 1 or any(audit.mechanism for audit in links.memorization):
         parts += [link2_text(links.curvature), link3_text(links.memorization), links.verdict]
+    parts += [red_text(links.diagnostics)] if red(links.diagnostics) else []
     nothing = "no links: the study measures no curvature, and is not private"
     return "\n\n".join(parts or [nothing])
+
+
+def red_text(found: Mapping[float, Sequence[Finding]]) -> str:
+    """The findings that speak against trusting a run."""
+    lines = [
+        f"RED{_at(epsilon)}: {finding.name}: {finding.text} (should be {finding.limit})"
+        for epsilon, finding in red(found)
+    ]
+    return "\n".join(lines)
+
+
+def _at(epsilon: float) -> str:
+    return "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
 
 
 def link2_text(link: Link2) -> str:
@@ -116,7 +140,7 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
     """Memorization against curvature and its baselines, a table for each epsilon."""
     parts = []
     for epsilon, rows in found.items():
-        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
+        at = _at(epsilon)
         over = "blocks of trials and examples" if rows[0].folds > 1 else "examples only: one block"
         table = pa.table(
             {
@@ -144,7 +168,7 @@ def costs_text(found: Mapping[float, Costs]) -> str:
     """What memorization and curvature took, a line for each epsilon."""
     lines = []
     for epsilon, c in found.items():
-        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
+        at = _at(epsilon)
         lines.append(
             f"cost{at}: memorization from {c.trials:,} models {duration(c.training_seconds)} "
             f"(reliability {_number(c.memorization_reliability)}); curvature under "
@@ -160,7 +184,7 @@ def paper_bins_text(found: Mapping[float, Sequence[PaperBins]]) -> str:
     """The paper's fits through 50 bins, a line for each."""
     lines = []
     for epsilon, rows in found.items():
-        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
+        at = _at(epsilon)
         for bins in rows:
             if bins.straight is None or bins.scaled is None:
                 continue
@@ -185,7 +209,7 @@ def bins_text(found: Mapping[float, pa.Table]) -> str:
     """Curvature and its baselines over bins of memorization, a table for each epsilon."""
     parts = []
     for epsilon, bins in found.items():
-        at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
+        at = _at(epsilon)
         shown = pa.table(
             {
                 "memorization": [

@@ -1,0 +1,288 @@
+"""Whether to trust a run: what was trained, how well it is known, and what is suspicious.
+
+In:  a scored store. Out: `Finding`s, each with its value, its limit, and if it is red.
+
+Shapes: N training examples, T trials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raymem.links.epsilons import plain
+from raymem.memorization import ratio
+from raymem.plan import Plan
+from raymem.store import Store, TrialKey
+from raymem.store.trials import metadata_of
+
+Floats = NDArray[np.float64]
+# Memorization says something only of models that fit: below this accuracy on their own subset.
+LEAST_FIT = 0.95
+# Of training accuracy, in median absolute deviations.
+OUTLIER = 4.0
+# Diverged trials are not a random sample of models.
+MOST_DIVERGED = 0.02
+# Standard deviation of memorization over its standard error under permuted masks.
+PLACEBO_LOW, PLACEBO_HIGH = 0.9, 1.1
+LEAST_RELIABILITY = 0.8
+# The placebo needs a part of the trials and examples only.
+PLACEBO_TRIALS, PLACEBO_EXAMPLES = 400, 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One number that decides whether to trust a run."""
+
+    name: str
+    value: float
+    text: str
+    """The number as people read it, with its counts."""
+    limit: str = ""
+    """What it should be; empty: nothing."""
+    red: bool = False
+    """Is it outside?"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return plain(vars(self))
+
+
+def diagnostics(store: Store) -> dict[float, list[Finding]]:
+    """The findings of each epsilon. Raises StoreError without scores."""
+    scores, trials, plan = store.scores(), store.scores("trials"), store.plan()
+    rows = trials.to_pylist()
+    found = {}
+    for epsilon in sorted(set(scores["epsilon"].to_pylist())):
+        here = scores.filter(
+            pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], epsilon))
+        )
+        done = [r for r in rows if r["epsilon"] == epsilon and r["status"] == "done"]
+        lost = [r for r in rows if r["epsilon"] == epsilon and r["status"] != "done"]
+        if not done:
+            continue
+        keys = [TrialKey(epsilon, row["trial"]) for row in sorted(done, key=lambda r: r["trial"])]
+        found[epsilon] = [
+            *_fit(here, done, math.isinf(epsilon)),
+            *_trials(done, lost),
+            *_counts(here),
+            *_precision(here, scores, epsilon),
+            *_placebo(store, plan, keys),
+            *_classes(here, plan),
+            *_copies(store),
+            *_assumptions(here, done),
+        ]
+    return found
+
+
+def red(found: Mapping[float, Sequence[Finding]]) -> list[tuple[float, Finding]]:
+    """The findings that are red."""
+    return [(e, finding) for e, findings in found.items() for finding in findings if finding.red]
+
+
+def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[Finding]:
+    """How well models fit their own subsets. Private models need not."""
+    accuracy = np.array([row["accuracy_in"] for row in done], np.float64)
+    mean = float(np.nanmean(accuracy))
+    p_in = _floats(here, "accuracy_in")
+    low = float(np.mean(p_in[np.isfinite(p_in)] < 0.9)) if np.isfinite(p_in).any() else math.nan
+    median = float(np.median(accuracy))
+    spread = max(float(np.median(np.abs(accuracy - median))), 1e-4)
+    outliers = [r["trial"] for r in done if r["accuracy_in"] < median - OUTLIER * spread]
+    return [
+        Finding(
+            name="accuracy on the own subset",
+            value=mean,
+            text=f"{100 * mean:.1f}%, of {len(done):,} models",
+            limit=f"{100 * LEAST_FIT:.0f}% or more" if plainly else "",
+            red=plainly and mean < LEAST_FIT,
+        ),
+        Finding(
+            name="examples that models do not fit",
+            value=low,
+            text=f"{100 * low:.1f}% are right in fewer than 90% of the models that saw them",
+        ),
+        Finding(
+            name="models that fit worse than the others",
+            value=len(outliers),
+            text=f"{len(outliers):,}"
+            + (f", such as trial {outliers[0]}" if outliers else "")
+            + f" (below the median by {OUTLIER:g} median deviations)",
+            limit="5% or fewer",
+            red=len(outliers) > 0.05 * len(done),
+        ),
+    ]
+
+
+def _trials(done: Sequence[dict[str, Any]], lost: Sequence[dict[str, Any]]) -> list[Finding]:
+    share = len(lost) / (len(done) + len(lost))
+    again = sum(row["attempt"] > 1 for row in done)
+    return [
+        Finding(
+            name="trials without a result",
+            value=share,
+            text=f"{len(lost):,} of {len(done) + len(lost):,}; {again:,} took a second attempt",
+            limit=f"{100 * MOST_DIVERGED:.0f}% or fewer: those that end well are no random sample",
+            red=share > MOST_DIVERGED,
+        )
+    ]
+
+
+def _counts(here: pa.Table) -> list[Finding]:
+    n_in, n_out = _floats(here, "n_in"), _floats(here, "n_out")
+    return [
+        Finding(
+            name="models per example",
+            value=float(np.median(n_out)),
+            text=f"in: {n_in.min():.0f} to {n_in.max():.0f}, out: {n_out.min():.0f} to "
+            f"{n_out.max():.0f}",
+            limit="some of both",
+            red=bool((n_in == 0).all() or (n_out == 0).all()),
+        )
+    ]
+
+
+def _precision(here: pa.Table, scores: pa.Table, epsilon: float) -> list[Finding]:
+    width = _floats(here, "memorization_high") - _floats(here, "memorization_low")
+    width = width[np.isfinite(width)]
+    summary = metadata_of(scores, "scores/examples.parquet")["summary"][f"eps-{epsilon:.12g}"]
+    reliability = math.nan if summary["reliability"] is None else float(summary["reliability"])
+    return [
+        Finding(
+            name="reliability of memorization",
+            value=reliability,
+            text="not known with fewer than two blocks"
+            if math.isnan(reliability)
+            else f"{reliability:.3f}: expected correlation with the truth "
+            f"{math.sqrt(max(reliability, 0)):.3f}",
+            limit=f"{LEAST_RELIABILITY:g} or more",
+            # Where nothing is memorized nothing varies, and reliability says nothing.
+            red=math.isinf(epsilon) and not reliability >= LEAST_RELIABILITY,
+        ),
+        Finding(
+            name="width of 95% intervals",
+            value=float(np.median(width)) if len(width) else math.nan,
+            text="none"
+            if not len(width)
+            else f"median {np.median(width):.3f}, 90th percentile {np.quantile(width, 0.9):.3f}",
+        ),
+    ]
+
+
+def _placebo(store: Store, plan: Plan, keys: Sequence[TrialKey]) -> list[Finding]:
+    """Memorization where there is none: every trial's outcome with another trial's subset."""
+    if plan.kind == "imported" or plan.subset_ratio == 1 or len(keys) < 2 * plan.block:
+        return []
+    keys = keys[: PLACEBO_TRIALS // plan.block * plan.block]
+    rows = np.arange(0, plan.n, math.ceil(plan.n / PLACEBO_EXAMPLES))
+    inside, right = [], []
+    for key in keys:
+        table = store.trial(key, ["in_subset", "correct"])
+        place = pa.array(table["in_subset"].null_count + rows)
+        inside.append(table["in_subset"].take(place).to_numpy())
+        right.append(table["correct"].take(place).to_numpy())
+    # A block and one further: another subset, drawn independently. A whole block would pair two
+    # blocks with each other twice.
+    masks = np.roll(np.array(inside, bool), plan.block + 1, axis=0)
+    hits = np.array(right, bool)
+    n_in, n_out = masks.sum(0), (~masks).sum(0)
+    share = hits.mean(0)
+    varies = (share > 0) & (share < 1)
+    if varies.sum() < 20:
+        return []
+    value = ratio((hits & masks).sum(0), n_in) - ratio((hits & ~masks).sum(0), n_out)
+    # Where nothing is memorized both arms have one proportion: its variance is the null's.
+    T = len(hits)
+    variance = share * (1 - share) * T / (T - 1) * (1 / n_in + 1 / n_out)
+    z = value[varies] / np.sqrt(variance[varies])
+    spread, above = float(z.std()), float(np.mean(np.abs(z) > 1.96))
+    known = 2 / math.sqrt(2 * len(z))
+    return [
+        Finding(
+            name="placebo: memorization under permuted subsets, over its standard error",
+            value=spread,
+            text=f"standard deviation {spread:.2f}, {100 * above:.1f}% beyond 1.96, of "
+            f"{varies.sum():,} examples",
+            limit=f"{PLACEBO_LOW:g} to {PLACEBO_HIGH:g}, and about 5%",
+            # Of few examples the spread itself is not known better.
+            red=not PLACEBO_LOW - known <= spread <= PLACEBO_HIGH + known,
+        )
+    ]
+
+
+def _classes(here: pa.Table, plan: Plan) -> list[Finding]:
+    labels = _floats(here, "label")
+    if plan.kind == "imported" or not np.isfinite(labels).all():
+        return []
+    smallest = min(
+        int(np.bincount(labels[plan.mask(t)].astype(int), minlength=int(labels.max()) + 1).min())
+        for t in range(min(plan.block, 20))
+    )
+    return [
+        Finding(
+            name="examples of the smallest class in a subset",
+            value=smallest,
+            text=f"{smallest:,}, in the first block",
+            limit="1 or more",
+            red=smallest < 1,
+        )
+    ]
+
+
+def _copies(store: Store) -> list[Finding]:
+    index = store.examples()
+    rows = index.filter(pc.is_valid(index["duplicate_group"])).select(["split", "duplicate_group"])
+    groups: dict[int, set[str]] = {}
+    for row in rows.to_pylist():
+        groups.setdefault(row["duplicate_group"], set()).add(row["split"])
+    across = sum(len(splits) == 2 for splits in groups.values())
+    train = sum(split == "train" for split in rows["split"].to_pylist())
+    return [
+        Finding(
+            name="exact duplicates",
+            value=len(groups),
+            text=f"{train:,} training examples have a copy; {across:,} groups are in train and "
+            "test. Copies hide each other's memorization: see group_memorization",
+        )
+    ]
+
+
+def _assumptions(here: pa.Table, done: Sequence[dict[str, Any]]) -> list[Finding]:
+    """How far the theorems' assumptions hold: a bounded loss, models that generalize."""
+    out, inside = _floats(here, "loss_out"), _floats(here, "loss_in")
+    gap = float(np.mean([row["accuracy_in"] - row["accuracy_test"] for row in done]))
+    largest = float(np.nanmax(out)) if np.isfinite(out).any() else math.nan
+    return [
+        Finding(
+            name="largest mean loss of an example, out of the subset",
+            value=largest,
+            text=f"{largest:.2f} nats; the theorems want a bound L on the loss, and cross entropy "
+            "has none",
+        ),
+        Finding(
+            name="mean loss in and out of the subset",
+            value=float(np.nanmean(out)) - float(np.nanmean(inside))
+            if np.isfinite(out).any()
+            else math.nan,
+            text=f"{np.nanmean(inside):.3f} and {np.nanmean(out):.3f} nats"
+            if np.isfinite(out).any() and np.isfinite(inside).any()
+            else "not known",
+        ),
+        Finding(
+            name="generalization gap",
+            value=gap,
+            text=f"{100 * gap:.1f} points of accuracy between the own subset and the test set",
+        ),
+    ]
+
+
+def _floats(table: pa.Table, name: str) -> Floats:
+    values: Floats = table[name].cast(pa.float64()).to_numpy()
+    return values

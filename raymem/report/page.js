@@ -1,0 +1,60 @@
+"use strict";
+(function () {
+  const data = JSON.parse(document.getElementById("rows").textContent);
+  const table = document.getElementById("examples");
+  const body = table.tBodies[0];
+  const search = document.getElementById("search");
+  const count = document.getElementById("count");
+  let sorted = data.columns.indexOf("memorization");
+  let down = true;
+
+  function cell(value, column) {
+    const td = document.createElement("td");
+    if (typeof value === "number") {
+      td.className = "number";
+      td.textContent = Number.isInteger(value) ? String(value) : value.toFixed(3);
+    } else {
+      td.textContent = value === null ? "" : value;
+    }
+    return td;
+  }
+
+  function compare(a, b) {
+    const x = a[sorted], y = b[sorted];
+    if (x === null || y === null) return (x === null) - (y === null);
+    const order = typeof x === "number" ? x - y : String(x).localeCompare(String(y));
+    return down ? -order : order;
+  }
+
+  function show() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const rows = data.rows.filter(function (row) {
+      const text = row.join(" ").toLowerCase();
+      return words.every(function (word) { return text.includes(word); });
+    }).sort(compare);
+    const shown = rows.slice(0, 200);
+    const fragment = document.createDocumentFragment();
+    shown.forEach(function (row) {
+      const tr = document.createElement("tr");
+      row.forEach(function (value, i) { tr.appendChild(cell(value, i)); });
+      fragment.appendChild(tr);
+    });
+    body.replaceChildren(fragment);
+    count.textContent = shown.length < rows.length
+      ? "the first " + shown.length + " of " + rows.length + " rows"
+      : rows.length + " rows";
+    table.querySelectorAll("th").forEach(function (th, i) {
+      th.setAttribute("aria-sort", i === sorted ? (down ? "descending" : "ascending") : "none");
+    });
+  }
+
+  table.querySelectorAll("th button").forEach(function (button, i) {
+    button.addEventListener("click", function () {
+      down = i === sorted ? !down : true;
+      sorted = i;
+      show();
+    });
+  });
+  search.addEventListener("input", show);
+  show();
+})();
