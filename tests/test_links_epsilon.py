@@ -294,11 +294,11 @@ def test_more_epsilons_renumber_nothing():
 
 
 def test_broken_training_is_caught_by_one_run(monkeypatch):
-    """Noise that was planned and not added, at a claimed epsilon of 0.3, on random labels."""
+    """Noise that was planned and not added, at a claimed epsilon of 0.5, on random labels."""
     from raymem.privacy import sgd
 
     monkeypatch.setattr(sgd.PrivateSteps, "_make_private", unclipped)
-    study = private_study("memory://broken", trials=20, epsilons=(0.5,), privacy=Privacy())
+    study = private_study("memory://broken", epsilons=(0.5,), privacy=Privacy())
     study.train(engine="serial")
     study.score()
     (audit,) = link3(Store("memory://broken"))
@@ -315,8 +315,8 @@ def unclipped(self):
             self.history = [(m.noise_multiplier, m.sample_rate, m.steps)]
 
     class Plain:
-        def __init__(self, inner, steps):
-            self.inner, self.steps, self.skip = inner, steps, False
+        def __init__(self, inner, batch):
+            self.inner, self.batch, self.skip = inner, batch, False
 
         def signal_skip_step(self, skip):
             self.skip = skip
@@ -325,14 +325,17 @@ def unclipped(self):
             pass
 
         def step(self):
-            if not self.skip:
-                self.inner.step()
-                self.inner.zero_grad()
+            if self.skip:
+                return
+            for group in self.inner.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad /= self.batch
+            self.inner.step()
+            self.inner.zero_grad()
 
-    self._account, self._optimizer = (
-        Account(self.mechanism),
-        Plain(self._inner, self.mechanism.steps),
-    )
+    self._account = Account(self.mechanism)
+    self._optimizer = Plain(self._inner, self.mechanism.expected_batch)
     self.mode = "hooks"
     self._wrapped = self._model
     self._model.remove_hooks = lambda: None
