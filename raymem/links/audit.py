@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.epsilons import plain
+from raymem.links.rows import Floats, floats, train_at
 from raymem.plan import Plan
 from raymem.privacy import (
     Bound,
@@ -35,7 +35,6 @@ from raymem.privacy import (
 )
 from raymem.store import Store, TrialKey
 
-Floats = NDArray[np.float64]
 # Family-wise over all examples and epsilons: of a thousand studies that are as private as they
 # claim, one is expected to show any violation.
 ALPHA = 1e-3
@@ -143,9 +142,8 @@ def link3(store: Store) -> list[Audit]:
     pool, what = _pool(store, plan)
     found = []
     for epsilon in epsilons:
-        here = pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], epsilon))
         keys = sorted(key for key in done if key.epsilon == epsilon)
-        found.append(_at(store, plan, scores.filter(here), keys, pool, what, len(epsilons)))
+        found.append(_at(store, plan, train_at(scores, epsilon), keys, pool, what, len(epsilons)))
     return found
 
 
@@ -171,9 +169,9 @@ def _at(
     epsilon = keys[0].epsilon if keys else float(table["epsilon"][0].as_py())
     about = store.provenance(keys[0]).get("privacy") if keys else None
     mechanism = None if about is None else Mechanism.from_dict(about)
-    n_in, n_out = (_floats(table, f"n_{arm}") for arm in ("in", "out"))
+    n_in, n_out = (floats(table, f"n_{arm}") for arm in ("in", "out"))
     k_in, k_out = (
-        np.rint(np.nan_to_num(_floats(table, f"accuracy_{arm}")) * n)
+        np.rint(np.nan_to_num(floats(table, f"accuracy_{arm}")) * n)
         for arm, n in (("in", n_in), ("out", n_out))
     )
     drawn = (n_in > 0) & (n_out > 0)
@@ -333,8 +331,3 @@ def verdict(audits: Sequence[Audit]) -> str:
         f"epsilons; bounds say something at {len(useful)} of them. This does not prove privacy: "
         f"these trials could have refuted at most epsilon {max(a.certifiable for a in private):.1f}"
     )
-
-
-def _floats(table: pa.Table, name: str) -> Floats:
-    values: Floats = table[name].cast(pa.float64()).to_numpy()
-    return values

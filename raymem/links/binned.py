@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-Floats = NDArray[np.float64]
+from raymem.links.rows import ROUNDING, Floats
+
 WIDTH = 0.02
 # A bin of fewer examples is no mean.
 SMALLEST_BIN = 20
-# 1 - 0.8 is a little below 0.2; in its bin it belongs all the same.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)

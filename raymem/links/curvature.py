@@ -14,15 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.binned import PaperBins, line, paper_bins
+from raymem.links.rows import ROUNDING, Floats, floats, train_at
 from raymem.memorization import ratio
 from raymem.store import Store
 
-Floats = NDArray[np.float64]
 # Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.
 MEASURES = (
     "curvature_out", "curvature_in", "curvature_paper_out", "curvature_paper_in",
@@ -38,8 +37,6 @@ REPLICATES = 300
 MOST_EXAMPLES = 100_000
 CONFIDENCE = 0.95
 BINS = 10
-# 1 - 0.8 is a little below 0.2; in its bin it belongs all the same.
-ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,21 +98,21 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
         return {}
     found = {}
     for epsilon in sorted(set(scores["epsilon"].to_pylist())):
-        here = _train_at(scores, epsilon)
+        here = train_at(scores, epsilon)
         values = measures_of(here)
         values = {name: column for name, column in values.items() if np.isfinite(column).any()}
         if any(name.startswith("curvature") for name in values):
-            sums = _Sums(_train_at(folds, epsilon), list(values))
-            mem = _floats(here, "memorization")
+            sums = _Sums(train_at(folds, epsilon), list(values))
+            mem = floats(here, "memorization")
             found[epsilon] = _correlate(mem, values, sums, np.random.default_rng(seed))
     return found
 
 
 def measures_of(table: pa.Table) -> dict[str, Floats]:
     """Those of MEASURES that rows of scores/examples.parquet have, [N] each."""
-    found = {name: _floats(table, name) for name in table.column_names if name in MEASURES}
+    found = {name: floats(table, name) for name in table.column_names if name in MEASURES}
     for name in [name for name in table.column_names if name in ("p_true_in", "p_true_out")]:
-        found[name.replace("p_true", "p_wrong")] = 1 - _floats(table, name)
+        found[name.replace("p_true", "p_wrong")] = 1 - floats(table, name)
     return {name: found[name] for name in MEASURES if name in found}
 
 
@@ -131,9 +128,9 @@ def by_memorization(store: Store) -> dict[float, pa.Table]:
         return {}
     found = {}
     for epsilon in sorted(set(scores["epsilon"].to_pylist())):
-        here = _train_at(scores, epsilon)
-        mem = _floats(here, "memorization")
-        if not np.isfinite(_floats(here, "curvature_out")).any():
+        here = train_at(scores, epsilon)
+        mem = floats(here, "memorization")
+        if not np.isfinite(floats(here, "curvature_out")).any():
             continue
         number = np.clip(np.floor(np.nan_to_num(mem) * BINS + ROUNDING), -BINS, BINS - 1)
         rows = []
@@ -154,8 +151,8 @@ def in_paper_bins(store: Store, epsilons: Sequence[float]) -> dict[float, list[P
     scores = store.scores()
     found = {}
     for epsilon in epsilons:
-        here = _train_at(scores, epsilon)
-        mem = _floats(here, "memorization")
+        here = train_at(scores, epsilon)
+        mem = floats(here, "memorization")
         measures = {n: v for n, v in measures_of(here).items() if n.startswith("curvature")}
         found[epsilon] = [paper_bins(name, mem, values) for name, values in measures.items()]
     return found
@@ -330,7 +327,7 @@ class _Sums:
     def __init__(self, table: pa.Table, measures: Sequence[str]) -> None:
         self.n_folds = len(set(table["fold"].to_pylist()))
         self._sums = {
-            name: _floats(table, name).reshape(self.n_folds, -1)
+            name: floats(table, name).reshape(self.n_folds, -1)
             for name in {
                 *(f"{what}_{arm}" for what in ("n", "correct") for arm in ("in", "out")),
                 *map(_sum, measures),
@@ -374,13 +371,3 @@ def _interval(value: float, replicates: Sequence[float]) -> Coefficient:
     z, others = np.arctanh(clipped[0]), np.arctanh(clipped[1:])
     half = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.nanstd(others, ddof=1)
     return Coefficient(value=value, low=float(np.tanh(z - half)), high=float(np.tanh(z + half)))
-
-
-def _train_at(table: pa.Table, epsilon: float) -> pa.Table:
-    here = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["epsilon"], epsilon))
-    return table.filter(here)
-
-
-def _floats(table: pa.Table, name: str) -> Floats:
-    values: Floats = table[name].cast(pa.float64()).to_numpy()
-    return values

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from raymem.links.epsilons import plain
+from raymem.links.rows import floats, train_at
 from raymem.memorization import ratio
 from raymem.plan import Plan
 from raymem.store import Store, TrialKey
 from raymem.store.trials import metadata_of
 
-Floats = NDArray[np.float64]
 # Memorization says something only of models that fit: below this accuracy on their own subset.
 LEAST_FIT = 0.95
 # Of training accuracy, in median absolute deviations.
@@ -61,9 +60,7 @@ def diagnostics(store: Store) -> dict[float, list[Finding]]:
     rows = trials.to_pylist()
     found = {}
     for epsilon in sorted(set(scores["epsilon"].to_pylist())):
-        here = scores.filter(
-            pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], epsilon))
-        )
+        here = train_at(scores, epsilon)
         done = [r for r in rows if r["epsilon"] == epsilon and r["status"] == "done"]
         lost = [r for r in rows if r["epsilon"] == epsilon and r["status"] != "done"]
         if not done:
@@ -91,7 +88,7 @@ def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[
     """How well models fit their own subsets. Private models need not."""
     accuracy = np.array([row["accuracy_in"] for row in done], np.float64)
     mean = float(np.nanmean(accuracy))
-    p_in = _floats(here, "accuracy_in")
+    p_in = floats(here, "accuracy_in")
     low = float(np.mean(p_in[np.isfinite(p_in)] < 0.9)) if np.isfinite(p_in).any() else math.nan
     median = float(np.median(accuracy))
     spread = max(float(np.median(np.abs(accuracy - median))), 1e-4)
@@ -136,7 +133,7 @@ def _trials(done: Sequence[dict[str, Any]], lost: Sequence[dict[str, Any]]) -> l
 
 
 def _counts(here: pa.Table) -> list[Finding]:
-    n_in, n_out = _floats(here, "n_in"), _floats(here, "n_out")
+    n_in, n_out = floats(here, "n_in"), floats(here, "n_out")
     return [
         Finding(
             name="models per example",
@@ -150,7 +147,7 @@ def _counts(here: pa.Table) -> list[Finding]:
 
 
 def _precision(here: pa.Table, scores: pa.Table, epsilon: float) -> list[Finding]:
-    width = _floats(here, "memorization_high") - _floats(here, "memorization_low")
+    width = floats(here, "memorization_high") - floats(here, "memorization_low")
     width = width[np.isfinite(width)]
     summary = metadata_of(scores, "scores/examples.parquet")["summary"][f"eps-{epsilon:.12g}"]
     reliability = math.nan if summary["reliability"] is None else float(summary["reliability"])
@@ -218,7 +215,7 @@ def _placebo(store: Store, plan: Plan, keys: Sequence[TrialKey]) -> list[Finding
 
 
 def _classes(here: pa.Table, plan: Plan) -> list[Finding]:
-    labels = _floats(here, "label")
+    labels = floats(here, "label")
     if plan.kind == "imported" or not np.isfinite(labels).all():
         return []
     smallest = min(
@@ -256,7 +253,7 @@ def _copies(store: Store) -> list[Finding]:
 
 def _assumptions(here: pa.Table, done: Sequence[dict[str, Any]]) -> list[Finding]:
     """How far the theorems' assumptions hold: a bounded loss, models that generalize."""
-    out, inside = _floats(here, "loss_out"), _floats(here, "loss_in")
+    out, inside = floats(here, "loss_out"), floats(here, "loss_in")
     gap = float(np.mean([row["accuracy_in"] - row["accuracy_test"] for row in done]))
     largest = float(np.nanmax(out)) if np.isfinite(out).any() else math.nan
     return [
@@ -281,8 +278,3 @@ def _assumptions(here: pa.Table, done: Sequence[dict[str, Any]]) -> list[Finding
             text=f"{100 * gap:.1f} points of accuracy between the own subset and the test set",
         ),
     ]
-
-
-def _floats(table: pa.Table, name: str) -> Floats:
-    values: Floats = table[name].cast(pa.float64()).to_numpy()
-    return values

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.fits import (
@@ -30,9 +29,9 @@ from raymem.links.fits import (
     fit_loss,
     fit_rivals,
 )
+from raymem.links.rows import Floats
 from raymem.store import Store
 
-Floats = NDArray[np.float64]
 REPLICATES = 500
 CONFIDENCE = 0.95
 # With fewer trials at each epsilon bootstrap intervals are too narrow (c was covered 80% with 10).

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize
 
-Floats = NDArray[np.float64]
+from raymem.links.rows import Floats
+
 # Decay rates of L(eps) that are tried, per unit of epsilon.
 RATES = np.geomspace(1e-3, 30, 160)
 # Exponents of the power law that are tried.

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymem.errors import StoreError
+from raymem.links.rows import train_at
 from raymem.store import Store
 
 Row = dict[str, Any]
@@ -65,9 +66,7 @@ class Chosen:
 def choose(store: Store, epsilon: float) -> Chosen:
     """What to show at `epsilon`. Raises StoreError without scores."""
     scores, classes = store.scores(), list(store.study()["classes"])
-    here = scores.filter(
-        pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], epsilon))
-    )
+    here = train_at(scores, epsilon)
     ranked = here.filter(pc.is_valid(here["memorization"]))
     order = [("memorization", "descending"), ("memorization_soft", "descending")]
     ranked = ranked.take(pc.sort_indices(ranked, order))

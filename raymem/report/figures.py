@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from raymem.links import Links, PaperBins, measures_of
+from raymem.links.rows import train_at
 from raymem.store import Store
 
 LIGHT = {
@@ -48,9 +48,7 @@ Draw = Callable[[Any, dict[str, str]], None]
 def figures(store: Store, links: Links, epsilon: float) -> Iterator[Figure]:
     """All figures for which there are numbers."""
     scores = store.scores()
-    here = scores.filter(
-        pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], epsilon))
-    )
+    here = train_at(scores, epsilon)
     mem = np.array(here["memorization"].drop_null().to_numpy(), np.float64)
     if len(mem):
         above = int((mem > 0.25).sum())
