@@ -448,7 +448,8 @@ def test_a_job_uploads_code_and_nothing_else(checkout, tmp_path, monkeypatch, gi
     target = tmp_path / "package.zip"
     names = packaged(checkout, target, gitignore=gitignore)
     code = {str(p.relative_to(ROOT)) for f in ("raymem", "jobs") for p in (ROOT / f).rglob("*.py")}
-    assert {name for name in names if "/" in name} == {*code, "raymem/py.typed"}
+    page = {"raymem/report/page.css", "raymem/report/page.js"}
+    assert {name for name in names if "/" in name} == {*code, *page, "raymem/py.typed"}
     assert {"pyproject.toml", "constraints.txt"} <= names
     assert not {"set.npz", "key.pem", ".env", "cluster.yaml"} & names
     assert target.stat().st_size < 1_000_000

@@ -1,0 +1,22 @@
+"""docs/tutorial.md is run from top to bottom, and what it says of its own numbers is true."""
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+
+
+def test_the_tutorial_runs_and_says_what_happens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    here = {"__name__": "tutorial"}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(compile(block, "docs/tutorial.md", "exec"), here)
+    assert here["found"] > 0.6
+    said = capsys.readouterr().out
+    beyond = re.search(r"curvature_out +[\d.]+ +given the loss (-?[\d.]+)", said)
+    assert float(beyond[1]) < 0.15
+    private, plain = re.findall(r"memorization of wrong labels (-?[\d.]+)", said)
+    assert float(private) < 0.1 < 0.3 < float(plain)
+    assert "'paper': 0.86" in said
