@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -17,7 +17,7 @@ from pyarrow.csv import write_csv
 from raymem.errors import RaymemError
 from raymem.fleet import duration
 from raymem.interop import import_npz
-from raymem.links import find_links
+from raymem.links import Links, correlations_across, correlations_as_dict, find_links
 from raymem.report import write_report
 from raymem.scoring import score
 from raymem.shards import ingest, join_curvature
@@ -25,6 +25,7 @@ from raymem.store import Store, TrialKey, is_alive, read_driver, verify
 from raymem.tables import top, where
 from raymem.text import (
     as_text,
+    correlations_text,
     example_text,
     for_people,
     ingest_text,
@@ -256,20 +257,42 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
 
 
 @main.command("links")
-@click.argument("store")
+@click.argument("stores", metavar="STORE...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 @_debug
-def links_command(store: str, as_json: bool, debug: bool) -> None:
+def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
     """The three links: memorization and curvature, and what epsilon does to both.
 
     With private trials: laws of curvature against epsilon, bounds on memorization, and an audit
-    that could refute the claimed epsilons.
+    that could refute the claimed epsilons. Of several stores: each by itself, and memorization of
+    the first against curvature of the others, joined by example id; other examples are refused.
 
     Example: raymem links runs/privacy_digits
     """
     with command_errors(debug):
-        found = find_links(Store(store))
-        click.echo(json.dumps(found.as_dict(), indent=1) if as_json else links_text(found))
+        opened = [Store(store) for store in stores]
+        across = {other.url: correlations_across(opened[0], other) for other in opened[1:]}
+        found = {store.url: find_links(store) for store in opened}
+        if as_json:
+            click.echo(json.dumps(_as_json(found, across), indent=1))
+            return
+        for url, links in found.items():
+            if len(found) > 1:
+                click.echo(f"\n{url}\n")
+            click.echo(links_text(links))
+        for url, rows in across.items():
+            click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}")
+
+
+def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str, Any]:
+    if len(found) == 1:
+        return next(iter(found.values())).as_dict()
+    return {
+        "stores": {url: links.as_dict() for url, links in found.items()},
+        "memorization_of_the_first_against": {
+            url: correlations_as_dict(rows) for url, rows in across.items()
+        },
+    }
 
 
 @main.command("report")

@@ -8,8 +8,9 @@ import pytest
 from scipy import stats
 
 from raymem import CurvatureRule, Recipe, Store, Study, correlations
-from raymem.links import by_memorization, costs, paper_bins
-from raymem.links.curvature import MEASURES, _correlate, _Sums
+from raymem.links import by_memorization, correlations_across, costs, joined, paper_bins
+from raymem.links.curvature import MEASURES, correlate
+from raymem.links.sums import Sums
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +140,8 @@ def test_intervals_cover_the_expected_coefficient_at_their_rate():
         mem, values = estimate(sums)
         fold = np.repeat(np.arange(F), N)
         table = pa.table({"fold": fold, **{n: v.reshape(-1) for n, v in sums.items()}})
-        (found,) = _correlate(
-            mem, {"curvature_out": values}, _Sums(table, ["curvature_out"]),
+        (found,) = correlate(
+            mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
             np.random.default_rng(k),
         )  # fmt: skip
         covered += [
@@ -209,8 +210,8 @@ def test_instruments_and_reliabilities_undo_what_noise_does():
         mem, values = estimate(sums)
         fold = np.repeat(np.arange(2), 300)
         table = pa.table({"fold": fold, **{n: v.reshape(-1) for n, v in sums.items()}})
-        (found,) = _correlate(
-            mem, {"curvature_out": values}, _Sums(table, ["curvature_out"]),
+        (found,) = correlate(
+            mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
             np.random.default_rng(k), replicates=2,
         )  # fmt: skip
         plain.append(found.slope)
@@ -269,3 +270,64 @@ def test_costs_are_those_of_the_trials(study):
     assert found.ratio == pytest.approx(training / (training + measuring))
     assert found.ratio_without_training == pytest.approx(training / measuring)
     assert found.ratio_at_target > 0
+
+
+def test_two_stores_are_joined_by_what_they_hold(study, digits, tmp_path):
+    """Memorization of one study against curvature of another, whose examples are in other order."""
+    from raymem import Examples
+
+    order = np.random.default_rng(0).permutation(1200)
+    shuffled = Examples(
+        x_train=digits.x_train[order], y_train=digits.y_train[order],
+        train_ids=tuple(digits.train_ids[i] for i in order), x_test=digits.x_test,
+        y_test=digits.y_test, test_ids=digits.test_ids,
+    )  # fmt: skip
+    other = Study(
+        examples=shuffled, recipe=study.recipe, store=tmp_path / "other", trials=40,
+        curvature=CurvatureRule(paper=None), seed=5,
+    )  # fmt: skip
+    other.train(engine="serial")
+    other.score()
+    first, second = Store(study.store), Store(other.store)
+    ((epsilon, found),) = correlations_across(first, second).items()
+    assert epsilon == math.inf
+    mine = {r["example_id"]: r for r in study.scores().to_pylist() if r["split"] == "train"}
+    others = {r["example_id"]: r for r in other.scores().to_pylist()}
+    for c in found:
+        mem = [row["memorization"] for row in mine.values()]
+        x = [of(others[i], c.measure) for i in mine]
+        assert c.spearman.value == pytest.approx(stats.spearmanr(mem, x)[0], abs=1e-9)
+        assert c.folds == 5
+        assert c.spearman.low < c.spearman.value < c.spearman.high
+    # Other models, the same examples: nearly as in one study, and far from 0.
+    ((_, own),) = correlations(first).items()
+    by_name = {c.measure: c.spearman.value for c in own}
+    for c in found:
+        assert abs(c.spearman.value - by_name[c.measure]) < 0.1
+
+
+def test_a_wrong_join_is_refused(study, digits, tmp_path):
+    from raymem import flip_labels
+    from raymem.errors import StoreError
+
+    for name, change, says in (
+        (
+            "labels",
+            {"examples": flip_labels(digits, 0.02)},
+            "24 training examples have other labels",
+        ),
+        ("set", {"examples": numbered(digits)}, "1,200 training examples of .* are not in"),
+    ):
+        other = Study(recipe=study.recipe, store=tmp_path / name, trials=2, **change)
+        other.train(engine="serial")
+        other.score()
+        with pytest.raises(StoreError, match=says):
+            joined(Store(study.store), Store(other.store))
+
+
+def numbered(digits):
+    from raymem import Examples
+
+    return Examples(
+        x_train=digits.x_train, y_train=digits.y_train, x_test=digits.x_test, y_test=digits.y_test
+    )

@@ -5,6 +5,7 @@ Link 1, memorization against curvature (Ravikumar et al. 2024, Theorem 5.1): `co
 against epsilon (Theorem 5.4), with its bounds and an audit that could refute them: `link3`.
 """
 
+from raymem.links.across import correlations_across, joined
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
 from raymem.links.binned import Line, PaperBins, paper_bins
 from raymem.links.costs import Costs, costs
@@ -20,7 +21,7 @@ from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Link2, Observed, fit_link2, link2
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
-from raymem.links.together import Links, find_links
+from raymem.links.together import Links, correlations_as_dict, find_links
 
 __all__ = [
     "Audit",
@@ -39,6 +40,8 @@ __all__ = [
     "Shape",
     "by_memorization",
     "correlations",
+    "correlations_across",
+    "correlations_as_dict",
     "costs",
     "diagnostics",
     "find_links",
@@ -46,6 +49,7 @@ __all__ = [
     "fit_loss",
     "fit_rivals",
     "in_paper_bins",
+    "joined",
     "link2",
     "link3",
     "measures_of",

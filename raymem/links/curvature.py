@@ -19,7 +19,7 @@ from scipy import stats
 
 from raymem.links.binned import PaperBins, line, paper_bins
 from raymem.links.rows import ROUNDING, Floats, floats, train_at
-from raymem.memorization import ratio
+from raymem.links.sums import Sums
 from raymem.store import Store
 
 # Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.
@@ -102,9 +102,9 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
         values = measures_of(here)
         values = {name: column for name, column in values.items() if np.isfinite(column).any()}
         if any(name.startswith("curvature") for name in values):
-            sums = _Sums(train_at(folds, epsilon), list(values))
+            sums = Sums(train_at(folds, epsilon), list(values))
             mem = floats(here, "memorization")
-            found[epsilon] = _correlate(mem, values, sums, np.random.default_rng(seed))
+            found[epsilon] = correlate(mem, values, sums, np.random.default_rng(seed))
     return found
 
 
@@ -158,13 +158,14 @@ def in_paper_bins(store: Store, epsilons: Sequence[float]) -> dict[float, list[P
     return found
 
 
-def _correlate(
+def correlate(
     mem: Floats,
     values: dict[str, Floats],
-    sums: _Sums,
+    sums: Sums,
     generator: np.random.Generator,
     replicates: int = REPLICATES,
 ) -> list[Correlation]:
+    """Memorization [N] against each of `values` [N]; `sums` say how both vary over folds."""
     if len(mem) > MOST_EXAMPLES:
         chosen = np.sort(generator.choice(len(mem), MOST_EXAMPLES, replace=False))
     else:
@@ -174,8 +175,7 @@ def _correlate(
     estimates = _all_kinds(mem, values)
     resamples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     for _ in range(replicates):
-        drawn = generator.integers(sums.n_folds, size=sums.n_folds)
-        weights = np.bincount(drawn, minlength=sums.n_folds).astype(np.float64)
+        weights = sums.resampled(generator)
         rows = chosen[generator.integers(len(mem), size=len(mem))]
         resampled = {name: sums.mean(name, weights, rows) for name in names}
         for name, row in _all_kinds(sums.memorization(weights, rows), resampled).items():
@@ -279,18 +279,17 @@ class _Halves:
 
 
 def _halves(
-    sums: _Sums, names: Sequence[str], rows: NDArray[np.int64], generator: np.random.Generator
+    sums: Sums, names: Sequence[str], rows: NDArray[np.int64], generator: np.random.Generator
 ) -> dict[str, _Halves]:
     """Means over random splits of the folds into halves; NaN with one fold."""
     every = ["memorization", *names]
-    if sums.n_folds < 2:
+    if not sums.can_be_halved:
         return {name: _Halves(reliability=math.nan, slope=math.nan) for name in every}
     correlations: dict[str, list[float]] = {name: [] for name in every}
     slopes: dict[str, list[float]] = {name: [] for name in every}
     everything = {name: sums.mean(name, np.ones(sums.n_folds), rows) for name in names}
     for _ in range(HALVES):
-        first = np.zeros(sums.n_folds)
-        first[generator.permutation(sums.n_folds)[: sums.n_folds // 2]] = 1
+        first = sums.half(generator)
         mem = [sums.memorization(weights, rows) for weights in (first, 1 - first)]
         for name in every:
             halves = mem
@@ -319,49 +318,6 @@ def _halves(
 
 def _covariance(a: Floats, b: Floats) -> float:
     return float(np.mean((a - a.mean()) * (b - b.mean()))) if len(a) else math.nan
-
-
-class _Sums:
-    """Sums of folds, [F, N], as they are resampled."""
-
-    def __init__(self, table: pa.Table, measures: Sequence[str]) -> None:
-        self.n_folds = len(set(table["fold"].to_pylist()))
-        self._sums = {
-            name: floats(table, name).reshape(self.n_folds, -1)
-            for name in {
-                *(f"{what}_{arm}" for what in ("n", "correct") for arm in ("in", "out")),
-                *map(_sum, measures),
-                *map(_count, measures),
-            }
-        }
-
-    def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """Of the examples `rows`, when folds count `weights` times."""
-        right, n = (
-            {arm: weights @ self._sums[f"{what}_{arm}"][:, rows] for arm in ("in", "out")}
-            for what in ("correct", "n")
-        )
-        return ratio(right["in"], n["in"]) - ratio(right["out"], n["out"])
-
-    def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """Of a measure, the same."""
-        # Folds without curvature have null sums and no count.
-        total = weights @ np.nan_to_num(self._sums[_sum(name)][:, rows])
-        mean = ratio(total, weights @ np.nan_to_num(self._sums[_count(name)][:, rows]))
-        return 1 - mean if name.startswith("p_wrong") else mean
-
-
-def _sum(measure: str) -> str:
-    """The column of folds with a measure's sum."""
-    return measure.replace("p_wrong", "p_true")
-
-
-def _count(measure: str) -> str:
-    """The column of folds that counts the trials in a measure's sum."""
-    arm = measure.rpartition("_")[2]
-    if measure == "cumulative_loss":
-        return "n_in"
-    return f"n_{arm}" if measure.startswith(("loss", "p_wrong")) else f"n_curvature_{arm}"
 
 
 def _interval(value: float, replicates: Sequence[float]) -> Coefficient:

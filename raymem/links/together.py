@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +62,7 @@ class Links:
                 _name(epsilon): [finding.as_dict() for finding in findings]
                 for epsilon, findings in self.diagnostics.items()
             },
-            "link_1_memorization_and_curvature": {
-                _name(epsilon): [_as_dict(row) for row in rows]
-                for epsilon, rows in self.correlations.items()
-            },
+            "link_1_memorization_and_curvature": correlations_as_dict(self.correlations),
             "link_1_bins": {_name(e): bins.to_pylist() for e, bins in self.bins.items()},
             "link_1_paper_bins": {
                 _name(epsilon): [_bins_as_dict(bins) for bins in rows]
@@ -94,6 +92,11 @@ def find_links(store: Store, *, seed: int = 0) -> Links:
 
 def _name(epsilon: float) -> str:
     return "inf" if math.isinf(epsilon) else f"{epsilon:g}"
+
+
+def correlations_as_dict(found: Mapping[float, Sequence[Correlation]]) -> dict[str, Any]:
+    """JSON-ready."""
+    return {_name(epsilon): [_as_dict(row) for row in rows] for epsilon, rows in found.items()}
 
 
 def _as_dict(row: Correlation) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tables and sentences for a terminal."""
 
-from raymem.text.links import links_text
+from raymem.text.links import correlations_text, links_text
 from raymem.text.scores import (
     as_text,
     example_text,
@@ -12,6 +12,7 @@ from raymem.text.scores import (
 
 __all__ = [
     "as_text",
+    "correlations_text",
     "example_text",
     "for_people",
     "ingest_text",

@@ -1,0 +1,92 @@
+"""Memorization of one store against curvature of another: the same examples, other models.
+
+Rows are joined by example id and checked by content hash and label, so that another set, or one in
+another order, cannot be mistaken for this one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raymem.errors import StoreError
+from raymem.links.curvature import Correlation, correlate, measures_of
+from raymem.links.rows import floats, train_at
+from raymem.links.sums import JoinedSums, Sums
+from raymem.store import Store
+
+SHOWN = 3
+
+
+def correlations_across(
+    first: Store, second: Store, *, seed: int = 0
+) -> dict[float, list[Correlation]]:
+    """Memorization at epsilon inf (or the largest) of `first` against measures of `second`, by the
+    epsilon of the latter.
+
+    Over the training examples of `first`, all of which must be training examples of `second`: as in
+    studies of another model, or another budget, on the same set. Raises StoreError if they are not
+    the same examples, or if a store has no scores.
+    """
+    places = joined(first, second)
+    mine, others = first.scores(), second.scores()
+    epsilon = _last(mine)
+    here = train_at(mine, epsilon)
+    folds = train_at(first.scores("folds"), epsilon)
+    mem = floats(here, "memorization")
+    found = {}
+    for other in sorted(set(others["epsilon"].to_pylist())):
+        there = train_at(others, other)
+        values = {name: v[places] for name, v in measures_of(there).items()}
+        values = {name: v for name, v in values.items() if np.isfinite(v).any()}
+        sums = JoinedSums(
+            Sums(folds, []),
+            Sums(train_at(second.scores("folds"), other), list(values)),
+            places,
+        )
+        found[other] = correlate(mem, values, sums, np.random.default_rng(seed))
+    return found
+
+
+def joined(first: Store, second: Store) -> NDArray[np.int64]:
+    """Rows of the training examples of `second` that are those of `first`, in its order, [N].
+
+    Raises StoreError naming the ids where ids, pixels or labels differ.
+    """
+    mine, others = _train(first), _train(second)
+    place = {row["example_id"]: k for k, row in enumerate(others)}
+    missing = [row["example_id"] for row in mine if row["example_id"] not in place]
+    if missing:
+        raise StoreError(
+            f"{len(missing):,} training examples of {first.url} are not in {second.url}, such as "
+            f"{', '.join(missing[:SHOWN])}; take two studies of one set"
+        )
+    places = np.array([place[row["example_id"]] for row in mine], np.int64)
+    for name, what in (("content_hash", "pixels"), ("label", "labels")):
+        wrong = [
+            row["example_id"]
+            for row, k in zip(mine, places, strict=True)
+            if None not in (row[name], others[k][name]) and row[name] != others[k][name]
+        ]
+        if wrong:
+            raise StoreError(
+                f"{len(wrong):,} training examples have other {what} in {second.url} than in "
+                f"{first.url}, such as {', '.join(wrong[:SHOWN])}; take two studies of one set"
+            )
+    return places
+
+
+def _train(store: Store) -> list[dict[str, Any]]:
+    index: pa.Table = store.examples()
+    rows = index.filter(pc.equal(index["split"], "train"))
+    return list(rows.select(["example_id", "content_hash", "label"]).to_pylist())
+
+
+def _last(scores: pa.Table) -> float:
+    epsilons = set(scores["epsilon"].to_pylist())
+    return math.inf if math.inf in epsilons else max(epsilons)

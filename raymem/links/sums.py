@@ -1,0 +1,106 @@
+"""Sums of folds as they are resampled: of one store, or of two that are joined.
+
+Shapes: F folds, N training examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raymem.links.rows import Floats, floats
+from raymem.memorization import ratio
+
+
+class Sums:
+    """Sums of folds, [F, N], as they are resampled."""
+
+    def __init__(self, table: pa.Table, measures: Sequence[str]) -> None:
+        self.n_folds = len(set(table["fold"].to_pylist()))
+        self._sums = {
+            name: floats(table, name).reshape(self.n_folds, -1)
+            for name in {
+                *(f"{what}_{arm}" for what in ("n", "correct") for arm in ("in", "out")),
+                *map(_sum, measures),
+                *map(_count, measures),
+            }
+        }
+
+    def resampled(self, generator: np.random.Generator) -> Floats:
+        """How often each fold counts in a bootstrap replicate, [F]."""
+        drawn = generator.integers(self.n_folds, size=self.n_folds)
+        return np.bincount(drawn, minlength=self.n_folds).astype(np.float64)
+
+    def half(self, generator: np.random.Generator) -> Floats:
+        """1 for the folds of a random half, [F]."""
+        first = np.zeros(self.n_folds)
+        first[generator.permutation(self.n_folds)[: self.n_folds // 2]] = 1
+        return first
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Are there two folds?"""
+        return self.n_folds > 1
+
+    def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
+        """Of the examples `rows`, when folds count `weights` times."""
+        right, n = (
+            {arm: weights @ self._sums[f"{what}_{arm}"][:, rows] for arm in ("in", "out")}
+            for what in ("correct", "n")
+        )
+        return ratio(right["in"], n["in"]) - ratio(right["out"], n["out"])
+
+    def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
+        """Of a measure, the same."""
+        # Folds without curvature have null sums and no count.
+        total = weights @ np.nan_to_num(self._sums[_sum(name)][:, rows])
+        mean = ratio(total, weights @ np.nan_to_num(self._sums[_count(name)][:, rows]))
+        return 1 - mean if name.startswith("p_wrong") else mean
+
+
+class JoinedSums(Sums):
+    """Memorization of one store and measures of another: their folds are drawn independently.
+
+    `places` are the rows of the second store that have the first one's examples, [N].
+    """
+
+    def __init__(self, first: Sums, second: Sums, places: NDArray[np.int64]) -> None:
+        self.first, self.second, self.places = first, second, places
+        self.n_folds = first.n_folds + second.n_folds
+
+    def resampled(self, generator: np.random.Generator) -> Floats:
+        """See Sums."""
+        return np.concatenate([s.resampled(generator) for s in (self.first, self.second)])
+
+    def half(self, generator: np.random.Generator) -> Floats:
+        """See Sums."""
+        return np.concatenate([s.half(generator) for s in (self.first, self.second)])
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Have both two folds?"""
+        return self.first.can_be_halved and self.second.can_be_halved
+
+    def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
+        """See Sums; of the first store."""
+        return self.first.memorization(weights[: self.first.n_folds], rows)
+
+    def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
+        """See Sums; of the second store."""
+        return self.second.mean(name, weights[self.first.n_folds :], self.places[rows])
+
+
+def _sum(measure: str) -> str:
+    """The column of folds with a measure's sum."""
+    return measure.replace("p_wrong", "p_true")
+
+
+def _count(measure: str) -> str:
+    """The column of folds that counts the trials in a measure's sum."""
+    arm = measure.rpartition("_")[2]
+    if measure == "cumulative_loss":
+        return "n_in"
+    return f"n_{arm}" if measure.startswith(("loss", "p_wrong")) else f"n_curvature_{arm}"
