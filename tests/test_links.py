@@ -331,3 +331,26 @@ def numbered(digits):
     return Examples(
         x_train=digits.x_train, y_train=digits.y_train, x_test=digits.x_test, y_test=digits.y_test
     )
+
+
+def test_noise_that_both_share_is_undone_too():
+    """The measure is computed from the same outcomes as memorization, as out-losses are."""
+    restored = []
+    for k in range(20):
+        rng = np.random.default_rng(k)
+        _, sums = related(rng, F=2, N=300)
+        n = sums["n_out"]
+        other = rng.standard_normal((2, 300))
+        sums["curvature_out"] = n * (2 * (1 - sums["correct_out"] / n) + other)
+        mem, values = estimate(sums)
+        table = pa.table(
+            {"fold": np.repeat(np.arange(2), 300), **{m: v.reshape(-1) for m, v in sums.items()}}
+        )
+        (found,) = correlate(
+            mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
+            np.random.default_rng(k), replicates=2,
+        )  # fmt: skip
+        restored.append(found.disattenuated[1])
+    # Without noise the measure is twice the memorization: a correlation of 1.
+    error = np.std(restored) / np.sqrt(20)
+    assert abs(np.mean(restored) - 1) < 4 * error + 0.01

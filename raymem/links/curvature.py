@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.binned import PaperBins, line, paper_bins
+from raymem.links.halves import in_halves, pearson
 from raymem.links.rows import ROUNDING, Floats, floats, train_at
 from raymem.links.sums import Sums
 from raymem.store import Store
@@ -31,7 +31,6 @@ MEASURES = (
 # What a measure must say more than, for its partial correlation.
 GIVEN = "loss_out"
 PERMUTATIONS = 200
-HALVES = 20
 REPLICATES = 300
 # Of more examples, so many drawn ones: more only cost time.
 MOST_EXAMPLES = 100_000
@@ -67,13 +66,15 @@ class Correlation:
     reliability: float
     """Split-half reliability of the measure; NaN with one fold."""
     disattenuated: tuple[float, float]
-    """Spearman's and Pearson's over the square root of both reliabilities: without their noise."""
+    """Spearman's and Pearson's between memorization of one half of the folds and the measure of the
+    other, over the square root of what the halves agree with themselves: without noise, also that
+    which both have from the same models. NaN with one fold."""
     slope: float
     """L of measure = L memorization + k, by least squares over examples; not negative."""
     intercept: float
     """k."""
     slope_instrumented: float
-    """The same slope by split-half instruments: noise in memorization does not flatten it."""
+    """The same slope by split-half instruments: noise does not flatten it."""
     c1: float
     """The least c1 for which memorization <= measure / L + c1 for every example."""
     violating: float
@@ -180,18 +181,13 @@ def correlate(
         resampled = {name: sums.mean(name, weights, rows) for name in names}
         for name, row in _all_kinds(sums.memorization(weights, rows), resampled).items():
             resamples[name].append(row)
-    halves = _halves(sums, names, chosen, generator)
+    halves = in_halves(sums, names, chosen, generator)
     found = []
     for name in names:
         spearman, pearson, cosine, partial = (
             _interval(value, [row[kind] for row in resamples[name]])
             for kind, value in enumerate(estimates[name])
         )
-        reliabilities = halves["memorization"].reliability, halves[name].reliability
-        with np.errstate(invalid="ignore"):
-            noise = float(
-                np.sqrt(np.prod(np.where(np.array(reliabilities) > 0, reliabilities, np.nan)))
-            )
         both = np.isfinite(mem) & np.isfinite(values[name])
         fitted = _bound(mem[both], values[name][both])
         found.append(
@@ -202,8 +198,8 @@ def correlate(
                 cosine=cosine,
                 cosine_null=_shuffled_cosine(mem[both], values[name][both], generator),
                 partial=partial,
-                reliability=reliabilities[1],
-                disattenuated=(spearman.value / noise, pearson.value / noise),
+                reliability=halves[name].reliability,
+                disattenuated=(halves[name].spearman, halves[name].pearson),
                 slope_instrumented=halves[name].slope,
                 examples=int(both.sum()),
                 folds=sums.n_folds,
@@ -225,20 +221,14 @@ def _all_kinds(mem: Floats, values: dict[str, Floats]) -> dict[str, tuple[float,
     found: dict[str, tuple[float, ...]] = {}
     for name, column in values.items():
         x = column[finite]
-        rho, partial = _pearson(mem_ranks, ranks[name]), math.nan
+        rho, partial = pearson(mem_ranks, ranks[name]), math.nan
         if given_ranks is not None:
             partial = _partial(
-                rho, _pearson(mem_ranks, given_ranks), _pearson(ranks[name], given_ranks)
+                rho, pearson(mem_ranks, given_ranks), pearson(ranks[name], given_ranks)
             )
         cosine = float(mem @ x / max(np.linalg.norm(mem) * np.linalg.norm(x), 1e-300))
-        found[name] = rho, _pearson(mem, x), cosine, partial
+        found[name] = rho, pearson(mem, x), cosine, partial
     return found
-
-
-def _pearson(a: Floats, b: Floats) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size > 0 else math.nan
 
 
 def _partial(rho: float, given: float, with_given: float) -> float:
@@ -267,57 +257,6 @@ def _bound(mem: Floats, x: Floats) -> dict[str, float]:
         "c1": c1,
         "violating": float(above.mean()),
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Halves:
-    """What two halves of the folds say of a measure."""
-
-    reliability: float
-    slope: float
-    """Of the measure on memorization, each half's memorization as the other's instrument."""
-
-
-def _halves(
-    sums: Sums, names: Sequence[str], rows: NDArray[np.int64], generator: np.random.Generator
-) -> dict[str, _Halves]:
-    """Means over random splits of the folds into halves; NaN with one fold."""
-    every = ["memorization", *names]
-    if not sums.can_be_halved:
-        return {name: _Halves(reliability=math.nan, slope=math.nan) for name in every}
-    correlations: dict[str, list[float]] = {name: [] for name in every}
-    slopes: dict[str, list[float]] = {name: [] for name in every}
-    everything = {name: sums.mean(name, np.ones(sums.n_folds), rows) for name in names}
-    for _ in range(HALVES):
-        first = sums.half(generator)
-        mem = [sums.memorization(weights, rows) for weights in (first, 1 - first)]
-        for name in every:
-            halves = mem
-            if name != "memorization":
-                halves = [sums.mean(name, weights, rows) for weights in (first, 1 - first)]
-                both = np.isfinite(mem[0]) & np.isfinite(mem[1]) & np.isfinite(everything[name])
-                a, b, x = mem[0][both], mem[1][both], everything[name][both]
-                shared = _covariance(a, b)
-                slope = (
-                    (_covariance(x, a) + _covariance(x, b)) / 2 / shared if shared > 0 else math.nan
-                )
-                slopes[name].append(slope)
-            both = np.isfinite(halves[0]) & np.isfinite(halves[1])
-            a, b = halves[0][both], halves[1][both]
-            correlations[name].append(_pearson(a, b) if len(a) > 2 else math.nan)
-    # Spearman and Brown: of all folds, twice the half.
-    rho = {name: float(np.mean(found)) for name, found in correlations.items()}
-    return {
-        name: _Halves(
-            reliability=2 * rho[name] / (1 + rho[name]) if rho[name] > -1 else math.nan,
-            slope=float(np.mean(slopes[name])) if slopes[name] else math.nan,
-        )
-        for name in every
-    }
-
-
-def _covariance(a: Floats, b: Floats) -> float:
-    return float(np.mean((a - a.mean()) * (b - b.mean()))) if len(a) else math.nan
 
 
 def _interval(value: float, replicates: Sequence[float]) -> Coefficient:
