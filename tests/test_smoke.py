@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from raymem import Cache, Store, verify
 
@@ -28,6 +31,8 @@ def test_the_whole_chain_gives_one_joined_row_per_example(tmp_path):
     assert (cache.about["n_train"], cache.about["n_test"]) == (120, 40)
     assert len(store.done()) == len(store.kept()) == 20
     assert verify(store) == []
+    page = (tmp_path / "store" / "report.html").read_text()
+    assert page.count("data:image/") > 50  # pictures came from the cache
     rows = store.scores().to_pylist()
     index = cache.index().to_pylist()
     assert [row["example_id"] for row in rows] == [row["example_id"] for row in index]
@@ -46,6 +51,20 @@ def test_the_whole_chain_gives_one_joined_row_per_example(tmp_path):
 
 def cache_of(said: str) -> str:
     return re.search(r"^cache: (.*), fingerprint", said, re.MULTILINE)[1]
+
+
+@pytest.mark.slow
+def test_the_same_chain_at_two_epsilons(tmp_path):
+    done = run("--smoke", "--epsilons", "8,inf", "--store", tmp_path / "store")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "smoke test passed: 160 examples, one row each at each of 2 epsilons" in done.stdout
+    store = Store(tmp_path / "store")
+    assert {key.epsilon for key in store.done()} == {8.0, math.inf}
+    assert len(store.done()) == len(store.kept()) == 40
+    assert store.scores().num_rows == 320
+    assert (tmp_path / "store" / "report.html").exists()
+    assert "-gn" in store.study()["study"]["recipe"]["model"]["name"]
+    shutil.rmtree(Path(cache_of(done.stdout)).parent)
 
 
 def test_what_is_no_cache_says_how_to_make_one(tmp_path):
