@@ -84,6 +84,7 @@ def test_a_lost_node_costs_its_own_lane_only(tmp_path, gate, monkeypatch, joins)
     assert score_bytes(store) == score_bytes(alone)
 
 
+@pytest.mark.slow
 def test_another_ray_on_the_machine_leaves_a_fleet_alone(tmp_path, gate):
     """Ray Train's watchdog once looked for its controller in the newest Ray, and ended the lane."""
     job = subprocess.Popen(gated(tmp_path / "store", "--trials", 4), stdout=subprocess.DEVNULL)
@@ -114,6 +115,7 @@ def test_another_ray_on_the_machine_leaves_a_fleet_alone(tmp_path, gate):
     assert len(starts(gate)) == 4
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_in_a_terminal_stops_at_once(tmp_path, gate):
     """In a terminal Ctrl-C reaches all processes of the job, Ray's too."""
     store = tmp_path / "store"
