@@ -200,6 +200,28 @@ def test_the_command(study):
     assert "there is no study" in missing.output
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_imported_fleets_have_a_page(tmp_path, more):
+    """Masks and outcomes alone, or with all that an import may have."""
+    rng = np.random.default_rng(0)
+    masks = rng.random((40, 50)) < 0.7
+    right = masks | (rng.random((40, 50)) < 0.4)
+    rest = {
+        "correct_test": rng.random((40, 10)) < 0.5,
+        "y_train": rng.integers(0, 3, 50), "y_test": rng.integers(0, 3, 10),
+        "margins_train": np.where(right, 2.0, -2.0).astype(np.float32),
+        "margins_test": np.zeros((40, 10), np.float32),
+    }  # fmt: skip
+    np.savez(tmp_path / "fleet.npz", masks=masks, correct_train=right, **(rest if more else {}))
+    store = str(tmp_path / "store")
+    imported = CliRunner().invoke(main, ["import", "npz", str(tmp_path / "fleet.npz"), store])
+    assert imported.exit_code == 0, imported.output
+    for command in ("report", "links"):
+        result = CliRunner().invoke(main, [command, store])
+        assert result.exit_code == 0, result.output
+    read((tmp_path / "store" / "report.html").read_text())
+
+
 def test_scores_are_needed(tmp_path):
     study = make(tmp_path / "store", trials=20)
     Store(study.store).files.delete("scores/examples.parquet")

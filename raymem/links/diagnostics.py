@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymem.links.epsilons import plain
-from raymem.links.rows import floats, train_at
+from raymem.links.rows import Floats, floats, train_at
 from raymem.memorization import ratio
 from raymem.plan import Plan
 from raymem.store import Store, TrialKey
@@ -86,13 +86,16 @@ def red(found: Mapping[float, Sequence[Finding]]) -> list[tuple[float, Finding]]
 
 def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[Finding]:
     """How well models fit their own subsets. Private models need not."""
-    accuracy = np.array([row["accuracy_in"] for row in done], np.float64)
+    accuracy = _column(done, "accuracy_in")
+    if not np.isfinite(accuracy).any():
+        return []
     mean = float(np.nanmean(accuracy))
     p_in = floats(here, "accuracy_in")
     low = float(np.mean(p_in[np.isfinite(p_in)] < 0.9)) if np.isfinite(p_in).any() else math.nan
-    median = float(np.median(accuracy))
-    spread = max(float(np.median(np.abs(accuracy - median))), 1e-4)
-    outliers = [r["trial"] for r in done if r["accuracy_in"] < median - OUTLIER * spread]
+    median = float(np.nanmedian(accuracy))
+    spread = max(float(np.nanmedian(np.abs(accuracy - median))), 1e-4)
+    low_ones = np.flatnonzero(accuracy < median - OUTLIER * spread)
+    outliers = [done[int(k)]["trial"] for k in low_ones]
     return [
         Finding(
             name="accuracy on the own subset",
@@ -254,13 +257,16 @@ def _copies(store: Store) -> list[Finding]:
 def _assumptions(here: pa.Table, done: Sequence[dict[str, Any]]) -> list[Finding]:
     """How far the theorems' assumptions hold: a bounded loss, models that generalize."""
     out, inside = floats(here, "loss_out"), floats(here, "loss_in")
-    gap = float(np.mean([row["accuracy_in"] - row["accuracy_test"] for row in done]))
+    gaps = _column(done, "accuracy_in") - _column(done, "accuracy_test")
+    gap = float(np.nanmean(gaps)) if np.isfinite(gaps).any() else math.nan
     largest = float(np.nanmax(out)) if np.isfinite(out).any() else math.nan
     return [
         Finding(
             name="largest mean loss of an example, out of the subset",
             value=largest,
-            text=f"{largest:.2f} nats; the theorems want a bound L on the loss, and cross entropy "
+            text="not known"
+            if math.isnan(largest)
+            else f"{largest:.2f} nats; the theorems want a bound L on the loss, and cross entropy "
             "has none",
         ),
         Finding(
@@ -275,6 +281,13 @@ def _assumptions(here: pa.Table, done: Sequence[dict[str, Any]]) -> list[Finding
         Finding(
             name="generalization gap",
             value=gap,
-            text=f"{100 * gap:.1f} points of accuracy between the own subset and the test set",
+            text="not known"
+            if math.isnan(gap)
+            else f"{100 * gap:.1f} points of accuracy between the own subset and the test set",
         ),
     ]
+
+
+def _column(rows: Sequence[dict[str, Any]], name: str) -> Floats:
+    """A column of scores/trials.parquet; imported fleets may lack it."""
+    return np.array([row[name] for row in rows], np.float64)
