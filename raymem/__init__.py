@@ -31,7 +31,7 @@ from raymem.errors import (
 from raymem.examples import Cache, CachedExamples, Examples, flip_labels, load_examples
 from raymem.fleet import Progress, run_fleet
 from raymem.interop import import_npz
-from raymem.job import JobOptions, Smoke, run_curvature_job, run_job
+from raymem.job import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
 from raymem.links import Correlation, Links, correlations, find_links
 from raymem.memorization import (
     Estimate,
@@ -101,6 +101,7 @@ __all__ = [
     "PlanError",
     "Privacy",
     "PrivacyError",
+    "PrivateStudy",
     "Problem",
     "Progress",
     "RaymemError",

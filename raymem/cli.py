@@ -298,8 +298,9 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
 @main.command("report")
 @click.argument("store")
 @click.option("--data", help="Where the images are, if not where the study had them.")
+@click.option("--private", help="Store of private trials on the same examples, for links 2 and 3.")
 @_debug
-def report_command(store: str, data: str | None, debug: bool) -> None:
+def report_command(store: str, data: str | None, private: str | None, debug: bool) -> None:
     """The page people read: report.html in the store, with figures as PNG and PDF beside it.
 
     One file that opens from disk: what was run, whether to trust it, the links, the most memorized
@@ -308,7 +309,7 @@ def report_command(store: str, data: str | None, debug: bool) -> None:
     Example: raymem report runs/feldman_digits
     """
     with command_errors(debug):
-        click.echo(f"report: {write_report(store, data)}")
+        click.echo(f"report: {write_report(store, data, private=private)}")
 
 
 @main.command("import")

@@ -16,8 +16,10 @@ from raymem.fleet import (
     Engine,
     Extras,
     Progress,
+    Repeat,
     duration,
     estimated_trial,
+    repeat_trial,
     run_fleet,
     timed_trial,
 )
@@ -240,6 +242,19 @@ class Study:
             checkpoint_seconds=self.checkpoint_seconds,
             mechanisms=self._mechanisms(store),
         )
+
+    def repeat(self, *, threads: int = 1) -> Repeat:
+        """Train one committed trial again and compare; see `repeat_trial`."""
+        store = self.open_store()
+        return repeat_trial(
+            self.examples, self.plan, self.recipe, store, self._extras(store), threads=threads
+        )
+
+    def seconds_of_a_trial(self) -> float:
+        """Of the first committed one. Raises StoreError if none is."""
+        store = self.open_store()
+        done = store.done()
+        return float(store.provenance(min(done))["seconds"]) if done else math.inf
 
     def measure_curvature(
         self,

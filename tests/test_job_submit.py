@@ -46,9 +46,9 @@ def head():
 
 
 def submit(environment, *arguments):
-    command = [RAY, "job", "submit", "--working-dir", ".", "--", "python"]
+    command = [str(RAY), "job", "submit", "--working-dir", ".", "--", "python"]
     return subprocess.run(
-        [*map(str, command), "jobs/feldman_digits.py", *map(str, arguments)],
+        [*command, "jobs/feldman_digits.py", "--private-trials", "0", *map(str, arguments)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
 

@@ -834,6 +834,7 @@ def test_a_fleet_on_ray_works_on_s3_and_refuses_a_second_driver(s3, url, tmp_pat
 def test_the_demo_runs_with_a_url_as_its_store(url):
     demo = Path(__file__).parents[1] / "jobs" / "feldman_digits.py"
     command = [sys.executable, str(demo), "--store", url, "--trials", "10", "--engine", "serial"]
+    command += ["--private-trials", "0"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert f"look at: raymem scores {url} --top 20" in ran.stdout

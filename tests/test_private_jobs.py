@@ -18,6 +18,7 @@ from raymem import (
     Plan,
     Privacy,
     PrivacyError,
+    PrivateStudy,
     Recipe,
     Store,
     Study,
@@ -304,3 +305,40 @@ def test_plans_have_a_seed_for_noise():
     seeds = [Plan(n=10).seeds(0, epsilon) for epsilon in (0.5, 1.0, math.inf)]
     assert len({s.noise for s in seeds}) == 3
     assert all(s.noise not in (s.init, s.order, s.augment) for s in seeds)
+
+
+def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_path):
+    second = PrivateStudy(
+        recipe=Recipe(model="mlp-8", epochs=2, batch_size=100, optimizer="adam"),
+        trials=2,
+        epsilons=(2, math.inf),
+    )
+    store = tmp_path / "first"
+    text, code = run(capsys, "--store", str(store), private=second)
+    assert code == 0
+    assert text.rstrip().endswith(f"report:  {store / 'report.html'}")
+    other = Store(f"{store}_private")
+    assert {key.epsilon for key in other.done()} == {2.0, math.inf}
+    assert len(other.done()) == 4
+    assert {key.epsilon for key in Store(store).done()} == {math.inf}
+    links = Store(store).note("links")
+    assert links["links_2_and_3_from"] == other.url
+    assert [row["epsilon"] for row in links["link_3_memorization_and_epsilon"]] == [2, "inf"]
+    page = (store / "report.html").read_text()
+    assert f"Links 2 and 3 are those of {other.url}" in page
+    assert Store(store).note("command")["command"].startswith("python ")
+    # Without: one study, as for every other job.
+    text, code = run(
+        capsys, "--store", str(tmp_path / "alone"), "--private-trials", "0", private=second
+    )
+    assert code == 0
+    assert not (tmp_path / "alone_private").exists()
+
+
+def test_links_of_a_private_study_of_other_examples_are_refused(capsys, tmp_path):
+    for name, more in (("a", []), ("b", ["--flip-labels", "0.1", "--epsilons", "2,inf"])):
+        assert run(capsys, "--store", str(tmp_path / name), *more)[1] == 0
+    report = ["report", str(tmp_path / "a"), "--private", str(tmp_path / "b")]
+    refused = CliRunner().invoke(main, report)
+    assert refused.exit_code == 1
+    assert "other labels" in refused.output

@@ -89,7 +89,8 @@ def read(text):
 
 @pytest.fixture(scope="module")
 def text(study):
-    path = write_report(study.store, study.examples, command="python jobs/mine.py --trials 40")
+    Store(study.store).write_note("command", {"command": "python jobs/mine.py --trials 40"})
+    path = write_report(study.store, study.examples)
     return (study.store / "report.html").read_text(), path
 
 

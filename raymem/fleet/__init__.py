@@ -7,6 +7,7 @@ Out: trial objects in the store. `run_fleet` is all there is to call; rerunning 
 from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
 from raymem.fleet.forecast import estimated_trial, timed_trial
 from raymem.fleet.ledger import Ledger, Progress
+from raymem.fleet.repeat import Repeat, repeat_trial
 from raymem.fleet.report import ProgressLine, duration
 from raymem.fleet.work import Extras
 
@@ -16,9 +17,11 @@ __all__ = [
     "Ledger",
     "Progress",
     "ProgressLine",
+    "Repeat",
     "Stopped",
     "duration",
     "estimated_trial",
+    "repeat_trial",
     "run_fleet",
     "stop_signals",
     "timed_trial",

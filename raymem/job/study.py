@@ -43,7 +43,36 @@ from raymem.text import (
 )
 from raymem.training import Recipe
 
-STAGES = ("all", "plan", "train", "curvature", "score", "links", "report")
+STAGES = ("all", "plan", "train", "repeat", "curvature", "score", "links", "report")
+# A trial that takes longer is trained again only when asked to.
+SHORT_TRIAL = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivateStudy:
+    """A second study of a job: the same examples under differential privacy, for links 2 and 3."""
+
+    recipe: Recipe
+    """How its models are trained; not that of the first study, whose fit privacy would ruin."""
+    trials: int
+    """At each epsilon."""
+    epsilons: tuple[float, ...]
+    curvature_trials: int | None = None
+    subset_ratio: float = 0.5
+
+    def options(self, first: JobOptions, trials: int) -> JobOptions:
+        """The second study's, from those of the first: its store is STORE_private."""
+        return dataclasses.replace(
+            first,
+            store=f"{first.store.rstrip('/')}_private",
+            trials=trials,
+            subset_ratio=self.subset_ratio,
+            kind="balanced",
+            epsilons=self.epsilons,
+            privacy=first.privacy or Privacy(),
+            curvature_trials=None if first.curvature is None else self.curvature_trials,
+            recipe=None,
+        )
 
 
 def run_job(
@@ -63,6 +92,7 @@ def run_job(
     pool_size: int | None = None,
     cache: bool = False,
     smoke: Smoke | None = None,
+    private: PrivateStudy | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Run a job file: `build` makes the study from the options, whose defaults are given here.
@@ -73,7 +103,8 @@ def run_job(
     trials are not private unless --epsilons is given. `flip_labels` is the share of training labels
     made wrong on purpose. `pool_size` adds --pool-from: the candidates are an earlier study's most
     memorized examples. `cache` adds the stage `ingest`, which makes a cache of shards first.
-    `smoke` adds --smoke: the whole chain on a few images that it makes itself.
+    `smoke` adds --smoke: the whole chain on a few images that it makes itself. `private` is a
+    second study that every stage runs after the first; the first one's report shows both.
 
     Exits with 0 when done, 1 on failure, 2 on wrong usage, 3 if another driver holds the store, 4
     without space.
@@ -99,6 +130,7 @@ def run_job(
     @pool_options(pool_size)
     @cache_options(cache)
     @smoke_option(smoke)
+    @private_option(private)
     @machine_options
     def command(stage: str, debug: bool, **settings: Any) -> None:
         with command_errors(debug):
@@ -107,13 +139,16 @@ def run_job(
             caching = CacheOptions.taken_from(settings)
             if settings.pop("smoke", False) and smoke is not None:
                 caching = smoke.prepare(settings)
+            private_trials = settings.pop("private_trials", 0)
             options = _options(settings, recipes or {})
             if caching is not None:
                 make = stage in ("all", "ingest")
                 options = ready_cache(options, caching, machine, make=make)
             if stage != "ingest":
-                study = build(options)
-                run_stages(study, stage, machine, rule)
+                study, second = build(options), None
+                if private is not None and private_trials:
+                    second = private.options(options, private_trials).study(private.recipe)
+                run_stages(study, stage, machine, rule, second)
                 if smoke is not None and options.recipe is smoke.recipe:
                     click.echo(check_rows(study))
 
@@ -128,6 +163,20 @@ def smoke_option(smoke: Smoke | None) -> Callable[[Any], Any]:
         "--smoke",
         is_flag=True,
         help="The whole chain in minutes, on a few small images made here, in a new --store.",
+    )
+
+
+def private_option(private: PrivateStudy | None) -> Callable[[Any], Any]:
+    """--private-trials, for jobs that have a private study too."""
+    if private is None:
+        return lambda function: function
+    return click.option(
+        "--private-trials",
+        type=click.IntRange(0),
+        default=private.trials,
+        help="Models at each epsilon "
+        f"({', '.join(f'{e:g}' for e in private.epsilons)}) of the private study in STORE_private; "
+        "0: none.",
     )
 
 
@@ -162,8 +211,24 @@ def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOpti
     )
 
 
-def run_stages(study: Study, stage: str, machine: Machine, rule: PairRule) -> None:
-    """One stage, or all of them in turn."""
+def run_stages(
+    study: Study, stage: str, machine: Machine, rule: PairRule, private: Study | None = None
+) -> None:
+    """One stage, or all of them in turn; of the private study too, before the report of both."""
+    _run(study, stage, machine, rule)
+    if private is not None:
+        click.echo("\nThe same examples under differential privacy:")
+        _run(private, stage, machine, rule)
+    if stage in ("all", "report"):
+        for each, other in ((private, None), (study, private)):
+            if each is not None:
+                where = write_report(
+                    each.store, each.examples, private=None if other is None else other.store
+                )
+                click.echo(f"report:  {where}")
+
+
+def _run(study: Study, stage: str, machine: Machine, rule: PairRule) -> None:
     if stage == "plan":
         click.echo(
             study.dry_run(cpus_per_trial=machine.cpus_per_trial, workers=machine.max_workers)
@@ -171,20 +236,33 @@ def run_stages(study: Study, stage: str, machine: Machine, rule: PairRule) -> No
         return
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
+        command = shlex.join(["python", *sys.argv])
+        study.open_store().write_note("command", {"command": command})
         progress = study.train(**vars(machine))
         if progress.rate:
             click.echo(
                 f"{progress.committed:,} trials trained, one every {duration(1 / progress.rate)}"
             )
+    if stage in ("all", "repeat"):
+        _repeat(study, machine, asked=stage == "repeat")
     if stage in ("all", "curvature"):
         _measure(study, machine, asked=stage == "curvature")
     if stage in ("all", "score"):
         score_and_print(study, rule)
     if stage in ("all", "links"):
         links_and_print(study)
-    if stage in ("all", "report"):
-        command = shlex.join(["python", *sys.argv])
-        click.echo(f"report:  {write_report(study.store, study.examples, command=command)}")
+
+
+def _repeat(study: Study, machine: Machine, *, asked: bool) -> None:
+    """Train one trial again and compare; of long ones and spread ones only when asked to."""
+    if not asked and study.seconds_of_a_trial() > SHORT_TRIAL:
+        return
+    found = study.repeat(threads=machine.cpus_per_trial)
+    text = "the same, to the last bit" if found.identical else (
+        f"margins differ by up to {found.drift:.2g}, {100 * found.changed:.2f}% of the outcomes "
+        "changed"
+    )  # fmt: skip
+    click.echo(f"trial {found.trial} trained again: {text}")
 
 
 def _measure(study: Study, machine: Machine, *, asked: bool) -> None:
@@ -227,6 +305,6 @@ def links_and_print(study: Study) -> None:
     if study.curvature is None and study.privacy is None:
         return
     found = find_links(store)
-    store.write_links(found.as_dict())
+    store.write_note("links", found.as_dict())
     click.echo("\n" + links_text(found))
     click.echo(f"\nlinks:   {store.files.path('links.json')}")

@@ -7,7 +7,7 @@ against epsilon (Theorem 5.4), with its bounds and an audit that could refute th
 
 from raymem.links.across import correlations_across, joined
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
-from raymem.links.binned import Line, PaperBins, paper_bins
+from raymem.links.binned import Crossed, Line, PaperBins, paper_bins
 from raymem.links.costs import Costs, costs
 from raymem.links.curvature import (
     Coefficient,
@@ -22,6 +22,7 @@ from raymem.links.epsilons import Link2, Observed, fit_link2, link2
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
 from raymem.links.together import Links, correlations_as_dict, find_links
+from raymem.links.twins import Twins, find_twins
 
 __all__ = [
     "Audit",
@@ -29,6 +30,7 @@ __all__ = [
     "Coefficient",
     "Correlation",
     "Costs",
+    "Crossed",
     "Finding",
     "Fit",
     "Line",
@@ -38,6 +40,7 @@ __all__ = [
     "PaperBins",
     "PoolMean",
     "Shape",
+    "Twins",
     "by_memorization",
     "correlations",
     "correlations_across",
@@ -45,6 +48,7 @@ __all__ = [
     "costs",
     "diagnostics",
     "find_links",
+    "find_twins",
     "fit_link2",
     "fit_loss",
     "fit_rivals",

@@ -49,9 +49,49 @@ class PaperBins:
     bin (eq. 15). The number of examples in a bin is then a regressor, and explains by itself."""
     weighted: Line | None
     """x is memorization; bins count as their examples, those below 20 are left out."""
+    crossed: Crossed | None = None
+    """The same examples, binned by one half of the trials, means and line from the other. None
+    with one block of trials."""
 
 
-def paper_bins(measure: str, memorization: Floats, values: Floats) -> PaperBins:
+@dataclass(frozen=True, kw_only=True)
+class Crossed:
+    """Bins that noise does not fill: examples are sorted into them by memorization in one half of
+    the trials; what is in them is read from the other half. Noise that puts an example into a high
+    bin is then not in that bin's means, and the line's slope is not flattened (Wald's grouping)."""
+
+    memorization: Floats
+    """Mean of the bin in the other half, [bins]; bins below 20 examples are left out."""
+    mean: Floats
+    """Mean of the measure in the other half."""
+    line: Line | None
+    """Bins count as their examples. None with fewer than three bins."""
+
+
+def crossed(first: Floats, second: Floats, values: Floats) -> Crossed:
+    """Examples binned by `first`; means of `second` (memorization too) and `values`; [N] each.
+
+    >>> rng = np.random.default_rng(0)
+    >>> mem = np.repeat(np.linspace(0, 1, 60), 40)
+    >>> a, b = (mem + rng.normal(0, 0.3, len(mem)) for _ in range(2))
+    >>> round(crossed(a, b, 3 * mem).line.slope, 1), round(crossed(a, a, 3 * mem).line.slope, 1)
+    (3.0, 1.5)
+    """
+    finite = np.logical_and.reduce([np.isfinite(v) for v in (first, second, values)])
+    number = np.floor(first[finite] / WIDTH + ROUNDING)
+    _, place = np.unique(number, return_inverse=True)
+    counts = np.bincount(place)
+    large = counts >= SMALLEST_BIN
+    x, mean = (
+        np.bincount(place, weights=v[finite], minlength=len(counts))[large] / counts[large]
+        for v in (second, values)
+    )
+    return Crossed(memorization=x, mean=mean, line=line(x, mean, counts[large].astype(np.float64)))
+
+
+def paper_bins(
+    measure: str, memorization: Floats, values: Floats, halves: Crossed | None = None
+) -> PaperBins:
     """Bins of width 0.02 over memorization in [0, 1], and their lines.
 
     >>> mem = np.repeat(np.linspace(0.01, 0.99, 50), 30)
@@ -76,6 +116,7 @@ def paper_bins(measure: str, memorization: Floats, values: Floats) -> PaperBins:
         straight=line(x, mean, ones),
         scaled=line(x / np.sqrt(counts), mean, ones),
         weighted=line(x[large], mean[large], counts[large].astype(np.float64)),
+        crossed=halves,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from raymem.links.binned import PaperBins, line, paper_bins
+from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
 from raymem.links.halves import in_halves, pearson
 from raymem.links.rows import ROUNDING, Floats, floats, train_at
 from raymem.links.sums import Sums
@@ -35,6 +35,7 @@ REPLICATES = 300
 # Of more examples, so many drawn ones: more only cost time.
 MOST_EXAMPLES = 100_000
 CONFIDENCE = 0.95
+Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 BINS = 10
 
 
@@ -71,12 +72,17 @@ class Correlation:
     which both have from the same models. NaN with one fold."""
     slope: float
     """L of measure = L memorization + k, by least squares over examples; not negative."""
+    slope_low: float
+    """Its 95% interval by the same bootstrap. Noise in memorization flattens the slope, and the
+    interval is around the flattened one."""
+    slope_high: float
     intercept: float
     """k."""
     slope_instrumented: float
     """The same slope by split-half instruments: noise does not flatten it."""
     c1: float
-    """The least c1 for which memorization <= measure / L + c1 for every example."""
+    """The least c1 for which memorization <= measure / L + c1 for every example. One example
+    decides it: it rises with their number, and has no interval."""
     violating: float
     """Share of the examples above the fitted line, for which it is no bound."""
     examples: int
@@ -147,16 +153,34 @@ def by_memorization(store: Store) -> dict[float, pa.Table]:
     return found
 
 
-def in_paper_bins(store: Store, epsilons: Sequence[float]) -> dict[float, list[PaperBins]]:
+def in_paper_bins(
+    store: Store, epsilons: Sequence[float], *, seed: int = 0
+) -> dict[float, list[PaperBins]]:
     """The paper's figure of each measure of curvature, by epsilon; see `paper_bins`."""
-    scores = store.scores()
+    scores, folds = store.scores(), store.scores("folds")
     found = {}
     for epsilon in epsilons:
         here = train_at(scores, epsilon)
         mem = floats(here, "memorization")
         measures = {n: v for n, v in measures_of(here).items() if n.startswith("curvature")}
-        found[epsilon] = [paper_bins(name, mem, values) for name, values in measures.items()]
+        measures = {n: v for n, v in measures.items() if np.isfinite(v).any()}
+        sums = Sums(train_at(folds, epsilon), list(measures))
+        first = sums.half(np.random.default_rng(seed)) if sums.can_be_halved else None
+        found[epsilon] = [
+            paper_bins(name, mem, values, None if first is None else _crossed(sums, name, first))
+            for name, values in measures.items()
+        ]
     return found
+
+
+def _crossed(sums: Sums, name: str, first: Floats) -> Crossed:
+    rows = np.arange(sums.n_examples)
+    second = 1 - first
+    return crossed(
+        sums.memorization(first, rows),
+        sums.memorization(second, rows),
+        sums.mean(name, second, rows),
+    )
 
 
 def correlate(
@@ -175,12 +199,15 @@ def correlate(
     names = [name for name in MEASURES if name in values]
     estimates = _all_kinds(mem, values)
     resamples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
+    slopes: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(replicates):
         weights = sums.resampled(generator)
         rows = chosen[generator.integers(len(mem), size=len(mem))]
         resampled = {name: sums.mean(name, weights, rows) for name in names}
-        for name, row in _all_kinds(sums.memorization(weights, rows), resampled).items():
+        mem_resampled = sums.memorization(weights, rows)
+        for name, row in _all_kinds(mem_resampled, resampled).items():
             resamples[name].append(row)
+            slopes[name].append(_slope(mem_resampled, resampled[name]))
     halves = in_halves(sums, names, chosen, generator)
     found = []
     for name in names:
@@ -190,6 +217,8 @@ def correlate(
         )
         both = np.isfinite(mem) & np.isfinite(values[name])
         fitted = _bound(mem[both], values[name][both])
+        drawn = np.array(slopes[name])[np.isfinite(slopes[name])]
+        half = Z * float(drawn.std(ddof=1)) if len(drawn) > 1 else math.nan
         found.append(
             Correlation(
                 measure=name,
@@ -200,6 +229,8 @@ def correlate(
                 partial=partial,
                 reliability=halves[name].reliability,
                 disattenuated=(halves[name].spearman, halves[name].pearson),
+                slope_low=max(0.0, fitted["slope"] - half),
+                slope_high=fitted["slope"] + half,
                 slope_instrumented=halves[name].slope,
                 examples=int(both.sum()),
                 folds=sums.n_folds,
@@ -259,10 +290,19 @@ def _bound(mem: Floats, x: Floats) -> dict[str, float]:
     }
 
 
+def _slope(mem: Floats, x: Floats) -> float:
+    """Of x on mem, by least squares; may be negative."""
+    both = np.isfinite(mem) & np.isfinite(x)
+    if both.sum() < 3 or np.ptp(mem[both]) == 0:
+        return math.nan
+    centred = mem[both] - mem[both].mean()
+    return float(centred @ x[both] / (centred @ centred))
+
+
 def _interval(value: float, replicates: Sequence[float]) -> Coefficient:
     if math.isnan(value) or np.isfinite(replicates).sum() < 2:
         return Coefficient(value=value, low=math.nan, high=math.nan)
     clipped = np.clip([value, *replicates], -1 + 1e-12, 1 - 1e-12)
     z, others = np.arctanh(clipped[0]), np.arctanh(clipped[1:])
-    half = stats.norm.ppf((1 + CONFIDENCE) / 2) * np.nanstd(others, ddof=1)
+    half = Z * np.nanstd(others, ddof=1)
     return Coefficient(value=value, low=float(np.tanh(z - half)), high=float(np.tanh(z + half)))

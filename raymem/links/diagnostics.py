@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy import stats
 
 from raymem.links.epsilons import plain
 from raymem.links.rows import Floats, floats, train_at
+from raymem.links.twins import Twins, find_twins
 from raymem.memorization import ratio
 from raymem.plan import Plan
 from raymem.store import Store, TrialKey
@@ -54,8 +56,14 @@ class Finding:
         return plain(vars(self))
 
 
-def diagnostics(store: Store) -> dict[float, list[Finding]]:
-    """The findings of each epsilon. Raises StoreError without scores."""
+def diagnostics(
+    store: Store, twins: Mapping[float, Twins] | None = None
+) -> dict[float, list[Finding]]:
+    """The findings of each epsilon; `twins` if they are found already.
+
+    Raises StoreError without scores.
+    """
+    twins = find_twins(store) if twins is None else twins
     scores, trials, plan = store.scores(), store.scores("trials"), store.plan()
     rows = trials.to_pylist()
     found = {}
@@ -74,6 +82,9 @@ def diagnostics(store: Store) -> dict[float, list[Finding]]:
             *_placebo(store, plan, keys),
             *_classes(here, plan),
             *_copies(store),
+            *_explained(twins.get(epsilon)),
+            *_size_of_subsets(done, plan),
+            *_repeated(store, epsilon),
             *_assumptions(here, done),
         ]
     return found
@@ -250,6 +261,67 @@ def _copies(store: Store) -> list[Finding]:
             value=len(groups),
             text=f"{train:,} training examples have a copy; {across:,} groups are in train and "
             "test. Copies hide each other's memorization: see group_memorization",
+        )
+    ]
+
+
+def _explained(twins: Twins | None) -> list[Finding]:
+    """Memorized examples whose memorization is that of a twin: false positives of the estimator."""
+    if twins is None or not twins.targets:
+        return []
+    text = f"{len(twins.rows):,} of {twins.targets:,} candidates ({twins.pairs:,} pairs tried)"
+    if twins.rows:
+        row = twins.rows[0]
+        text += (
+            f", such as {row['example_id']} with {row['twin_id']}: models without it are right "
+            f"{100 * row['right_with_twin']:.0f}% of the time with the twin, "
+            f"{100 * row['right_without_twin']:.0f}% without; memorization of both together "
+            f"{row['group_memorization']:.2f}"
+        )
+    return [
+        Finding(name="memorized examples that a twin explains", value=len(twins.rows), text=text)
+    ]
+
+
+def _size_of_subsets(done: Sequence[dict[str, Any]], plan: Plan) -> list[Finding]:
+    """Memorization at ratio r is not memorization by leaving one out: what do more examples do?"""
+    name, r = "accuracy on held-out examples for 1% more of the set", plan.subset_ratio
+    said = f"memorization is that at ratio {r:g}, not by leaving one out"
+    size, out = _column(done, "subset_size"), _column(done, "accuracy_out")
+    known = np.isfinite(out)
+    if plan.kind == "imported" or known.sum() < 10 or np.ptp(size[known]) == 0:
+        return [Finding(name=name, value=math.nan, text=f"not known; {said}")]
+    fit = stats.linregress(size[known] / plan.n, out[known])
+    half = float(stats.t.ppf(0.975, known.sum() - 2)) * float(fit.stderr)
+    slope = float(fit.slope)
+    return [
+        Finding(
+            name=name,
+            value=slope,
+            text=f"{slope:+.2f} [{slope - half:+.2f}, {slope + half:+.2f}] points, over subsets of "
+            f"{size.min():,.0f} to {size.max():,.0f}; {said}, which is lower where more examples "
+            "help",
+        )
+    ]
+
+
+def _repeated(store: Store, epsilon: float) -> list[Finding]:
+    """Was a trial trained again, and did it give the same?"""
+    note = store.note("repeat")
+    if note is None or float(note["epsilon"]) != epsilon:
+        return []
+    same = bool(note["identical"])
+    text = "the same, to the last bit" if same else (
+        f"margins differ by up to {note['drift']:.2g}, {100 * note['changed']:.2f}% of the "
+        "outcomes changed"
+    )  # fmt: skip
+    return [
+        Finding(
+            name="a trial trained again",
+            value=float(note["changed"]),
+            text=f"trial {note['trial']} on {note['device']}: {text}",
+            limit="the same on a CPU",
+            red=not same and note["device"] == "cpu",
         )
     ]
 

@@ -18,6 +18,8 @@ from raymem.links.rows import Floats
 RATES = np.geomspace(1e-3, 30, 160)
 # Exponents of the power law that are tried.
 EXPONENTS = np.linspace(0.05, 3, 60)
+# Parameters of each law; the theorem's loss has three more, fitted to other numbers.
+FREE = {"theorem": 2, "constant": 1, "logarithm": 2, "power": 3}
 # Parameters whose columns are this near to parallel cannot be told apart.
 CONDITION = 1e3
 
@@ -48,6 +50,10 @@ class Fit:
     """Root mean squared residual."""
     loo_rmse: float
     """The same where each epsilon is predicted from the others: what laws are compared by."""
+    aicc: float
+    """Akaike's criterion, corrected for few epsilons (Hurvich & Tsai 1989): E log(mean squared
+    residual) + 2k + 2k(k + 1)/(E - k - 1), k the free parameters and the variance. Less is better;
+    NaN with too few epsilons for it, and for laws that go through every point."""
 
 
 def fit_loss(epsilons: Floats, losses: Floats, weights: Floats | None = None) -> Shape:
@@ -124,12 +130,33 @@ def compared(law: str, fitter: Fitter, epsilons: Floats, values: Floats) -> Fit:
     """A law fitted to all, and judged on each epsilon from the others."""
     predict, parameters = fitter(epsilons, values)
     residual = values - predict(epsilons)
+    # The isotonic law has as many parameters as levels.
+    free = FREE.get(law) or len(np.unique(predict(epsilons)))
     left_out = []
     for k in range(len(epsilons)):
         rest = np.arange(len(epsilons)) != k
         without, _ = fitter(epsilons[rest], values[rest])
         left_out.append(values[k] - without(epsilons[k : k + 1])[0])
-    return Fit(law=law, parameters=parameters, rmse=_rms(residual), loo_rmse=_rms(left_out))
+    return Fit(
+        law=law,
+        parameters=parameters,
+        rmse=_rms(residual),
+        loo_rmse=_rms(left_out),
+        aicc=aicc(residual, free),
+    )
+
+
+def aicc(residual: Floats, free: int) -> float:
+    """Of residuals [E] of a law with so many free parameters; see `Fit`.
+
+    >>> round(aicc(np.array([1.0, -1, 1, -1, 1, -1, 1, -1]), 1), 2)
+    6.4
+    """
+    n, k = len(residual), free + 1
+    mean = float(np.mean(residual**2))
+    if n - k - 1 <= 0 or mean == 0:
+        return math.nan
+    return n * math.log(mean) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
 def _rms(values: Floats | Sequence[float]) -> float:

@@ -29,6 +29,11 @@ class Sums:
             }
         }
 
+    @property
+    def n_examples(self) -> int:
+        """N."""
+        return int(self._sums["n_in"].shape[1])
+
     def resampled(self, generator: np.random.Generator) -> Floats:
         """How often each fold counts in a bootstrap replicate, [F]."""
         drawn = generator.integers(self.n_folds, size=self.n_folds)

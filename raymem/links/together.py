@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from raymem.links.across import joined
 from raymem.links.audit import Audit, link3, verdict
-from raymem.links.binned import Line, PaperBins
+from raymem.links.binned import Crossed, Line, PaperBins
 from raymem.links.costs import Costs, costs
 from raymem.links.curvature import (
     Coefficient,
@@ -22,12 +23,13 @@ from raymem.links.curvature import (
 )
 from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain
+from raymem.links.twins import Twins, find_twins
 from raymem.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """What one store says of the three links."""
+    """What one store says of the three links, or two: one for link 1, another's private trials."""
 
     correlations: dict[float, list[Correlation]]
     """Link 1, by epsilon; empty if curvature was not measured."""
@@ -43,6 +45,12 @@ class Links:
     """Link 3, an entry for each epsilon."""
     diagnostics: dict[float, list[Finding]]
     """Whether to trust the run, by epsilon."""
+    twins: dict[float, Twins]
+    """Memorized examples that another one explains, by epsilon."""
+    private_store: str | None = None
+    """Where links 2 and 3 are from, if not from the same store."""
+    private_diagnostics: dict[float, list[Finding]] = field(default_factory=dict)
+    """Whether to trust that one."""
 
     @property
     def verdict(self) -> str:
@@ -58,10 +66,8 @@ class Links:
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: what links.json holds."""
         return {
-            "diagnostics": {
-                _name(epsilon): [finding.as_dict() for finding in findings]
-                for epsilon, findings in self.diagnostics.items()
-            },
+            "diagnostics": _findings_as_dict(self.diagnostics),
+            "twins": {_name(epsilon): vars(twins) for epsilon, twins in self.twins.items()},
             "link_1_memorization_and_curvature": correlations_as_dict(self.correlations),
             "link_1_bins": {_name(e): bins.to_pylist() for e, bins in self.bins.items()},
             "link_1_paper_bins": {
@@ -69,6 +75,8 @@ class Links:
                 for epsilon, rows in self.paper.items()
             },
             "link_1_costs": {_name(e): plain(vars(found)) for e, found in self.costs.items()},
+            "links_2_and_3_from": self.private_store,
+            "links_2_and_3_diagnostics": _findings_as_dict(self.private_diagnostics),
             "link_2_curvature_and_epsilon": self.curvature.as_dict(),
             "link_3_memorization_and_epsilon": [audit.as_dict() for audit in self.memorization],
             "link_3_verdict": self.verdict,
@@ -76,18 +84,33 @@ class Links:
         }
 
 
-def find_links(store: Store, *, seed: int = 0) -> Links:
-    """The three links of a scored store. Raises StoreError without scores."""
+def find_links(store: Store, *, private: Store | None = None, seed: int = 0) -> Links:
+    """The three links of a scored store; links 2 and 3 from `private`, if given: a study of the
+    same examples at several epsilons.
+
+    Raises StoreError without scores, and if the examples of the two are not the same.
+    """
     compared = correlations(store, seed=seed)
+    if private is not None:
+        joined(store, private)
+    epsilons = store if private is None else private
+    twins = find_twins(store)
     return Links(
         correlations=compared,
         bins=by_memorization(store),
-        paper=in_paper_bins(store, list(compared)),
+        paper=in_paper_bins(store, list(compared), seed=seed),
         costs=costs(store, compared),
-        curvature=link2(store, seed=seed),
-        memorization=link3(store),
-        diagnostics=diagnostics(store),
+        curvature=link2(epsilons, seed=seed),
+        memorization=link3(epsilons),
+        diagnostics=diagnostics(store, twins),
+        twins=twins,
+        private_store=None if private is None else private.url,
+        private_diagnostics={} if private is None else diagnostics(private),
     )
+
+
+def _findings_as_dict(found: Mapping[float, Sequence[Finding]]) -> dict[str, Any]:
+    return {_name(e): [finding.as_dict() for finding in rows] for e, rows in found.items()}
 
 
 def _name(epsilon: float) -> str:
@@ -109,13 +132,14 @@ def _as_dict(row: Correlation) -> dict[str, Any]:
     return plain({**values, "disattenuated": plain(named)})
 
 
-def _bins_as_dict(bins: PaperBins) -> dict[str, Any]:
+def _bins_as_dict(bins: PaperBins | Crossed) -> dict[str, Any]:
     values = {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in vars(bins).items()
     }
     lines = {k: plain(vars(v)) for k, v in values.items() if isinstance(v, Line)}
-    return {**values, **lines}
+    crossed = {k: _bins_as_dict(v) for k, v in values.items() if isinstance(v, Crossed)}
+    return {**values, **lines, **crossed}
 
 
 def verdict_on_link1(epsilon: float, rows: list[Correlation]) -> str:

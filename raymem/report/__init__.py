@@ -14,34 +14,41 @@ from raymem.links import find_links
 from raymem.opened import Opened
 from raymem.report.choose import choose
 from raymem.report.figures import figures
-from raymem.report.page import page
+from raymem.report.page import TWINS, page
 from raymem.report.thumbnails import thumbnails
+from raymem.store import Store
 
 __all__ = ["write_report"]
 
 
 def write_report(
-    store: str | os.PathLike[str], data: Examples | str | None = None, *, command: str = ""
+    store: str | os.PathLike[str],
+    data: Examples | str | None = None,
+    *,
+    private: str | os.PathLike[str] | None = None,
 ) -> str:
     """Write the page of a scored store and everything it is made of; returns where it is.
 
     Pictures come from `data`, or from where the study had its images; without them the page has
-    none. `command` is what ran the study, for people who want to run it again.
+    none. `private` is another store of the same examples, whose trials at several epsilons give
+    links 2 and 3.
 
-    Raises StoreError without scores.
+    Raises StoreError without scores, and if the two stores are not of the same examples.
     """
     opened = Opened(store, data)
     store_ = opened.store
     epsilons = sorted(set(store_.scores()["epsilon"].to_pylist()))
     shown = math.inf if math.inf in epsilons else epsilons[-1]
-    links = find_links(store_)
-    store_.write_links(links.as_dict())
+    links = find_links(store_, private=None if private is None else Store(private))
+    store_.write_note("links", links.as_dict())
     chosen = choose(store_, shown)
     charts = list(figures(store_, links, shown))
     for chart in charts:
         store_.files.replace(f"figures/{chart.name}.png", chart.light)
         store_.files.replace(f"figures/{chart.name}.pdf", chart.pdf)
-    pictures, without = thumbnails(opened, chosen.ids())
+    twins = links.twins[shown].rows[:TWINS]
+    ids = [*chosen.ids(), *(row[side] for row in twins for side in ("example_id", "twin_id"))]
+    pictures, without = thumbnails(opened, list(dict.fromkeys(ids)))
     text = page(
         opened.about,
         chosen,
@@ -49,7 +56,7 @@ def write_report(
         charts,
         pictures,
         location=store_.files.path("").rstrip("/"),
-        command=command,
+        command=(store_.note("command") or {}).get("command", ""),
         without_pictures=without,
     )
     store_.files.replace("report.html", text.encode())

@@ -76,9 +76,12 @@ def choose(store: Store, epsilon: float) -> Chosen:
     for pair in pairs:
         best.setdefault(pair["train_id"], pair)
     gallery = _by_class(ranked.filter(pc.greater(ranked["memorization"], MEMORIZED)), per_class)
+    shown = [row["example_id"] for rows in gallery.values() for row in rows]
+    others = _at_other_epsilons(scores, epsilon, shown)
     for rows in gallery.values():
         for row in rows:
             row["relation"] = best.get(row["example_id"])
+            row["elsewhere"] = others.get(row["example_id"], {})
     lowest: dict[int, list[Row]] = {}
     highest: dict[int, list[Row]] = {}
     if "curvature_out" in here.column_names:
@@ -98,6 +101,22 @@ def choose(store: Store, epsilon: float) -> Chosen:
         pairs=[pair for pair in pairs if pair["strong"]][:PAIRS],
         copies=_copies(store),
     )
+
+
+def _at_other_epsilons(
+    scores: pa.Table, epsilon: float, ids: list[str]
+) -> dict[str, dict[float, float]]:
+    """Memorization of these examples at each other epsilon, by id."""
+    found: dict[str, dict[float, float]] = defaultdict(dict)
+    for other in sorted(set(scores["epsilon"].to_pylist()) - {epsilon}):
+        here = train_at(scores, other)
+        here = here.filter(pc.is_in(here["example_id"], pa.array(ids, pa.string())))
+        for name, value in zip(
+            here["example_id"].to_pylist(), here["memorization"].to_pylist(), strict=True
+        ):
+            if value is not None:
+                found[name][other] = value
+    return found
 
 
 def _by_class(table: pa.Table, n: int) -> dict[int, list[Row]]:

@@ -67,7 +67,12 @@ def figures(store: Store, links: Links, epsilon: float) -> Iterator[Figure]:
             f"link1-{bins.measure}",
             f"Link 1: {bins.measure} and memorization",
             f"Points: examples; dots: means of the paper's bins, with a line of slope "
-            f"{bins.straight.slope:.3g} (R squared {bins.straight.r_squared:.2f} over bins).",
+            f"{bins.straight.slope:.3g} (R squared {bins.straight.r_squared:.2f} over bins)."
+            + (
+                " Circles: the same, binned by one half of the trials, means of the other."
+                if bins.crossed is not None
+                else ""
+            ),
             functools.partial(_link1, bins=bins, mem=everyone, values=values),
         )
     seen = [o for o in links.curvature.observed if o.curvature is not None]
@@ -149,6 +154,11 @@ def _link1(ax: Any, colours: dict[str, str], bins: PaperBins, mem: Any, values: 
         linewidths=0, label="examples", rasterized=True,
     )  # fmt: skip
     ax.scatter(bins.memorization, bins.mean, s=22, color=colours["two"], label="means of bins")
+    if bins.crossed is not None and len(bins.crossed.mean):
+        ax.scatter(
+            bins.crossed.memorization, bins.crossed.mean, s=26, facecolors="none",
+            edgecolors=colours["ink"], linewidths=0.8, label="binned by other trials",
+        )  # fmt: skip
     assert bins.straight is not None
     x = np.array([0.0, 1.0])
     ax.plot(x, bins.straight.slope * x + bins.straight.intercept, color=colours["two"], linewidth=1)

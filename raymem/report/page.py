@@ -24,6 +24,7 @@ COLUMNS = (
 MEDIA = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 # More classes than these are folded, so that a browser draws them when they are asked for.
 OPEN_CLASSES = 12
+TWINS = 24
 
 
 def page(
@@ -41,7 +42,7 @@ def page(
     show = _Show(chosen.classes, pictures)
     parts = [
         _head(about, location, command),
-        _trust(links.diagnostics),
+        _trust(links.diagnostics, links.private_diagnostics),
         _figures(charts, ("memorization",), "Memorization", "memorization"),
         _links(links, charts),
         _gallery(chosen, show, without_pictures),
@@ -49,6 +50,7 @@ def page(
         _suspicious(chosen, show),
         _curvature(chosen, show),
         _copies(chosen, show),
+        _twins(links, chosen, show),
         _table(chosen),
         _load(location),
     ]
@@ -132,15 +134,22 @@ def _head(about: Mapping[str, Any], location: str, command: str) -> str:
     )
 
 
-def _trust(found: Mapping[float, Sequence[Finding]]) -> str:
+def _trust(
+    found: Mapping[float, Sequence[Finding]], private: Mapping[float, Sequence[Finding]]
+) -> str:
     lines = ['<h2 id="trust">Can this run be trusted?</h2>\n']
-    reds = [f for findings in found.values() for f in findings if f.red]
+    reds = [f for findings in (*found.values(), *private.values()) for f in findings if f.red]
     if reds:
         lines.append(
             f'<p class="red-note">{len(reds)} {"number is" if len(reds) == 1 else "numbers are"} '
             "outside what they should be (red lines).</p>"
         )
-    for k, (epsilon, findings) in enumerate(sorted(found.items(), reverse=True)):
+    shown = [(epsilon, findings, "") for epsilon, findings in sorted(found.items(), reverse=True)]
+    shown += [
+        (epsilon, findings, "of the private study, ")
+        for epsilon, findings in sorted(private.items(), reverse=True)
+    ]
+    for k, (epsilon, findings, of) in enumerate(shown):
         body = "".join(
             f"<tr{' class=red' if f.red else ''}><td>{_t(f.name)}</td><td>{_t(f.text)}</td>"
             f"<td>{_t(f.limit)}{' (red)' if f.red else ''}</td></tr>"
@@ -150,11 +159,13 @@ def _trust(found: Mapping[float, Sequence[Finding]]) -> str:
             '<div class="scroll"><table><thead><tr><th>what</th><th>found</th><th>should be</th>'
             f"</tr></thead><tbody>{body}</tbody></table></div>"
         )
-        if len(found) == 1:
+        if len(shown) == 1:
             lines.append(table)
             continue
         is_open = " open" if k == 0 or any(f.red for f in findings) else ""
-        lines.append(f"<details{is_open}><summary>epsilon {epsilon:g}</summary>{table}</details>")
+        lines.append(
+            f"<details{is_open}><summary>{of}epsilon {epsilon:g}</summary>{table}</details>"
+        )
     return "".join(lines)
 
 
@@ -176,8 +187,13 @@ def _chart(chart: Figure) -> str:
 def _links(links: Links, charts: Sequence[Figure]) -> str:
     shown = "".join(_chart(chart) for chart in charts if chart.name.startswith("link"))
     verdicts = "".join(f"<li>{_t(text)}</li>" for text in links.verdicts)
+    source = (
+        ""
+        if links.private_store is None
+        else f'<p class="small">Links 2 and 3 are those of {_t(links.private_store)}.</p>'
+    )
     return (
-        f'<h2 id="links">The three links</h2>\n<ul>{verdicts}</ul>{shown}'
+        f'<h2 id="links">The three links</h2>\n<ul>{verdicts}</ul>{source}{shown}'
         f"<details><summary>All numbers</summary><pre>{_t(links_text(links))}</pre></details>\n"
     )
 
@@ -199,12 +215,18 @@ def _gallery(chosen: Chosen, show: _Show, without: str) -> str:
     if not chosen.gallery:
         lines.append("<p>No example is memorized above 0.25.</p>")
     for k, (label, rows) in enumerate(chosen.gallery.items()):
-        cards = "".join(show.card(row, _interval(row)) for row in rows)
+        cards = "".join(show.card(row, _interval(row) + _elsewhere(row)) for row in rows)
         lines.append(
             f"<details{' open' if k < OPEN_CLASSES else ''}><summary>{show.label(label)}</summary>"
             f'<div class="cards">{cards}</div></details>'
         )
     return "".join(lines)
+
+
+def _elsewhere(row: Row) -> str:
+    """What the same example is at other epsilons."""
+    values = ", ".join(f"{value:.2f} at {e:g}" for e, value in row["elsewhere"].items())
+    return f"<br>with privacy, by epsilon: {values}" if values else ""
 
 
 def _pairs(chosen: Chosen, show: _Show) -> str:
@@ -261,6 +283,27 @@ def _copies(chosen: Chosen, show: _Show) -> str:
         for group in chosen.copies
     )
     return f"<h2>Near duplicates</h2>\n<p>Those with different labels first.</p>{groups}"
+
+
+def _twins(links: Links, chosen: Chosen, show: _Show) -> str:
+    twins = links.twins.get(chosen.epsilon)
+    if twins is None or not twins.rows:
+        return ""
+    cards = "".join(
+        f'<figure class="card"><div class="pictures">'
+        f"{show.picture(r['example_id'], r['label'], 'training example')}"
+        f"{show.picture(r['twin_id'], r['label'], 'its twin')}</div>"
+        f"<figcaption><b>{show.label(r['label'])}</b> {_t(r['example_id'])}<br>"
+        f"memorization {r['memorization']:.2f}, with its twin {_t(r['twin_id'])} "
+        f"{r['group_memorization']:.2f}<br>models without it are right {r['right_with_twin']:.2f} "
+        f"with the twin, {r['right_without_twin']:.2f} without</figcaption></figure>"
+        for r in twins.rows[:TWINS]
+    )
+    return (
+        "<h2>Twins</h2>\n<p>Examples whose memorization is another's doing: models that did not "
+        "see them are right if they saw the twin. The number for both together is that against "
+        f'models that saw neither.</p><div class="cards">{cards}</div>'
+    )
 
 
 def _table(chosen: Chosen) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 from torch import Tensor
@@ -32,6 +32,7 @@ from raymem.version import VERSION
 FORMAT = 1
 SHOWN = 5
 READERS = 8
+Note = Literal["links", "repeat", "command"]
 
 
 class Store:
@@ -325,9 +326,16 @@ class Store:
         advice = "run the study's job or its `score` stage, or import again"
         return self._table(f"scores/{name}.parquet", advice)
 
-    def write_links(self, links: Mapping[str, Any]) -> None:
-        """Replace links.json."""
-        self.files.replace("links.json", _json(links))
+    def write_note(self, name: Note, body: Mapping[str, Any]) -> None:
+        """Replace NAME.json: what was found out about the study beside its scores."""
+        self.files.replace(f"{name}.json", _json(body))
+
+    def note(self, name: Note) -> dict[str, Any] | None:
+        """NAME.json; None if it was never written, or is damaged."""
+        try:
+            return dict(json.loads(self.files.read(f"{name}.json")))
+        except (FileNotFoundError, ValueError):
+            return None
 
     # What is streamed
 

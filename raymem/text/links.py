@@ -32,9 +32,12 @@ def links_text(links: Links) -> str:
             bins_text(links.bins),
             paper_bins_text(links.paper) + "\n" + costs_text(links.costs),
         ]
+    if links.private_store is not None:
+        parts.append(f"Links 2 and 3 are those of {links.private_store}")
     if len(links.memorization) > 1 or any(audit.mechanism for audit in links.memorization):
         parts += [link2_text(links.curvature), link3_text(links.memorization), links.verdict]
-    parts += [red_text(links.diagnostics)] if red(links.diagnostics) else []
+    for found in (links.diagnostics, links.private_diagnostics):
+        parts += [red_text(found)] if red(found) else []
     nothing = "no links: the study measures no curvature, and is not private"
     return "\n\n".join(parts or [nothing])
 
@@ -81,7 +84,7 @@ def link2_text(link: Link2) -> str:
         )
     if link.fits:
         lines.append("error at epsilons left out of the fit, by law: " + ", ".join(
-            f"{fit.law} {fit.loo_rmse:.3g}" for fit in link.fits
+            f"{fit.law} {fit.loo_rmse:.3g} (AICc {fit.aicc:.3g})" for fit in link.fits
         ))  # fmt: skip
     lines += [f"NOTE: {warning}" for warning in link.warnings]
     return "\n".join(lines)
@@ -152,6 +155,7 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
                 "cosine (shuffled)": [
                     f"{row.cosine.value:.3f} ({row.cosine_null:.3f})" for row in rows
                 ],
+                "slope": [f"{r.slope:.3g} [{r.slope_low:.3g}, {r.slope_high:.3g}]" for r in rows],
                 "c1": [_number(row.c1) for row in rows],
                 "above line": [percent(row.violating) for row in rows],
             }
@@ -192,9 +196,14 @@ def paper_bins_text(found: Mapping[float, Sequence[PaperBins]]) -> str:
                 f"in the paper's bins{at}: {bins.measure} = {bins.straight.slope:.3g} mem + "
                 f"{bins.straight.intercept:.3g} (R^2 {bins.straight.r_squared:.2f} over "
                 f"{len(bins.mean)} bins; with the bound scaled by their sizes "
-                f"{bins.scaled.r_squared:.2f})"
+                f"{bins.scaled.r_squared:.2f}{_of_the_other_half(bins)})"
             )
     return "\n".join(lines)
+
+
+def _of_the_other_half(bins: PaperBins) -> str:
+    line = None if bins.crossed is None else bins.crossed.line
+    return "" if line is None else f"; binned by one half of the trials, slope {line.slope:.3g}"
 
 
 def _times(value: float) -> str:

@@ -1,0 +1,145 @@
+"""Memorized examples that another training example explains: twins, found by their influence.
+
+An example whose twin is in training is known without having been seen: out-models are right with
+the twin and wrong without, and the example's own memorization says how often the twin was there,
+not what the example itself is worth. A pair that covers each other has memorization 1 - r at ratio
+r and none by leaving one out. Science calls such pairs false positives of the subset estimator.
+
+In:  a scored store's trials. Out: `Twins` by epsilon.
+
+Shapes: T trials, M targets (memorized examples of a class), C training examples of that class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from scipy import stats
+
+from raymem.links.rows import Floats, floats, train_at
+from raymem.memorization import ratio
+from raymem.store import Store, TrialKey
+
+# P(right | out, twin in) - P(right | out, twin out): above it the twin explains the example.
+EXPLAINS = 0.3
+LEAST_MEMORIZATION = 0.15
+# Examples that models without them are always wrong (or right) about have no twin.
+VARIES = (0.1, 0.95)
+MOST_TARGETS = 500
+# Bytes of masks held at once; of larger sets the first trials must do.
+MOST_BYTES = 500_000_000
+# Chance of one false pair or more in the whole search.
+FAMILY_WISE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Twins:
+    """Pairs of training examples of one class in which the twin explains the memorized example."""
+
+    targets: int
+    """Examples looked at: memorized above 0.15, that models without them are sometimes right on."""
+    pairs: int
+    """Pairs looked at."""
+    trials: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """The best twin of each target that has one, strongest first: example_id, twin_id, label,
+    memorization, right_with_twin and right_without_twin (of models that did not see the example),
+    group_memorization (against models that saw neither), z."""
+
+
+def find_twins(store: Store) -> dict[float, Twins]:
+    """The twins at each epsilon. Raises StoreError without scores."""
+    scores = store.scores()
+    found = {}
+    for epsilon in sorted(set(scores["epsilon"].to_pylist())):
+        keys = sorted(key for key in store.done() if key.epsilon == epsilon)
+        found[epsilon] = _at(store, train_at(scores, epsilon), keys)
+    return found
+
+
+def _at(store: Store, here: pa.Table, keys: Sequence[TrialKey]) -> Twins:
+    mem, out = floats(here, "memorization"), floats(here, "accuracy_out")
+    labels = floats(here, "label")
+    likely = (mem > LEAST_MEMORIZATION) & (out > VARIES[0]) & (out < VARIES[1])
+    order = np.flatnonzero(likely & np.isfinite(labels))
+    targets = order[np.argsort(-mem[order], kind="stable")][:MOST_TARGETS]
+    candidates = np.flatnonzero(np.isin(labels, labels[targets]))
+    if not len(targets) or not keys:
+        return Twins(targets=len(targets), pairs=0, trials=len(keys))
+    keys = keys[: max(1, MOST_BYTES // len(candidates))]
+    masks, right = _outcomes(store, keys, targets, candidates)
+    classes = [np.flatnonzero(labels[targets] == label) for label in np.unique(labels[targets])]
+    pairs = sum(len(t) * ((labels[candidates] == labels[targets[t[0]]]).sum() - 1) for t in classes)
+    least_z = float(stats.norm.isf(FAMILY_WISE / max(1, pairs)))
+    rows = []
+    for places in classes:
+        same = np.flatnonzero(labels[candidates] == labels[targets[places[0]]])
+        own = np.searchsorted(candidates[same], targets[places])
+        with_twin, without, z = _compared(masks[:, same], right[:, places], own)
+        best = np.argmax(with_twin - without, axis=1)
+        for k, twin in enumerate(best):
+            a, b = float(with_twin[k, twin]), float(without[k, twin])
+            if a - b > EXPLAINS and z[k, twin] > least_z:
+                target = int(targets[places[k]])
+                row = _row(here, target, int(candidates[same][twin]))
+                rows.append(
+                    row
+                    | {
+                        "right_with_twin": a,
+                        "right_without_twin": b,
+                        "group_memorization": row["accuracy_in"] - b,
+                        "z": float(z[k, twin]),
+                    }
+                )
+    rows.sort(key=lambda row: row["right_without_twin"] - row["right_with_twin"])
+    return Twins(targets=len(targets), pairs=int(pairs), trials=len(keys), rows=rows)
+
+
+def _outcomes(
+    store: Store,
+    keys: Sequence[TrialKey],
+    targets: NDArray[np.int64],
+    candidates: NDArray[np.int64],
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Who saw whom [T, candidates], and what was right [T, targets]."""
+    masks, right = [], []
+    for key in keys:
+        table = store.trial(key, ["in_subset", "correct"])
+        first = table["in_subset"].null_count  # test examples come first
+        masks.append(table["in_subset"].take(pa.array(first + candidates)).to_numpy())
+        right.append(table["correct"].take(pa.array(first + targets)).to_numpy())
+    return np.array(masks, bool), np.array(right, bool)
+
+
+def _compared(
+    masks: NDArray[np.bool_], right: NDArray[np.bool_], own: NDArray[np.int64]
+) -> tuple[Floats, Floats, Floats]:
+    """Share right among models without the target [M, C], with and without each candidate, and the
+    difference in standard errors; NaN-free: -inf where it is not known. `own` are the targets'
+    places among the candidates."""
+    seen = masks.astype(np.float32)
+    outside = 1 - seen[:, own]
+    hits = outside * right
+    n_with, n_all = outside.T @ seen, outside.sum(0)[:, None]
+    k_with, k_all = hits.T @ seen, hits.sum(0)[:, None]
+    with_twin, without = ratio(k_with, n_with), ratio(k_all - k_with, n_all - n_with)
+    pooled = ratio(k_all, n_all)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.sqrt(pooled * (1 - pooled) * (1 / n_with + 1 / (n_all - n_with)))
+        z = (with_twin - without) / error
+    unknown = ~np.isfinite(z)
+    unknown[np.arange(len(own)), own] = True
+    with_twin = np.where(unknown, -math.inf, with_twin)
+    return with_twin, np.where(unknown, 0, without), np.where(unknown, -math.inf, z)
+
+
+def _row(here: pa.Table, target: int, twin: int) -> dict[str, Any]:
+    columns = ("example_id", "label", "memorization", "accuracy_in")
+    row = {name: here[name][target].as_py() for name in columns}
+    return row | {"twin_id": here["example_id"][twin].as_py()}
