@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,18 +13,18 @@ import click
 import pyarrow as pa
 from pyarrow.csv import write_csv
 
-from raymem.errors import RaymemError
-from raymem.fleet import duration
+from raymem.errors import RaymemError, StoreError
 from raymem.interop import import_npz
 from raymem.links import Links, correlations_across, correlations_as_dict, find_links
 from raymem.report import write_report
 from raymem.scoring import score
 from raymem.shards import ingest, join_curvature
-from raymem.store import Store, TrialKey, is_alive, read_driver, verify
+from raymem.store import Store, verify
 from raymem.tables import top, where
 from raymem.text import (
     as_text,
     correlations_text,
+    describe_store,
     example_text,
     for_people,
     ingest_text,
@@ -35,7 +34,6 @@ from raymem.text import (
 )
 from raymem.version import VERSION
 
-SAMPLED_TRIALS = 50
 SHOWN_PROBLEMS = 20
 IMPORTERS = {"npz": import_npz}
 
@@ -93,70 +91,6 @@ def status_command(store: str, debug: bool) -> None:
     """
     with command_errors(debug):
         click.echo(describe_store(Store(store)))
-
-
-def describe_store(store: Store) -> str:
-    """What `raymem status` prints."""
-    streamed = [
-        f"curvature of {model}: {len(shards):,} shards"
-        for model, shards in sorted(store.streamed().items())
-    ]
-    if streamed and not store.files.exists("study.json"):
-        return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
-    body, target, done = store.study(), store.target, store.done()
-    plan = store.plan()
-    wanted = set(target.wanted())
-    lines = [
-        f"{store.url}: {body['data_name']}, {plan.kind} subsets of ratio {plan.subset_ratio:g}, "
-        f"model {body['study']['recipe']['model']['name']}",
-        f"trials: {len(done & wanted):,} of {len(wanted):,} done"
-        + (f", and {len(done - wanted):,} more" if done - wanted else ""),
-    ]
-    failures = store.failures()
-    if failures:
-        causes = ", ".join(
-            f"{n} {cause}" for cause, n in Counter(f.cause for f in failures).items()
-        )
-        lost = {failure.key for failure in failures} - done
-        lines.append(f"failed attempts: {causes}; {len(lost)} trials have no result")
-    driver = read_driver(store.files)
-    if driver is None:
-        lines.append("driver: none")
-    elif not is_alive(driver, store.files, wait=False):
-        lines.append(f"driver: died (process {driver['pid']} on {driver['host']}); rerun the job")
-    else:
-        lines.append(
-            f"driver: process {driver['pid']} on {driver['host']} since {driver['started']}"
-        )
-        lines.append(_rate(driver["progress"]))
-    lines += streamed
-    if done:
-        lines.append(_cost(store, sorted(done)))
-    return "\n".join(line for line in lines if line)
-
-
-def _rate(progress: dict[str, Any]) -> str:
-    if "stage" in progress:
-        return f"running: {progress['stage']}, {progress['left']:,} parts left"
-    if not progress.get("rate"):
-        return f"running: {progress.get('running', 0)}"
-    left = progress.get("seconds_left")
-    return (
-        f"running: {progress['running']}, {duration(1 / progress['rate'])} per trial, "
-        f"{duration(left or 0)} left"
-    )
-
-
-def _cost(store: Store, done: Sequence[TrialKey]) -> str:
-    step = math.ceil(len(done) / SAMPLED_TRIALS)
-    sample = [store.provenance(key) for key in done[::step]]
-    seconds = [trial["seconds"] + trial.get("curvature", {}).get("seconds", 0) for trial in sample]
-    mean = math.fsum(seconds) / len(sample)
-    devices = " and ".join(sorted({trial["device"] for trial in sample}))
-    about = "" if len(sample) == len(done) else f", from {len(sample)} of them"
-    return (
-        f"cost so far: {duration(mean * len(done))} of {devices}, {duration(mean)} a trial{about}"
-    )
 
 
 @main.command("scores")
@@ -271,6 +205,8 @@ def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
     """
     with command_errors(debug):
         opened = [Store(store) for store in stores]
+        if len({store.url for store in opened}) < len(opened):
+            raise StoreError("a store is given twice; give each once")
         across = {other.url: correlations_across(opened[0], other) for other in opened[1:]}
         found = {store.url: find_links(store) for store in opened}
         if as_json:

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from raymem.curvature import CurvatureRule
-from raymem.errors import PlanError, StoreError
+from raymem.errors import PlanError
 from raymem.examples import CachedExamples, Examples
 from raymem.fleet import (
     Engine,
     Extras,
     Progress,
     Repeat,
-    duration,
-    estimated_trial,
     repeat_trial,
     run_fleet,
-    timed_trial,
 )
-from raymem.memorization import PairRule
+from raymem.memorization import PairRule, Until
 from raymem.plan import Kind, Plan
 from raymem.privacy import (
     Mechanism,
     Privacy,
-    bounds_on_memorization,
     check_epsilons,
     mechanism_for,
-    tightest,
 )
-from raymem.scoring import EpsilonSummary, score
+from raymem.scoring import EpsilonSummary, look, score
 from raymem.shards import StageSummary, list_shards, measure_kept
 from raymem.store import Store, Target, TrialKey
-from raymem.training import Recipe, check_private_recipe, default_device
-
-
-def _kind_of_trial(epsilon: float) -> str:
-    return "one trial at epsilon inf" if math.isinf(epsilon) else "one private trial"
+from raymem.training import Recipe, check_private_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +107,8 @@ class Study:
         self._check_curvature_trials()
 
     def _check_privacy(self) -> None:
-        epsilons = tuple(float(epsilon) for epsilon in self.epsilons)
+        # As stores name them: a finer difference is none.
+        epsilons = tuple(float(f"{epsilon:.12g}") for epsilon in self.epsilons)
         object.__setattr__(self, "epsilons", epsilons)
         privacy = self.privacy
         if privacy is None and all(math.isinf(epsilon) for epsilon in epsilons):
@@ -142,7 +134,7 @@ class Study:
             epochs=self.recipe.epochs,
         )
 
-    def _mechanisms(self, store: Store | None) -> dict[float, Mechanism]:
+    def mechanisms(self, store: Store | None) -> dict[float, Mechanism]:
         """Of all epsilons: those that the store has, new ones fixed there."""
         found = {}
         for epsilon in self.epsilons:
@@ -214,7 +206,7 @@ class Study:
     ) -> Progress:
         """Train the trials that are not done yet; see `run_fleet`."""
         store = self.open_store()
-        store.target = self._target
+        store.target = self.target
         return run_fleet(
             self.examples,
             self.plan,
@@ -225,29 +217,64 @@ class Study:
             gpus_per_trial=gpus_per_trial,
             workers_per_trial=workers_per_trial,
             max_workers=max_workers,
-            extras=self._extras(store),
+            extras=self.extras(store),
             verbose=verbose,
         )
 
     @property
-    def _target(self) -> Target:
+    def target(self) -> Target:
+        """What the store is to have."""
         return Target(trials=self.trials, epsilons=self.epsilons)
 
-    def _extras(self, store: Store | None = None) -> Extras:
+    def extras(self, store: Store | None = None) -> Extras:
+        """What trials do beyond the recipe; epsilons that are new are fixed in `store`."""
         at_stage = self.curvature is not None and self.curvature_at == "stage"
         return Extras(
             curvature=None if at_stage else self.curvature,
             curvature_trials=self.curvature_trials,
             keep_models=max(self.keep_models, self._measured_trials if at_stage else 0),
             checkpoint_seconds=self.checkpoint_seconds,
-            mechanisms=self._mechanisms(store),
+            mechanisms=self.mechanisms(store),
         )
+
+    def train_until(
+        self, until: Until, *, told: Callable[[str], None] = print, **how: Any
+    ) -> Progress:
+        """Train whole blocks until the target is reached, `trials` at most; see `Until`.
+
+        Looks are at the ends of blocks only, at epsilon inf, or the largest there is. Each is told,
+        and kept in the store for `raymem status`. `how` is what `train` takes.
+        """
+        block, store = self.plan.block, self.open_store()
+        epsilon = max(self.epsilons)
+        done = sum(key.epsilon == epsilon for key in store.done())
+        trials = min(self.trials, max(2, math.ceil(done / block)) * block)
+        looks: list[dict[str, Any]] = []
+        while True:
+            progress = dataclasses.replace(self, trials=trials).train(**how)
+            keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)
+            seen = look(store, keys)
+            value = seen.reliability if until.quantity == "reliability" else seen.width
+            forecast = until.forecast(trials, value)
+            known = None if math.isnan(value) else value
+            looks.append({"trials": trials, "value": known, "forecast": forecast})
+            store.write_note(
+                "until", {"rule": str(until), "most_trials": self.trials, "looks": looks}
+            )
+            reached = until.reached(value)
+            told(
+                f"{trials:,} trials: {until.quantity} {value:.3f}, wanted {until.target:g}; "
+                + ("reached" if reached else f"forecast: {forecast or '?'} trials")
+            )
+            if reached or trials >= self.trials or not progress.complete:
+                return progress
+            trials = until.next_look(trials, value, block, self.trials)
 
     def repeat(self, *, threads: int = 1) -> Repeat:
         """Train one committed trial again and compare; see `repeat_trial`."""
         store = self.open_store()
         return repeat_trial(
-            self.examples, self.plan, self.recipe, store, self._extras(store), threads=threads
+            self.examples, self.plan, self.recipe, store, self.extras(store), threads=threads
         )
 
     def seconds_of_a_trial(self) -> float:
@@ -294,117 +321,3 @@ class Study:
     def scores(self, name: str = "examples") -> Any:
         """scores/NAME.parquet as a pyarrow table: examples, trials, folds or influence."""
         return Store(self.store).scores(name)
-
-    def dry_run(self, *, cpus_per_trial: int = 1, workers: int | None = None) -> str:
-        """What training would do, take and give, from one timed trial that is not kept.
-
-        Of sets in a cache no trial is run: a few images of their size are, and the rest is counted.
-        """
-        return "\n".join(
-            [
-                self.examples.describe(),
-                self._describe_subsets(),
-                self._describe_precision(),
-                *self._describe_curvature(),
-                *self._describe_privacy(),
-                *self._describe_time(cpus_per_trial, workers),
-                self._describe_store(),
-            ]
-        )
-
-    def _describe_time(self, threads: int, workers: int | None) -> list[str]:
-        workers = workers or max(1, (os.cpu_count() or 1) // threads)
-        large = isinstance(self.examples, CachedExamples)
-        timed = estimated_trial if large else timed_trial
-        extras = self._extras()
-        would = "would take" if large else "took"
-        lines, total, n_bytes = [], 0.0, 0
-        # Noise costs the same, however much of it: one trial stands for all finite epsilons.
-        for epsilons in ([e for e in self.epsilons if e < math.inf], [math.inf]):
-            alike = [epsilon for epsilon in epsilons if epsilon in self.epsilons]
-            if not alike:
-                continue
-            seconds, n_bytes = timed(
-                self.examples, self.plan, self.recipe, extras, threads=threads, epsilon=alike[0]
-            )
-            total += seconds * len(alike)
-            kind = "one trial" if self.privacy is None else _kind_of_trial(alike[0])
-            lines.append(
-                f"time: {kind} {would} {duration(seconds)} here ({default_device().type}, "
-                f"{threads} threads)"
-            )
-        trials = self.trials * len(self.epsilons)
-        lines.append(
-            f"time: {trials:,} trials on {workers} workers would take "
-            f"{duration(total * math.ceil(self.trials / workers))}, half a minute to start"
-        )
-        return [
-            *lines,
-            f"disk: {n_bytes / 1e3:,.0f} kB per trial, {n_bytes * trials / 1e6:,.1f} MB",
-        ]
-
-    def _describe_privacy(self) -> list[str]:
-        lines = []
-        for m in self._mechanisms(None).values():
-            if m.accountant == "none":
-                lines.append(
-                    f"epsilon inf: {m.steps:,} steps, Poisson batches of {m.expected_batch} "
-                    "expected, no noise" + ("" if m.clips else ", no clipping")
-                )
-                continue
-            bound = tightest(bounds_on_memorization(m, self.kind))
-            assert bound is not None
-            lines.append(
-                f"epsilon {m.epsilon:g} (spends {m.spent_epsilon:.3f} at delta {m.delta:g}, by "
-                f"{m.accountant}): noise {m.noise_multiplier:.3f} x {m.max_grad_norm:g}, "
-                f"{m.steps:,} steps, rate {m.sample_rate:.4f}; memorization at most "
-                f"{bound.value:.3f}"
-            )
-        return lines
-
-    def _describe_subsets(self) -> str:
-        plan = self.plan
-        per_class = np.bincount(
-            self.examples.y_train[plan.mask(0)], minlength=self.examples.n_classes
-        )
-        text = f"{plan.kind} subsets of {plan.subset_size:,} examples (ratio {plan.subset_ratio:g})"
-        if plan.subset_ratio == 1:
-            return f"{text}: all examples in every trial, only seeds differ; nothing is ever out"
-        if plan.kind != "fixed-size":
-            members = round(plan.subset_ratio * plan.block)
-            text += f", blocks of {plan.block} trials: each drawn example is in {members} of them"
-        if self.trials % plan.block and plan.kind != "fixed-size":
-            whole = math.ceil(self.trials / plan.block) * plan.block
-            text += f"; {self.trials:,} trials are not whole blocks, {whole:,} would be"
-        return f"{text}; the smallest class has {per_class.min()} examples in the first subset"
-
-    def _describe_precision(self) -> str:
-        stderr = self.plan.worst_case_stderr(self.trials)
-        if math.isinf(stderr):
-            return "memorization: not defined, nothing is ever out"
-        return (
-            f"{self.trials:,} trials: standard error of an example's memorization {stderr:.3f} at "
-            "worst, less for examples that are mostly right or mostly wrong"
-        )
-
-    def _describe_curvature(self) -> list[str]:
-        if self.curvature is None:
-            return []
-        limit = self.curvature_trials
-        which = "every trial" if limit is None else f"the first {limit:,} trials"
-        paper = ", and the paper's score" if self.curvature.paper else ""
-        when = "at the end of" if self.curvature_at == "trial" else "after training, under those of"
-        return [
-            f"curvature: of every training example, {when} {which} ({self.curvature.mode}{paper})"
-        ]
-
-    def _describe_store(self) -> str:
-        store = Store(self.store)
-        try:
-            store.study()
-        except StoreError:
-            return f"store: {store.url}, not made yet"
-        wanted = set(self._target.wanted())
-        return (
-            f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} trials are done"
-        )

@@ -15,6 +15,7 @@ OPERATORS = {
 }  # fmt: skip
 # Not inside quotes: ids may have the word in them.
 AND = re.compile(r"""\s+and\s+(?=(?:[^'"]|'[^']*'|"[^"]*")*$)""", re.IGNORECASE)
+LOOSE = re.compile(r"\s(and|or)(\s|$)", re.IGNORECASE)
 CONDITION = re.compile(r"\s*(\w+)\s*(==|!=|<=|>=|=|<|>)\s*(.+?)\s*")
 
 
@@ -36,6 +37,11 @@ def where(table: pa.Table, conditions: str) -> pa.Table:
                 "with one of == != < <= > >="
             )
         name, operator, text = match.groups()
+        if LOOSE.search(text) and text[0] not in "'\"":
+            raise TableError(
+                f"{text!r} is no value; conditions are joined by 'and', there is no 'or'; put "
+                "quotes around a value that has such a word"
+            )
         column = _column(table, name)
         try:
             value = pa.scalar(text.strip("'\"")).cast(column.type)

@@ -145,7 +145,7 @@ def test_a_job_plans_without_making_anything(tmp_path, capsys):
         "30 trials are not whole blocks, 40 would be",
         "standard error of an example's memorization 0.199 at worst",
         "disk:",
-        "one trial took",
+        "a trial took",
         "not made yet",
     ):
         assert words in text, words

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     "version", "errors", "patience", "examples", "plan", "models", "curvature", "privacy",
     "training", "store", "fleet", "memorization", "scoring", "links", "shards", "interop", "study",
-    "opened", "tables", "text", "report", "cli", "job",
+    "opened", "tables", "text", "planner", "report", "cli", "job",
 ]  # fmt: skip
 ONLY_HERE = {
     "ray": {"fleet", "scoring", "shards"},

@@ -82,6 +82,15 @@ def repeated_ids(ids: Iterable[str]) -> list[str]:
     return [id_ for id_ in ids if id_ in seen or seen.add(id_)]  # type: ignore[func-returns-value]
 
 
+def encodable(text: str) -> bool:
+    """Can it be written as UTF-8? Names of files need not be text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def some(items: Iterable[Any]) -> str:
     shown = [str(item) for item in items]
     more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""

@@ -15,7 +15,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymem.errors import ExamplesError
-from raymem.examples.checks import as_images, as_labels, numbered_ids, repeated_ids, some
+from raymem.examples.checks import (
+    as_images,
+    as_labels,
+    encodable,
+    numbered_ids,
+    repeated_ids,
+    some,
+)
 from raymem.examples.near import is_searchable, near_duplicates
 from raymem.examples.pixels import content_hash
 
@@ -75,6 +82,9 @@ class Examples:
             ids = tuple(map(str, getattr(self, f"{split}_ids"))) or numbered_ids(split, len(x))
             if len(ids) != len(x):
                 raise ExamplesError(f"{len(x)} {split} images but {len(ids)} {split} ids")
+            odd = [ascii(name) for name in ids if not encodable(name)]
+            if odd:
+                raise ExamplesError(f"ids must be text (UTF-8); not so: {some(odd)}; rename them")
             put(f"{split}_ids", ids)
             put(f"x_{split}", as_images(x, ids))
             put(f"y_{split}", as_labels(y, ids))

@@ -14,6 +14,7 @@ from raymem.errors import RecipeError
 from raymem.examples import NAMED, Examples, flip_labels, load_examples
 from raymem.fleet import Engine, Extras
 from raymem.links import most_memorized
+from raymem.memorization import Until
 from raymem.plan import Kind
 from raymem.privacy import EPSILON_GRIDS, Privacy
 from raymem.study import Study
@@ -182,6 +183,42 @@ machine_options = together(
     ),
     click.option("--verbose", is_flag=True, help="Show what Ray says."),
     click.option("--debug", is_flag=True, help="Show tracebacks."),
+)
+
+
+class UntilTarget(click.ParamType[Until]):
+    """A target of the stopping rule."""
+
+    name = "target"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Until:
+        """Raises click.BadParameter for what is none."""
+        try:
+            return value if isinstance(value, Until) else Until.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+plan_options = together(
+    click.option(
+        "--until",
+        type=UntilTarget(),
+        help="Train whole blocks until reliability=0.98, or ci-width=0.1 (of nine intervals in "
+        "ten), --trials at most.",
+    ),
+    click.option(
+        "--machines", type=click.IntRange(1), default=1, help="`plan` counts for so many."
+    ),
+    click.option(
+        "--trials-at-once", type=click.IntRange(1), help="On each.  [default: one a core, here]"
+    ),
+    click.option(
+        "--times-faster",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        help="A trial there than here.",
+    ),
+    click.option("--price", type=click.FloatRange(min=0), help="Of a machine for an hour."),
 )
 
 

@@ -20,6 +20,7 @@ from raymem.job.options import (
     Machine,
     curvature_options,
     machine_options,
+    plan_options,
     pool_options,
     privacy_options,
     recipe_option,
@@ -28,7 +29,8 @@ from raymem.job.options import (
 from raymem.job.paths import absolute_store
 from raymem.job.smoke import Smoke, check_rows
 from raymem.links import find_links
-from raymem.memorization import PairRule
+from raymem.memorization import PairRule, Until
+from raymem.planner import Machines, planned
 from raymem.privacy import Privacy
 from raymem.report import write_report
 from raymem.store import Store
@@ -131,11 +133,22 @@ def run_job(
     @cache_options(cache)
     @smoke_option(smoke)
     @private_option(private)
+    @plan_options
     @machine_options
     def command(stage: str, debug: bool, **settings: Any) -> None:
         with command_errors(debug):
             machine = Machine(**{f.name: settings.pop(f.name) for f in dataclasses.fields(Machine)})
-            rule = PairRule(max_pairs=settings.pop("max_pairs"))
+            way = Way(
+                machine=machine,
+                rule=PairRule(max_pairs=settings.pop("max_pairs")),
+                until=settings.pop("until"),
+                machines=Machines(
+                    machines=settings.pop("machines"),
+                    at_once=settings.pop("trials_at_once") or machine.max_workers,
+                    times_faster=settings.pop("times_faster"),
+                    price=settings.pop("price"),
+                ),
+            )
             caching = CacheOptions.taken_from(settings)
             if settings.pop("smoke", False) and smoke is not None:
                 caching = smoke.prepare(settings)
@@ -148,7 +161,7 @@ def run_job(
                 study, second = build(options), None
                 if private is not None and private_trials:
                     second = private.options(options, private_trials).study(private.recipe)
-                run_stages(study, stage, machine, rule, second)
+                run_stages(study, stage, way, second)
                 if smoke is not None and options.recipe is smoke.recipe:
                     click.echo(check_rows(study))
 
@@ -211,14 +224,24 @@ def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOpti
     )
 
 
-def run_stages(
-    study: Study, stage: str, machine: Machine, rule: PairRule, private: Study | None = None
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """How stages are run: no part of what the study is."""
+
+    machine: Machine
+    rule: PairRule
+    machines: Machines
+    """Those that `plan` counts for."""
+    until: Until | None = None
+    """When training has enough trials, before all of them are done."""
+
+
+def run_stages(study: Study, stage: str, way: Way, private: Study | None = None) -> None:
     """One stage, or all of them in turn; of the private study too, before the report of both."""
-    _run(study, stage, machine, rule)
+    _run(study, stage, way)
     if private is not None:
         click.echo("\nThe same examples under differential privacy:")
-        _run(private, stage, machine, rule)
+        _run(private, stage, dataclasses.replace(way, until=None))
     if stage in ("all", "report"):
         for each, other in ((private, None), (study, private)):
             if each is not None:
@@ -228,17 +251,19 @@ def run_stages(
                 click.echo(f"report:  {where}")
 
 
-def _run(study: Study, stage: str, machine: Machine, rule: PairRule) -> None:
+def _run(study: Study, stage: str, way: Way) -> None:
+    machine = way.machine
     if stage == "plan":
-        click.echo(
-            study.dry_run(cpus_per_trial=machine.cpus_per_trial, workers=machine.max_workers)
-        )
+        click.echo(planned(study, way.machines, threads=machine.cpus_per_trial))
         return
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
         command = shlex.join(["python", *sys.argv])
         study.open_store().write_note("command", {"command": command})
-        progress = study.train(**vars(machine))
+        if way.until is None:
+            progress = study.train(**vars(machine))
+        else:
+            progress = study.train_until(way.until, told=click.echo, **vars(machine))
         if progress.rate:
             click.echo(
                 f"{progress.committed:,} trials trained, one every {duration(1 / progress.rate)}"
@@ -248,7 +273,7 @@ def _run(study: Study, stage: str, machine: Machine, rule: PairRule) -> None:
     if stage in ("all", "curvature"):
         _measure(study, machine, asked=stage == "curvature")
     if stage in ("all", "score"):
-        score_and_print(study, rule)
+        score_and_print(study, way.rule)
     if stage in ("all", "links"):
         links_and_print(study)
 

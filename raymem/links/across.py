@@ -66,6 +66,17 @@ def joined(first: Store, second: Store) -> NDArray[np.int64]:
             f"{len(missing):,} training examples of {first.url} are not in {second.url}, such as "
             f"{', '.join(missing[:SHOWN])}; take two studies of one set"
         )
+    known = [
+        name
+        for name in ("content_hash", "label")
+        if any(row[name] is not None for row in mine)
+        and any(row[name] is not None for row in others)
+    ]
+    if not known:
+        raise StoreError(
+            f"{first.url} and {second.url} have neither pixels' hashes nor labels in common, only "
+            "ids, which two sets can share by accident; import with y_train"
+        )
     places = np.array([place[row["example_id"]] for row in mine], np.int64)
     for name, what in (("content_hash", "pixels"), ("label", "labels")):
         wrong = [

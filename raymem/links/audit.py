@@ -137,12 +137,12 @@ def link3(store: Store) -> list[Audit]:
 
     Raises StoreError without scores.
     """
-    scores, plan, done = store.scores(), store.plan(), store.done()
+    scores, plan = store.scores(), store.plan()
     epsilons = sorted(set(scores["epsilon"].to_pylist()))
     pool, what = _pool(store, plan)
     found = []
     for epsilon in epsilons:
-        keys = sorted(key for key in done if key.epsilon == epsilon)
+        keys = store.scored(epsilon)
         found.append(_at(store, plan, train_at(scores, epsilon), keys, pool, what, len(epsilons)))
     return found
 

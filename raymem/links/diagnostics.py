@@ -77,6 +77,7 @@ def diagnostics(
         found[epsilon] = [
             *_fit(here, done, math.isinf(epsilon)),
             *_trials(done, lost),
+            *_unscored(store, keys),
             *_counts(here),
             *_precision(here, scores, epsilon),
             *_placebo(store, plan, keys),
@@ -142,6 +143,22 @@ def _trials(done: Sequence[dict[str, Any]], lost: Sequence[dict[str, Any]]) -> l
             text=f"{len(lost):,} of {len(done) + len(lost):,}; {again:,} took a second attempt",
             limit=f"{100 * MOST_DIVERGED:.0f}% or fewer: those that end well are no random sample",
             red=share > MOST_DIVERGED,
+        )
+    ]
+
+
+def _unscored(store: Store, keys: Sequence[TrialKey]) -> list[Finding]:
+    """Trials that came after the scores: nothing here knows of them."""
+    later = {key for key in store.done() if key.epsilon == keys[0].epsilon} - {*keys}
+    if not later:
+        return []
+    return [
+        Finding(
+            name="trials that are not scored yet",
+            value=len(later),
+            text=f"{len(later):,}; all numbers are of the {len(keys):,} before: run `score`",
+            limit="none",
+            red=True,
         )
     ]
 

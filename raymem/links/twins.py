@@ -58,8 +58,7 @@ def find_twins(store: Store) -> dict[float, Twins]:
     scores = store.scores()
     found = {}
     for epsilon in sorted(set(scores["epsilon"].to_pylist())):
-        keys = sorted(key for key in store.done() if key.epsilon == epsilon)
-        found[epsilon] = _at(store, train_at(scores, epsilon), keys)
+        found[epsilon] = _at(store, train_at(scores, epsilon), store.scored(epsilon))
     return found
 
 

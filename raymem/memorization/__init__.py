@@ -22,9 +22,18 @@ from raymem.memorization.influence import (
     influence,
     join_pairs,
     of_one_class,
+    pairs_per_class,
     pairs_work,
 )
 from raymem.memorization.lists import list_with_fdr, probability_above
+from raymem.memorization.power import (
+    expected_stderr,
+    expected_width,
+    power_of_pairs,
+    power_to_list,
+    trials_for,
+)
+from raymem.memorization.stopping import Until
 
 __all__ = [
     "Bits",
@@ -32,8 +41,11 @@ __all__ = [
     "InfluencePairs",
     "Memorization",
     "PairRule",
+    "Until",
     "difference_of_means",
     "difference_of_proportions",
+    "expected_stderr",
+    "expected_width",
     "find_pairs",
     "forecast_trials",
     "influence",
@@ -42,8 +54,12 @@ __all__ = [
     "mean_and_stderr",
     "memorization",
     "of_one_class",
+    "pairs_per_class",
     "pairs_work",
+    "power_of_pairs",
+    "power_to_list",
     "probability_above",
     "ratio",
     "reliability",
+    "trials_for",
 ]

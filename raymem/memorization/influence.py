@@ -161,7 +161,7 @@ def pairs_work(
     if not of_one_class(rule, y_train, y_test):
         return float(trials) * len(y_train) * len(y_test)
     gathered = float(trials) * len(y_train)
-    return trials * float(_pairs_per_class(y_train, y_test)) + gathered * WORK_PER_GATHERED_BIT
+    return trials * float(pairs_per_class(y_train, y_test)) + gathered * WORK_PER_GATHERED_BIT
 
 
 def of_one_class(rule: PairRule, y_train: NDArray[Any], y_test: NDArray[Any]) -> bool:
@@ -171,7 +171,7 @@ def of_one_class(rule: PairRule, y_train: NDArray[Any], y_test: NDArray[Any]) ->
     return len(np.union1d(y_train, y_test)) >= CLASSES_FOR_SAME_CLASS_ONLY
 
 
-def _pairs_per_class(y_train: NDArray[Any], y_test: NDArray[Any]) -> int:
+def pairs_per_class(y_train: NDArray[Any], y_test: NDArray[Any]) -> int:
     """Pairs of one class, summed over classes."""
     labels, counts = np.unique(y_train, return_counts=True)
     tests = dict(zip(*np.unique(y_test, return_counts=True), strict=True))
@@ -240,7 +240,7 @@ class _Search:
     def _count_considered(self) -> int:
         if not self.same_class:
             return int(self.is_strong.sum()) * len(self.y_test)
-        return _pairs_per_class(self.y_train[self.is_strong], self.y_test)
+        return pairs_per_class(self.y_train[self.is_strong], self.y_test)
 
     def blocks(self, tests: Ints) -> Iterator[tuple[Ints, Ints]]:
         """Test examples, a tile at most, and all training examples that make pairs with them."""

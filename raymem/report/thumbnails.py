@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 from PIL import Image
 
-from raymem.errors import RaymemError
+from raymem.errors import DamagedObjectError, RaymemError
 from raymem.opened import Opened, as_image
 from raymem.store import Store
 from raymem.store.trials import decode, encode
@@ -72,6 +72,6 @@ def encoded(image: Image.Image) -> bytes:
 def _kept(store: Store) -> dict[str, bytes]:
     try:
         table = decode(store.files.read(KEY), KEY)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    return dict(zip(table["example_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+        return dict(zip(table["example_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    except (FileNotFoundError, NotADirectoryError, DamagedObjectError, KeyError):
+        return {}  # made again

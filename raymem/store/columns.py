@@ -155,6 +155,17 @@ SCORES_EXAMPLES: Columns = {
 }
 
 # Added to scores/examples.parquet and scores/trials.parquet if the study is private.
+# Without these a table of scores is not what was written.
+NEEDED = {
+    "examples": (
+        "example_id", "index", "split", "label", "epsilon", "n_in", "n_out", "accuracy_in",
+        "accuracy_out", "memorization", "memorization_stderr", "memorization_low",
+        "memorization_high",
+    ),
+    "trials": ("trial", "epsilon", "status"),
+    "folds": ("fold", "epsilon", "n_in", "n_out", "correct_in", "correct_out"),
+    "influence": ("train_id", "test_id", "epsilon", "influence"),
+}  # fmt: skip
 SCORES_PRIVACY: Columns = {
     "spent_epsilon": Column(
         pa.float64(), "what the accountant says of the steps taken; inf: not private", "nats"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import IO, Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from torch import Tensor
@@ -22,34 +22,23 @@ from raymem.examples import Examples, group_column
 from raymem.plan import Plan
 from raymem.privacy import Mechanism
 from raymem.store import columns, trials
-from raymem.store.files import Files
+from raymem.store.derived import FORMAT, SHOWN, Derived, as_json
 from raymem.store.identity import changed_examples, differences, study_hash
 from raymem.store.target import Failure, Target
 from raymem.store.trials import TrialKey
 from raymem.store.weights import decode_weights, encode_weights
 from raymem.version import VERSION
 
-FORMAT = 1
-SHOWN = 5
 READERS = 8
-Note = Literal["links", "repeat", "command"]
 
 
-class Store:
+class Store(Derived):
     """One study's store at any fsspec URL.
 
     >>> store = Store("memory://doctest-store")
     >>> store.done()
     set()
     """
-
-    def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.files = Files(url)
-
-    @property
-    def url(self) -> str:
-        """Where it is."""
-        return self.files.url
 
     # What the study is
 
@@ -96,7 +85,7 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "raymem": VERSION,
         }
-        self.files.create("study.json", _json(body))
+        self.files.create("study.json", as_json(body))
 
     def create_index(self, index: pa.Table, fingerprint: str, name: str) -> None:
         """Write examples.parquet, if it is not there."""
@@ -118,26 +107,6 @@ class Store:
             f"{self.url} belongs to another study ({shown}); choose another --store, or go back to "
             "the settings of the store"
         )
-
-    def study(self) -> dict[str, Any]:
-        """study.json. Raises StoreError if there is none or it is from a newer raymem."""
-        try:
-            body: dict[str, Any] = json.loads(self.files.read("study.json"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StoreError(
-                f"there is no study in {self.url}; check the path, or run a job with --store "
-                f"{self.url}"
-            ) from error
-        except ValueError as error:
-            raise DamagedObjectError(
-                f"study.json in {self.url} is damaged ({error}); restore it from a copy"
-            ) from error
-        if body.get("format") != FORMAT:
-            raise StoreError(
-                f"{self.url} has format {body.get('format')}, this raymem reads {FORMAT}; install "
-                f"raymem {body.get('raymem')}"
-            )
-        return body
 
     def plan(self) -> Plan:
         """The study's plan."""
@@ -167,7 +136,7 @@ class Store:
         if target == self.target and self.files.exists("target.json"):
             return
         epsilons = [f"{epsilon:.12g}" for epsilon in target.epsilons]
-        self.files.replace("target.json", _json({"trials": target.trials, "epsilons": epsilons}))
+        self.files.replace("target.json", as_json({"trials": target.trials, "epsilons": epsilons}))
 
     def mechanism(self, epsilon: float) -> Mechanism | None:
         """What private trials at `epsilon` do, all of them; None if that was not fixed yet."""
@@ -186,7 +155,7 @@ class Store:
 
         Another version of an accountant may find another noise for the same epsilon.
         """
-        self.files.create(_mechanism_key(mechanism.epsilon), _json(mechanism.as_dict()))
+        self.files.create(_mechanism_key(mechanism.epsilon), as_json(mechanism.as_dict()))
         fixed = self.mechanism(mechanism.epsilon)
         assert fixed is not None
         return fixed
@@ -202,10 +171,11 @@ class Store:
         """All recorded failures, in order of trial and attempt."""
         keys = [key for key in self.files.list("failed") if TrialKey.parse(key)]
         with ThreadPoolExecutor(READERS, thread_name_prefix="raymem-read") as pool:
-            found = list(pool.map(self._failure, keys))
+            found = list(pool.map(self.failure, keys))
         return sorted(found, key=lambda f: (f.key, f.attempt))
 
-    def _failure(self, key: str) -> Failure:
+    def failure(self, key: str) -> Failure:
+        """The recorded failure at `key`. Raises DamagedObjectError."""
         trial = TrialKey.parse(key)
         assert trial is not None
         try:
@@ -293,106 +263,30 @@ class Store:
     def record_failure(self, key: TrialKey, attempt: int, cause: str, message: str) -> None:
         """Record that an attempt at a trial failed; it is never counted as a trial."""
         body = {"trial": key.trial, "attempt": attempt, "cause": cause, "message": message}
-        self.files.create(key.failed_key(attempt), _json(body))
+        self.files.create(key.failed_key(attempt), as_json(body))
 
     def trial(self, key: TrialKey, names: Sequence[str] | None = None) -> pa.Table:
         """One trial's table (all columns, or `names`), with its metadata."""
-        data = self.files.read(key.object_key)
+        with self._trial_named(key):
+            data = self.files.read(key.object_key)
         return trials.decode(data, key.object_key, None if names is None else list(names))
 
     def provenance(self, key: TrialKey) -> dict[str, Any]:
         """What is recorded of how one trial came about; reads the object's footer only."""
         name = key.object_key
-        return trials.metadata_at_end(lambda size: self.files.read_end(name, size), name)
+        with self._trial_named(key):
+            return trials.metadata_at_end(lambda size: self.files.read_end(name, size), name)
 
-    # What is derived
-
-    def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, Any]) -> None:
-        """Replace scores/NAME.parquet whole."""
-        self.files.replace(f"scores/{name}.parquet", trials.encode(table, dict(metadata)))
-
-    def write_scores_in_parts(
-        self, name: str, schema: pa.Schema, parts: Iterable[pa.Table], metadata: Mapping[str, Any]
-    ) -> None:
-        """The same, from parts of the table, of which one is in memory at a time."""
-
-        def write(file: IO[bytes]) -> None:
-            trials.encode_parts(file, schema, parts, dict(metadata))
-
-        self.files.replace_with(f"scores/{name}.parquet", write)
-
-    def scores(self, name: str = "examples") -> pa.Table:
-        """scores/NAME.parquet. Raises StoreError if there are no scores yet."""
-        advice = "run the study's job or its `score` stage, or import again"
-        return self._table(f"scores/{name}.parquet", advice)
-
-    def write_note(self, name: Note, body: Mapping[str, Any]) -> None:
-        """Replace NAME.json: what was found out about the study beside its scores."""
-        self.files.replace(f"{name}.json", _json(body))
-
-    def note(self, name: Note) -> dict[str, Any] | None:
-        """NAME.json; None if it was never written, or is damaged."""
+    @contextmanager
+    def _trial_named(self, key: TrialKey) -> Iterator[None]:
         try:
-            return dict(json.loads(self.files.read(f"{name}.json")))
-        except (FileNotFoundError, ValueError):
-            return None
-
-    # What is streamed
-
-    def streamed(self) -> dict[str, set[str]]:
-        """The shards that were scored, by model: a listing, nothing is read."""
-        found: dict[str, set[str]] = {}
-        for key in self.files.list("curvature"):
-            model, _, shard = key.removeprefix("curvature/").partition("/")
-            shards = found.setdefault(model, set())
-            if shard.endswith(".parquet"):
-                shards.add(shard.removesuffix(".parquet"))
-        return found
-
-    def streamed_models(self) -> list[str]:
-        """The models in curvature/."""
-        return sorted(self.streamed())
-
-    def streamed_shards(self, model: str) -> set[str]:
-        """The shards that were scored with a model: a listing, nothing is read."""
-        prefix = f"curvature/{model}/"
-        found = self.files.list(prefix.rstrip("/"))
-        return {
-            key.removeprefix(prefix).removesuffix(".parquet")
-            for key in found
-            if key.endswith(".parquet")
-        }
-
-    def write_streamed(
-        self, model: str, shard: str, table: pa.Table, about: Mapping[str, Any]
-    ) -> bool:
-        """Create curvature/MODEL/SHARD.parquet, once; False if it is there."""
-        key = f"curvature/{model}/{shard}.parquet"
-        return self.files.create(key, trials.encode(table, dict(about)))
-
-    def curvature(self, model: str) -> pa.Table:
-        """All shards scored with a model as one table. Raises StoreError if there are none."""
-        shards = sorted(self.streamed_shards(model))
-        if not shards:
-            known = ", ".join(self.streamed_models()) or "none"
-            raise StoreError(
-                f"{self.url} has no curvature of {model!r}; there is {known}; score shards with "
-                "jobs/curvature_imagenet.py"
-            )
-        keys = [f"curvature/{model}/{shard}.parquet" for shard in shards]
-        return pa.concat_tables([trials.decode(self.files.read(key), key) for key in keys])
-
-    def _table(self, key: str, advice: str) -> pa.Table:
-        try:
-            return trials.decode(self.files.read(key), key)
+            yield
         except (FileNotFoundError, NotADirectoryError) as error:
-            self.study()  # says so if there is no store at all
-            raise StoreError(f"{self.url} has no {key} yet; {advice}") from error
+            raise StoreError(
+                f"{key} is not in {self.url}; run the study's job, which trains what is missing "
+                "and scores again"
+            ) from error
 
 
 def _mechanism_key(epsilon: float) -> str:
     return f"privacy/{TrialKey(epsilon, 0).folder}.json"
-
-
-def _json(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, indent=1).encode() + b"\n"

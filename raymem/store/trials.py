@@ -75,9 +75,13 @@ class TrialKey(NamedTuple):
             return None
         _, epsilon, name = key.split("/")[:3]
         try:
-            return cls(float(epsilon.removeprefix("eps-")), int(name.split(".")[0]))
+            found = cls(float(epsilon.removeprefix("eps-")), int(name.split(".")[0]))
         except ValueError:
             return None
+        own = (found.object_key, found.weights_key, found.checkpoint_key)
+        # eps-2.0/17.parquet is nobody's.
+        failed = found.failed_key(int(name.split(".")[1])) if key.startswith("failed/") else ""
+        return found if key in (*own, failed) else None
 
     def __str__(self) -> str:
         at = "" if math.isinf(self.epsilon) else f" at epsilon {self.epsilon:g}"

@@ -22,7 +22,7 @@ from raymem.store.store import Store
 from raymem.store.trials import TrialKey
 
 LAYOUT = re.compile(
-    r"(study|target|driver|command|repeat)\.json|examples\.parquet|links\.json|report\.html"
+    r"(study|target|driver|command|repeat|until)\.json|examples\.parquet|links\.json|report\.html"
     r"|privacy/eps-[^/]+\.json|(scores|figures|models|checkpoints|curvature|damaged)/.+"
     r"|trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
 )
@@ -71,7 +71,8 @@ def _problems(store: Store) -> Iterator[Problem]:
     yield from _examples_problems(store, body)
     for key in store.files.list():
         trial = TrialKey.parse(key)
-        if not LAYOUT.fullmatch(key):
+        numbered = key.startswith(("trials/", "failed/", "models/", "checkpoints/"))
+        if not LAYOUT.fullmatch(key) or (numbered and trial is None):
             yield Problem(kind="foreign", key=key, detail="not part of a store")
         elif trial is not None and key.startswith("trials/"):
             yield from _damage(key, partial(_check_trial, store, trial, plan, body["hash"]))
@@ -129,6 +130,8 @@ def _check_json(store: Store, key: str) -> None:
     json.loads(store.files.read(key))
     if key == "target.json":
         _ = store.target
+    if key.startswith("failed/"):
+        store.failure(key)
 
 
 def _check_table(store: Store, key: str) -> pa.Table:

@@ -9,10 +9,12 @@ from raymem.text.scores import (
     pairs_for_people,
     summary_text,
 )
+from raymem.text.status import describe_store
 
 __all__ = [
     "as_text",
     "correlations_text",
+    "describe_store",
     "example_text",
     "for_people",
     "ingest_text",

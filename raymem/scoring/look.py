@@ -1,0 +1,55 @@
+"""A look at how well memorization is known, without scoring: for rules that stop a fleet.
+
+Shapes: F folds of whole blocks, N training examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from raymem.memorization import difference_of_proportions, reliability
+from raymem.store import Store, TrialKey
+
+MOST_FOLDS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How well memorization (bit) is known at one moment."""
+
+    trials: int
+    reliability: float
+    """Split-half reliability over whole blocks; NaN with fewer than two."""
+    width: float
+    """90th percentile of the widths of the 95% intervals; NaN without trials in both arms."""
+
+
+def look(store: Store, keys: Sequence[TrialKey]) -> Look:
+    """Of the trials `keys` of one epsilon, in the folds that scores have too."""
+    plan = store.plan()
+    n_folds = max(1, min(MOST_FOLDS, len({key.trial // plan.block for key in keys})))
+    n, right = (np.zeros((2, n_folds, plan.n)) for _ in range(2))
+    for key in keys:
+        table = store.trial(key, ["in_subset", "correct"])
+        inside = table["in_subset"].drop_null().to_numpy(zero_copy_only=False)
+        correct = table["correct"].to_numpy()[-plan.n :]
+        fold = (key.trial // plan.block) % n_folds
+        for arm, mask in enumerate((inside, ~inside)):
+            n[arm, fold] += mask
+            right[arm, fold] += mask & correct
+    known = math.nan
+    if n_folds > 1:
+        known = reliability(right[0], n[0], right[1], n[1])
+    total_n, total_right = n.sum(1), right.sum(1)
+    interval = difference_of_proportions(total_right[0], total_n[0], total_right[1], total_n[1])
+    width = interval.high - interval.low
+    width = width[np.isfinite(width)]
+    return Look(
+        trials=len(keys),
+        reliability=float(known),
+        width=float(np.quantile(width, 0.9)) if len(width) else math.nan,
+    )

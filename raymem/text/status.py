@@ -1,0 +1,93 @@
+"""How far a store is, for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from raymem.fleet import duration
+from raymem.store import Store, TrialKey, is_alive, read_driver
+
+SAMPLED_TRIALS = 50
+
+
+def describe_store(store: Store) -> str:
+    """What `raymem status` prints."""
+    streamed = [
+        f"curvature of {model}: {len(shards):,} shards"
+        for model, shards in sorted(store.streamed().items())
+    ]
+    if streamed and not store.files.exists("study.json"):
+        return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
+    body, target, done = store.study(), store.target, store.done()
+    plan = store.plan()
+    wanted = set(target.wanted())
+    lines = [
+        f"{store.url}: {body['data_name']}, {plan.kind} subsets of ratio {plan.subset_ratio:g}, "
+        f"model {body['study']['recipe']['model']['name']}",
+        f"trials: {len(done & wanted):,} of {len(wanted):,} done"
+        + (f", and {len(done - wanted):,} more" if done - wanted else ""),
+    ]
+    failures = store.failures()
+    if failures:
+        causes = ", ".join(
+            f"{n} {cause}" for cause, n in Counter(f.cause for f in failures).items()
+        )
+        lost = {failure.key for failure in failures} - done
+        lines.append(f"failed attempts: {causes}; {len(lost)} trials have no result")
+    driver = read_driver(store.files)
+    if driver is None:
+        lines.append("driver: none")
+    elif not is_alive(driver, store.files, wait=False):
+        lines.append(f"driver: died (process {driver['pid']} on {driver['host']}); rerun the job")
+    else:
+        lines.append(
+            f"driver: process {driver['pid']} on {driver['host']} since {driver['started']}"
+        )
+        lines.append(_rate(driver["progress"]))
+    lines += [*streamed, _until(store)]
+    if done:
+        lines.append(_cost(store, sorted(done)))
+    return "\n".join(line for line in lines if line)
+
+
+def _rate(progress: dict[str, Any]) -> str:
+    if "stage" in progress:
+        return f"running: {progress['stage']}, {progress['left']:,} parts left"
+    if not progress.get("rate"):
+        return f"running: {progress.get('running', 0)}"
+    left = progress.get("seconds_left")
+    return (
+        f"running: {progress['running']}, {duration(1 / progress['rate'])} per trial, "
+        f"{duration(left or 0)} left"
+    )
+
+
+def _until(store: Store) -> str:
+    """What a stopping rule has seen, and where it expects to stop."""
+    note = store.note("until")
+    if note is None:
+        return ""
+    seen = note["looks"][-1]
+    value = "?" if seen["value"] is None else f"{seen['value']:.3f}"
+    forecast = (
+        "no forecast" if seen["forecast"] is None else f"forecast: {seen['forecast']:,} trials"
+    )
+    return (
+        f"until {note['rule']}: {value} at {seen['trials']:,} trials, {forecast}, at most "
+        f"{note['most_trials']:,}"
+    )
+
+
+def _cost(store: Store, done: Sequence[TrialKey]) -> str:
+    step = math.ceil(len(done) / SAMPLED_TRIALS)
+    sample = [store.provenance(key) for key in done[::step]]
+    seconds = [trial["seconds"] + trial.get("curvature", {}).get("seconds", 0) for trial in sample]
+    mean = math.fsum(seconds) / len(sample)
+    devices = " and ".join(sorted({trial["device"] for trial in sample}))
+    about = "" if len(sample) == len(done) else f", from {len(sample)} of them"
+    return (
+        f"cost so far: {duration(mean * len(done))} of {devices}, {duration(mean)} a trial{about}"
+    )

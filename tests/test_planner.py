@@ -1,0 +1,166 @@
+"""What a plan can tell: formulas against simulations, warnings, and the stopping rule."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from raymem import Recipe, Store, Study, run_job
+from raymem.cli import main
+from raymem.memorization import (
+    Until,
+    expected_stderr,
+    expected_width,
+    memorization,
+    power_of_pairs,
+    power_to_list,
+    trials_for,
+)
+from raymem.planner import Machines, planned, warnings
+from raymem.scoring import look
+
+
+RECIPE = Recipe(model="mlp-16", epochs=4, learning_rate=0.2)
+
+
+def fleets(p_in, p_out, T, r, examples, seed=0):
+    """Outcomes of one fleet in which examples are independent."""
+    rng = np.random.default_rng(seed)
+    masks = rng.permuted(np.arange(T)[:, None] < round(r * T) * np.ones(examples), axis=0)
+    return masks, rng.random((T, examples)) < np.where(masks, p_in, p_out)
+
+
+@pytest.mark.parametrize(
+    ("p_in", "p_out", "r"), [(0.5, 0.5, 0.7), (0.99, 0.5, 0.5), (0.98, 0.3, 0.7)]
+)
+def test_errors_and_widths_are_those_of_simulated_fleets(p_in, p_out, r):
+    """Of 4,000 examples each; a standard deviation is then known to 1.1%."""
+    result = memorization(*fleets(p_in, p_out, 200, r, 4000))
+    assert np.std(result.value) == pytest.approx(expected_stderr(p_in, p_out, 200, r), rel=0.045)
+    widths = result.high - result.low
+    assert np.median(widths) == pytest.approx(expected_width(p_in, p_out, 200, r), rel=0.05)
+
+
+def test_the_table_of_trials_for_an_error_of_a_twentieth():
+    """Trials for a standard error of 0.05 by ratio, computed by hand from p(1 - p)."""
+    for (p_in, p_out), by_ratio in {
+        (0.5, 0.5): {0.5: 400, 0.7: 477, 0.9: 1112},
+        (0.99, 0.5): {0.5: 208, 0.7: 339, 0.9: 1005},
+    }.items():
+        for r, wanted in by_ratio.items():
+            assert expected_stderr(p_in, p_out, wanted, r) == pytest.approx(0.05, rel=0.005)
+    assert expected_stderr(0.5, 0.5, 100, 1.0) == math.inf
+    assert expected_width(0.5, 0.5, 100, 1.0) == math.inf
+    assert trials_for(lambda t: False, 20) is None
+    assert trials_for(lambda t: t >= 61, 20) == 80
+
+
+def test_power_is_how_often_it_happens():
+    """Pairs of influence 0.3 among a million, in 3,000 simulated pairs: a share is known to 0.9
+    points, and the normal approximation is good for a few."""
+    T, r, z = 400, 0.7, 4.75
+    for influence in (0.2, 0.3):
+        masks, correct = fleets(0.3 + influence, 0.3, T, r, 3000, seed=1)
+        n_in, n_out = masks.sum(0), (~masks).sum(0)
+        found = (correct & masks).sum(0) / n_in - (correct & ~masks).sum(0) / n_out
+        p = correct.mean(0)
+        null = np.sqrt(p * (1 - p) * (1 / n_in + 1 / n_out))
+        share = np.mean(found >= np.maximum(0.15, z * null))
+        assert power_of_pairs(influence, 0.3, T, r, 10**6) == pytest.approx(share, abs=0.05)
+    assert power_to_list(0.99, 0.99, 400, 0.7) == 0.0
+    assert power_to_list(0.99, 0.19, 400, 0.7) == 1.0
+
+
+@pytest.fixture
+def study(digits, tmp_path):
+    def make(**more):
+        return Study(
+            examples=digits,
+            store=tmp_path / "store",
+            **{"recipe": RECIPE, "trials": 40, **more},
+        )
+
+    return make
+
+
+def test_a_plan_says_what_it_costs_elsewhere(study):
+    text = planned(study(), Machines(machines=10, at_once=4, times_faster=8.0, price=3.0))
+    assert "40 trials on 10 machines, 4 at once on each, 8 times as fast as here" in text
+    assert "mean of 3; the process had" in text
+    assert "price: 0.0" in text
+    assert "this  0.7    40 " in text
+    # The store is not made by asking.
+    assert "not made yet" in text
+
+
+def test_plans_that_cannot_answer_are_told_so(study):
+    few = " ".join(warnings(study(trials=20)))
+    assert "fewer than two blocks" in few
+    assert "would not be on the list; " in few
+    assert "trials would be enough to find four in five" in few
+    assert warnings(study(trials=20_000)) == []
+    assert warnings(study(trials=4, subset_ratio=1.0)) == []
+    private = " ".join(
+        warnings(study(trials=4000, epsilons=(0.5, 64), subset_ratio=0.5,
+                       recipe=Recipe(model="mlp-16", epochs=1)))
+    )  # fmt: skip
+    assert "of 64 it can say nothing" in private
+    assert "0.5, 64" not in private
+
+
+def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
+    told = []
+    asked = study(trials=400)
+    asked.train_until(Until.parse("reliability=0.9"), told=told.append, engine="serial")
+    store = Store(asked.store)
+    done = len(store.done())
+    assert done % 20 == 0
+    assert 40 <= done < 400
+    last = look(store, sorted(store.done()))
+    assert last.reliability >= 0.9
+    (summary,) = asked.score()
+    assert last.reliability == pytest.approx(summary.reliability, abs=1e-9)
+    table = asked.scores().filter(asked.scores()["split"].to_numpy() == "train")
+    width = table["memorization_high"].to_numpy() - table["memorization_low"].to_numpy()
+    assert last.width == pytest.approx(np.quantile(width, 0.9))
+    assert told[-1].endswith("reached")
+    status = CliRunner().invoke(main, ["status", str(asked.store)]).output
+    assert f"until reliability=0.9: {last.reliability:.3f} at {done} trials" in status
+    # Nothing is trained again; one look says that it is enough.
+    told.clear()
+    asked.train_until(Until.parse("reliability=0.9"), told=told.append, engine="serial")
+    assert len(store.done()) == done
+    assert len(told) == 1
+    assert CliRunner().invoke(main, ["verify", str(asked.store)]).exit_code == 0
+
+
+def test_trials_are_a_hard_cap(study):
+    asked = study(trials=60)
+    asked.train_until(Until.parse("ci-width=0.01"), told=lambda text: None, engine="serial")
+    assert len(Store(asked.store).done()) == 60
+
+
+@pytest.mark.parametrize("text", ["reliability", "speed=0.5", "reliability=2", "ci-width=nan"])
+def test_other_targets_are_refused(text, capsys):
+    with pytest.raises(ValueError, match="a target is"):
+        Until.parse(text)
+    with pytest.raises(SystemExit) as end:
+        run_job(lambda options: None, data="digits", store="memory://until", trials=2,
+                arguments=["--until", text])  # fmt: skip
+    assert end.value.code == 2
+
+
+def test_looks_come_where_the_target_is_forecast():
+    rule = Until.parse("reliability=0.98")
+    assert rule.forecast(100, 0.95) == math.ceil(100 * 0.98 * 0.05 / (0.95 * 0.02))
+    assert rule.next_look(100, 0.95, 20, 10_000) == 160  # half as many more, whole blocks
+    assert rule.next_look(100, 0.979, 20, 10_000) == 120
+    assert rule.next_look(100, math.nan, 20, 10_000) == 160
+    assert rule.next_look(100, 0.95, 20, 130) == 130
+    width = Until.parse("ci-width=0.1")
+    assert width.next_look(680, 0.101, 20, 1000) == 700
+    assert not width.reached(math.nan)
+    assert not rule.reached(math.nan)
