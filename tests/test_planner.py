@@ -23,7 +23,7 @@ from raymem.planner import Machines, planned, warnings
 from raymem.scoring import look
 
 
-RECIPE = Recipe(model="mlp-16", epochs=4, learning_rate=0.2)
+RECIPE = Recipe(model="mlp-32", epochs=6, learning_rate=0.2)
 
 
 def fleets(p_in, p_out, T, r, examples, seed=0):
@@ -114,13 +114,13 @@ def test_plans_that_cannot_answer_are_told_so(study):
 def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
     told = []
     asked = study(trials=400)
-    asked.train_until(Until.parse("reliability=0.9"), told=told.append, engine="serial")
+    asked.train_until(Until.parse("reliability=0.65"), told=told.append, engine="serial")
     store = Store(asked.store)
     done = len(store.done())
     assert done % 20 == 0
     assert 40 <= done < 400
     last = look(store, sorted(store.done()))
-    assert last.reliability >= 0.9
+    assert last.reliability >= 0.65
     (summary,) = asked.score()
     assert last.reliability == pytest.approx(summary.reliability, abs=1e-9)
     table = asked.scores().filter(asked.scores()["split"].to_numpy() == "train")
@@ -128,10 +128,10 @@ def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
     assert last.width == pytest.approx(np.quantile(width, 0.9))
     assert told[-1].endswith("reached")
     status = CliRunner().invoke(main, ["status", str(asked.store)]).output
-    assert f"until reliability=0.9: {last.reliability:.3f} at {done} trials" in status
+    assert f"until reliability=0.65: {last.reliability:.3f} at {done} trials" in status
     # Nothing is trained again; one look says that it is enough.
     told.clear()
-    asked.train_until(Until.parse("reliability=0.9"), told=told.append, engine="serial")
+    asked.train_until(Until.parse("reliability=0.65"), told=told.append, engine="serial")
     assert len(store.done()) == done
     assert len(told) == 1
     assert CliRunner().invoke(main, ["verify", str(asked.store)]).exit_code == 0
