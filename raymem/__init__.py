@@ -30,7 +30,7 @@ from raymem.errors import (
 )
 from raymem.examples import Cache, CachedExamples, Examples, flip_labels, load_examples
 from raymem.fleet import Progress, run_fleet
-from raymem.interop import import_npz
+from raymem.interop import export, import_fleet, import_npz, import_scores
 from raymem.job import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
 from raymem.links import Correlation, Links, correlations, find_links
 from raymem.memorization import (
@@ -127,10 +127,13 @@ __all__ = [
     "bounds_on_memorization",
     "correlations",
     "curvature",
+    "export",
     "find_links",
     "find_pairs",
     "flip_labels",
+    "import_fleet",
     "import_npz",
+    "import_scores",
     "influence",
     "ingest",
     "list_shards",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ import click
 import pyarrow as pa
 from pyarrow.csv import write_csv
 
-from raymem.errors import RaymemError, StoreError
-from raymem.interop import import_npz
+from raymem.errors import ImportFileError, RaymemError, StoreError
+from raymem.examples import load_examples
+from raymem.interop import EXPORTS, FORMATS, export, import_fleet, import_scores
 from raymem.links import Links, correlations_across, correlations_as_dict, find_links
 from raymem.report import write_report
 from raymem.scoring import score
@@ -35,7 +37,7 @@ from raymem.text import (
 from raymem.version import VERSION
 
 SHOWN_PROBLEMS = 20
-IMPORTERS = {"npz": import_npz}
+SCORES = ("fz-scores", "c-scores")
 
 
 @contextlib.contextmanager
@@ -249,20 +251,56 @@ def report_command(store: str, data: str | None, private: str | None, debug: boo
 
 
 @main.command("import")
-@click.argument("format", type=click.Choice(list(IMPORTERS)))
+@click.argument("format", type=click.Choice([*FORMATS, *SCORES]))
 @click.argument("path")
 @click.argument("store")
+@click.option("--data", help="The set it is of: rows are joined to its examples, and checked.")
+@click.option("--labels", help="File of class numbers of the training examples, in its order.")
+@click.option("--ids", help="File of ids, names or hashes of the training examples, in its order.")
+@click.option("--test-ids", help="The same of the test examples.")
 @_debug
-def import_command(format: str, path: str, store: str, debug: bool) -> None:
-    """Make a store of a fleet that was trained elsewhere, and score it.
+def import_command(
+    format: str, path: str, store: str, data: str | None, debug: bool, **order: str | None
+) -> None:
+    """Make a store of a fleet that was trained elsewhere and score it, or of published scores.
 
     npz: arrays masks and correct_train (bool [trials, train examples]) and, if you like,
     correct_test, margins_train, margins_test, y_train, y_test, train_ids, test_ids, classes.
+    fz: Feldman & Zhang's runs (aux_arrays.npz). lira: keep.npy, logits, scores. datamodels:
+    masks.npy, train_margins.npy. fz-scores: *_infl_matrix.npz. c-scores: labels and scores.
 
     Example: raymem import npz fleet.npz runs/imported
     """
     with command_errors(debug):
-        click.echo(summary_text(score(IMPORTERS[format](path, store))))
+        examples = load_examples(data) if data else None
+        if format not in SCORES:
+            made = import_fleet(format, path, store, data=examples, **order)
+            click.echo(summary_text(score(made)))
+            return
+        if any(order.values()):
+            raise ImportFileError("published scores bring their labels and names: give --data only")
+        made = import_scores(path, store, data=examples)
+        click.echo(
+            f"{made.scores().num_rows:,} scores, {made.scores('influence').num_rows:,} pairs"
+        )
+
+
+@main.command("export")
+@click.argument("format", type=click.Choice(list(EXPORTS)))
+@click.argument("store")
+@click.argument("path")
+@click.option("--epsilon", type=float, default=math.inf, help="Of a private study: which trials.")
+@_debug
+def export_command(format: str, store: str, path: str, epsilon: float, debug: bool) -> None:
+    """Write a store for other people's code.
+
+    npz: the fleet's arrays. fz: Feldman & Zhang's runs, scores and pairs. lira: keep.npy,
+    scores.npy, correct.npy. csv: the tables. hf: the Parquet with a card for Hugging Face.
+
+    Example: raymem export csv runs/feldman_digits digits-csv
+    """
+    with command_errors(debug):
+        click.echo(f"written: {export(format, store, path, epsilon=epsilon)}")
 
 
 @main.command("ingest")

@@ -22,7 +22,6 @@ from raymem.memorization import (
 from raymem.planner import Machines, planned, warnings
 from raymem.scoring import look
 
-
 RECIPE = Recipe(model="mlp-32", epochs=6, learning_rate=0.2)
 
 

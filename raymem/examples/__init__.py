@@ -11,6 +11,7 @@ from raymem.examples.checks import arrays_of_npz
 from raymem.examples.examples import Examples, fingerprint_of, group_column
 from raymem.examples.flipped import flip_labels
 from raymem.examples.near import near_duplicates
+from raymem.examples.pixels import example_id
 from raymem.examples.readers import NAMED, load_examples
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "CachedExamples",
     "Examples",
     "arrays_of_npz",
+    "example_id",
     "fingerprint_of",
     "flip_labels",
     "group_column",

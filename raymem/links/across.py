@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raymem.errors import StoreError
 from raymem.links.curvature import Correlation, correlate, measures_of
 from raymem.links.rows import floats, train_at
-from raymem.links.sums import JoinedSums, Sums
+from raymem.links.sums import FixedSums, JoinedSums, Sums
 from raymem.store import Store
 
 SHOWN = 3
@@ -37,15 +37,17 @@ def correlations_across(
     mine, others = first.scores(), second.scores()
     epsilon = _last(mine)
     here = train_at(mine, epsilon)
-    folds = train_at(first.scores("folds"), epsilon)
     mem = floats(here, "memorization")
+    mine_sums: Sums = FixedSums(mem)
+    if first.scored(epsilon):
+        mine_sums = Sums(train_at(first.scores("folds"), epsilon), [])
     found = {}
     for other in sorted(set(others["epsilon"].to_pylist())):
         there = train_at(others, other)
         values = {name: v[places] for name, v in measures_of(there).items()}
         values = {name: v for name, v in values.items() if np.isfinite(v).any()}
         sums = JoinedSums(
-            Sums(folds, []),
+            mine_sums,
             Sums(train_at(second.scores("folds"), other), list(values)),
             places,
         )

@@ -100,9 +100,10 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
 
     Empty where no trial measured curvature. Raises StoreError without scores.
     """
-    scores, folds = store.scores(), store.scores("folds")
+    scores = store.scores()
     if "curvature_out" not in scores.column_names:
         return {}
+    folds = store.scores("folds")
     found = {}
     for epsilon in sorted(set(scores["epsilon"].to_pylist())):
         here = train_at(scores, epsilon)
@@ -157,14 +158,14 @@ def in_paper_bins(
     store: Store, epsilons: Sequence[float], *, seed: int = 0
 ) -> dict[float, list[PaperBins]]:
     """The paper's figure of each measure of curvature, by epsilon; see `paper_bins`."""
-    scores, folds = store.scores(), store.scores("folds")
+    scores = store.scores()
     found = {}
     for epsilon in epsilons:
         here = train_at(scores, epsilon)
         mem = floats(here, "memorization")
         measures = {n: v for n, v in measures_of(here).items() if n.startswith("curvature")}
         measures = {n: v for n, v in measures.items() if np.isfinite(v).any()}
-        sums = Sums(train_at(folds, epsilon), list(measures))
+        sums = Sums(train_at(store.scores("folds"), epsilon), list(measures))
         first = sums.half(np.random.default_rng(seed)) if sums.can_be_halved else None
         found[epsilon] = [
             paper_bins(name, mem, values, None if first is None else _crossed(sums, name, first))

@@ -66,6 +66,17 @@ class Sums:
         return 1 - mean if name.startswith("p_wrong") else mean
 
 
+class FixedSums(Sums):
+    """Published memorization, [N]: nothing is known of its trials, so that it does not vary."""
+
+    def __init__(self, memorization: Floats) -> None:
+        self.n_folds, self._memorization = 1, memorization
+
+    def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
+        """See Sums."""
+        return self._memorization[rows]
+
+
 class JoinedSums(Sums):
     """Memorization of one store and measures of another: their folds are drawn independently.
 

@@ -199,6 +199,8 @@ def _links(links: Links, charts: Sequence[Figure]) -> str:
 
 
 def _interval(row: Row) -> str:
+    if row["memorization_low"] is None:  # published scores have no intervals
+        return f"memorization {row['memorization']:.2f}"
     return (
         f"memorization {row['memorization']:.2f} "
         f"[{row['memorization_low']:.2f}, {row['memorization_high']:.2f}]"

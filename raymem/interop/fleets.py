@@ -1,7 +1,6 @@
-"""Fleets trained elsewhere -> a store that scores, pairs and example work on.
+"""Arrays of a fleet trained elsewhere -> a store with one trial object per model.
 
-In:  files of masks and outcomes in published layouts. Out: a store with one trial object per model.
-     What cannot be checked is refused; no pickled object is ever loaded.
+What cannot be checked is refused.
 
 Shapes: T trials, N training and M test examples.
 """
@@ -20,29 +19,36 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
-from raymem.examples import arrays_of_npz, fingerprint_of, group_column
+from raymem.examples import fingerprint_of, group_column
 from raymem.plan import Plan
 from raymem.store import Store, Target, TrialKey, columns, study_hash
 
-NPZ_KEYS = (
+KEYS = (
     "masks", "correct_train", "correct_test", "margins_train", "margins_test",
-    "y_train", "y_test", "train_ids", "test_ids", "classes",
+    "y_train", "y_test", "train_ids", "test_ids", "classes", "hashes",
 )  # fmt: skip
 SHOWN = 5
 
 
-def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> Store:
-    """A store of the fleet in an .npz file; `score` it next.
+def import_arrays(
+    arrays: dict[str, NDArray[Any]],
+    store: str | os.PathLike[str],
+    *,
+    name: str,
+    path: str | os.PathLike[str],
+) -> Store:
+    """A store of the fleet in `arrays`; `score` it next.
 
     Arrays: masks bool [T, N], correct_train bool [T, N]; if you like correct_test bool [T, M],
     margins_train float [T, N] and margins_test float [T, M] (log p_y - log of the sum of the other
     classes' p; give both), y_train [N], y_test [M] (class numbers), train_ids [N], test_ids [M],
-    classes [K]. Importing the same file again adds what is missing.
+    hashes [N + M] (content hashes, train first), classes [K]. Importing the same again adds what is
+    missing. `path` is what errors name.
 
-    Raises ImportFileError naming what is wrong with the file, StudyMismatchError if
-    the store has another study.
+    Raises ImportFileError naming what is wrong, StudyMismatchError if the store has another study.
     """
-    arrays = _load(Path(path))
+    check_keys(arrays, Path(path))
+    _check_outcomes(arrays, Path(path))
     T, N = arrays["masks"].shape
     M = arrays["correct_test"].shape[1]
     classes = _classes(arrays)
@@ -61,7 +67,7 @@ def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> S
         "outcomes": _digest(arrays),
     }
     opened = Store(store)
-    opened.import_study(study, Path(path).stem, classes, index)
+    opened.import_study(study, name, classes, index)
     opened.target = Target(trials=T)
     about = {
         "study_hash": study_hash(study),
@@ -80,17 +86,13 @@ def import_npz(path: str | os.PathLike[str], store: str | os.PathLike[str]) -> S
     return opened
 
 
-def _load(path: Path) -> dict[str, NDArray[Any]]:
-    arrays = arrays_of_npz(path, ImportFileError)
-    if "correct" in arrays and "correct_train" not in arrays:
-        arrays["correct_train"] = arrays.pop("correct")
-    unknown = [key for key in arrays if key not in NPZ_KEYS]
+def check_keys(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+    """Raises ImportFileError for arrays that are missing, or that nobody knows."""
+    unknown = [key for key in arrays if key not in KEYS]
     missing = [key for key in ("masks", "correct_train") if key not in arrays]
     if missing or unknown:
         what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
-        raise ImportFileError(f"{path} {what}; a fleet's arrays are {', '.join(NPZ_KEYS)}")
-    _check_outcomes(arrays, path)
-    return arrays
+        raise ImportFileError(f"{path} {what}; a fleet's arrays are {', '.join(KEYS)}")
 
 
 def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
@@ -108,7 +110,7 @@ def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
     shapes = {
         "correct_train": (T, N), "correct_test": (T, M), "margins_train": (T, N),
         "margins_test": (T, M), "y_train": (N,), "y_test": (M,), "train_ids": (N,),
-        "test_ids": (M,),
+        "test_ids": (M,), "hashes": (N + M,),
     }  # fmt: skip
     for name, shape in shapes.items():
         if name in arrays and arrays[name].shape != shape:
@@ -179,7 +181,7 @@ def _index(arrays: dict[str, NDArray[Any]], N: int, M: int) -> pa.Table:
             "index": np.concatenate([np.arange(N), np.arange(M)]),
             "example_id": ids,
             "label": pa.array(labels, pa.int64()),
-            "content_hash": pa.nulls(N + M, pa.string()),
+            "content_hash": pa.array(arrays.get("hashes", [None] * (N + M)), pa.string()),
             "duplicate_group": none,
             "near_duplicate_group": none,
         }

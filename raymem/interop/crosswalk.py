@@ -1,0 +1,128 @@
+"""Whose row is whose: a fleet's rows joined to a data set's examples, checked or refused.
+
+Fleets in published files are in an order of their own (that of TFDS, of torchvision, or anyone's).
+The order is never assumed: rows are joined by ids or content hashes that the user gives, or by
+labels that agree on every single row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymem.errors import ImportFileError
+from raymem.examples import Examples, example_id
+from raymem.interop.safe import array_of, as_text
+
+Arrays = dict[str, NDArray[Any]]
+SHOWN = 5
+# Arrays with one column for each example, by split.
+PER_EXAMPLE = {
+    "train": ("masks", "correct_train", "margins_train"),
+    "test": ("correct_test", "margins_test"),
+}
+
+
+def names_in(path: str | os.PathLike[str]) -> list[str]:
+    """Names in a .npy file, or in lines of a text file. Raises ImportFileError."""
+    path = Path(path)
+    if path.suffix == ".npy":
+        return [as_text(value) for value in array_of(path).reshape(-1)]
+    try:
+        return path.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImportFileError(f"{path} cannot be read as text; give a line for each id") from error
+
+
+def labels_in(path: str | os.PathLike[str]) -> NDArray[np.int64]:
+    """Class numbers in a .npy file, or in lines of a text file. Raises ImportFileError."""
+    values = names_in(path)
+    try:
+        return np.array([int(float(value)) for value in values], np.int64)
+    except ValueError as error:
+        raise ImportFileError(f"{path} has labels that are no class numbers") from error
+
+
+def with_labels(arrays: Arrays, labels: NDArray[np.int64]) -> Arrays:
+    """The arrays with y_train; refused if they have other labels already."""
+    known = arrays.get("y_train")
+    if known is not None and not np.array_equal(known, labels):
+        raise ImportFileError("the labels given are not those of the fleet; is the order another?")
+    return {**arrays, "y_train": labels}
+
+
+def joined(arrays: Arrays, data: Examples, ids: Mapping[str, Sequence[str]]) -> Arrays:
+    """The arrays in the order of `data`, with its ids, labels, hashes and classes.
+
+    `ids` name the rows of each split in the fleet's order: example ids, file names or content
+    hashes. Without ids for a split its labels must be there and be those of `data`, row by row.
+
+    Raises ImportFileError where examples are missing, or nothing can be checked.
+    """
+    out = {k: v for k, v in arrays.items() if not k.endswith("_ids") and k != "hashes"}
+    for split in ("train", "test"):
+        names = [name for name in PER_EXAMPLE[split] if name in arrays]
+        if not names:
+            continue
+        y = data.y_train if split == "train" else data.y_test
+        own = data.train_ids if split == "train" else data.test_ids
+        width = arrays[names[0]].shape[1]
+        if width == 0:
+            continue
+        start = 0 if split == "train" else len(data.train_ids)
+        hashes = data.content_hashes[start : start + len(own)]
+        given = ids.get(split) or [as_text(v) for v in arrays.get(f"{split}_ids", [])]
+        labels = arrays.get(f"y_{split}")
+        if given:
+            order = _places(given, own, hashes, split)
+        elif labels is not None:
+            order = np.arange(len(own))
+        else:
+            raise ImportFileError(
+                f"nothing says which row is which {split} example: the files have no labels; give "
+                f"--{'ids' if split == 'train' else 'test-ids'} with an id, file name or content "
+                "hash for each row, or leave --data out"
+            )
+        if width != len(own) or len(order) != width:
+            raise ImportFileError(
+                f"the fleet has {width} {split} examples, {data.name} has {len(own)}"
+                + (f", and {len(given)} ids are given" if given else "")
+            )
+        if labels is not None and not np.array_equal(labels[order], y):
+            wrong = int((labels[order] != y).sum())
+            raise ImportFileError(
+                f"{wrong} of {len(y)} {split} labels are not those of {data.name}: the order is "
+                "another one; give --ids"
+            )
+        for name in names:
+            out[name] = arrays[name][:, order]
+        out[f"y_{split}"], out[f"{split}_ids"] = y, np.array(own)
+    if "correct_test" not in out or out["correct_test"].shape[1] == 0:
+        out["hashes"] = np.array(data.content_hashes[: len(data.train_ids)])
+    else:
+        out["hashes"] = np.array(data.content_hashes)
+    out["classes"] = np.array(data.classes)
+    return out
+
+
+def _places(
+    given: Sequence[str], own: Sequence[str], hashes: Sequence[str], split: str
+) -> NDArray[np.int64]:
+    """For each example of the set, its row in the fleet."""
+    row = {name: k for k, name in enumerate(given)}
+    row |= {example_id(name): k for k, name in enumerate(given)}
+    if len(set(given)) != len(given):
+        raise ImportFileError(f"{split} ids repeat; each row needs its own")
+    found = [row.get(name, row.get(sha)) for name, sha in zip(own, hashes, strict=True)]
+    missing = [name for name, place in zip(own, found, strict=True) if place is None]
+    if missing:
+        raise ImportFileError(
+            f"{len(missing):,} {split} examples have no row in the fleet, such as "
+            f"{', '.join(missing[:SHOWN])}; is it another set?"
+        )
+    return np.array(found, np.int64)

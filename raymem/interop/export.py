@@ -1,0 +1,211 @@
+"""A store -> files that other people's code reads.
+
+npz    the fleet's arrays, as `raymem import npz` takes them
+fz     Feldman & Zhang's training runs (RATIO/RUN/aux_arrays.npz), and their list of pairs
+lira   a folder for each model: keep.npy, scores.npy, correct.npy (Carlini et al. 2022)
+csv    the score tables
+hf     a folder for Hugging Face: the Parquet and a card that loads it
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow.csv import write_csv
+
+from raymem.errors import ImportFileError, StoreError
+from raymem.store import Store, TrialKey
+from raymem.store.columns import as_markdown
+
+TABLES = ("examples", "trials", "influence")
+
+
+def export(
+    format: str,
+    store: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    epsilon: float = math.inf,
+) -> Path:
+    """Write a store in one of EXPORTS to `path`, a folder (for npz: a file) that must not be there.
+
+    Fleets are those of one `epsilon`. The file or folder appears when it is whole.
+
+    Raises StoreError if the store lacks what is exported, ImportFileError if `path` is there.
+    """
+    if format not in EXPORTS:
+        raise ImportFileError(f"no format {format!r}; take one of {', '.join(EXPORTS)}")
+    target = Path(path)
+    if target.exists():
+        raise ImportFileError(f"{target} is there already; choose another PATH, or remove it")
+    partial = target.with_name(f".{target.name}.partial")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    partial.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    EXPORTS[format](Store(store), partial, epsilon)
+    partial.rename(target)
+    return target
+
+
+def _keys(store: Store, epsilon: float) -> list[TrialKey]:
+    keys = sorted(key for key in store.done() if key.epsilon == epsilon)
+    if not keys:
+        known = sorted({key.epsilon for key in store.done()})
+        raise StoreError(
+            f"{store.url} has no trials at epsilon {epsilon:g}; there are "
+            f"{', '.join(f'{e:g}' for e in known) or 'none'}: see --epsilon"
+        )
+    return keys
+
+
+def _split(store: Store) -> dict[str, pa.Table]:
+    index = store.examples()
+    return {s: index.filter(pc.equal(index["split"], s)) for s in ("train", "test")}
+
+
+def _trial(store: Store, key: TrialKey, M: int) -> dict[str, NDArray[Any]]:
+    """Its columns, train and test apart."""
+    table = store.trial(key, ["in_subset", "correct", "margin"])
+    correct, margin = (table[name].to_numpy() for name in ("correct", "margin"))
+    return {
+        "mask": table["in_subset"].to_numpy()[M:].astype(bool),
+        "correct_train": correct[M:].astype(bool), "correct_test": correct[:M].astype(bool),
+        "margins_train": margin[M:].astype(np.float32),
+        "margins_test": margin[:M].astype(np.float32),
+    }  # fmt: skip
+
+
+def _labels(table: pa.Table) -> NDArray[np.int64] | None:
+    return None if table["label"].null_count else table["label"].to_numpy().astype(np.int64)
+
+
+def _npz(store: Store, path: Path, epsilon: float) -> None:
+    split = _split(store)
+    M = split["test"].num_rows
+    found = [_trial(store, key, M) for key in _keys(store, epsilon)]
+    arrays: dict[str, Any] = {"masks": np.array([t["mask"] for t in found])}
+    for name in ("correct_train", "correct_test", "margins_train", "margins_test"):
+        arrays[name] = np.array([t[name] for t in found])
+    if not np.isfinite(arrays["margins_train"]).all():
+        del arrays["margins_train"], arrays["margins_test"]
+    for name, table in split.items():
+        if table.num_rows and (labels := _labels(table)) is not None:
+            arrays[f"y_{name}"] = labels
+        arrays[f"{name}_ids"] = np.array(table["example_id"].to_pylist(), dtype=str)
+    arrays["classes"] = np.array(store.study()["classes"], dtype=str)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def _fz(store: Store, path: Path, epsilon: float) -> None:
+    split = _split(store)
+    M = split["test"].num_rows
+    ratio = path / f"{store.plan().subset_ratio:g}"
+    for key in _keys(store, epsilon):
+        t = _trial(store, key, M)
+        inside, removed = np.flatnonzero(t["mask"]), np.flatnonzero(~t["mask"])
+        run = ratio / f"{key.trial:06d}"
+        run.mkdir(parents=True)
+        np.savez_compressed(
+            run / "aux_arrays.npz", allow_pickle=False,
+            index_train=inside, index_removed=removed, index_test=np.arange(M),
+            subsample_idx=inside,
+            correctness_train=t["correct_train"][inside].astype(np.uint8),
+            correctness_removed=t["correct_train"][removed].astype(np.uint8),
+            correctness_test=t["correct_test"].astype(np.uint8),
+        )  # fmt: skip
+    pairs = store.scores("influence")
+    pairs = pairs.filter(pc.and_(pairs["strong"], pc.equal(pairs["epsilon"], epsilon)))
+    np.savez_compressed(
+        path / "high_infl_pairs_infl0.15_mem0.25.npz", allow_pickle=False,
+        tr_idx=pairs["train_index"].to_numpy(), tt_idx=pairs["test_index"].to_numpy(),
+        infl=pairs["influence"].to_numpy(), mem=pairs["memorization"].to_numpy(),
+    )  # fmt: skip
+    scores = store.scores()
+    here = scores.filter(
+        pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], epsilon))
+    )
+    names = {f"{s}_filenames": np.array(split[full]["example_id"].to_pylist(), dtype=str)
+             for s, full in (("tr", "train"), ("tt", "test"))}  # fmt: skip
+    labels = {f"{s}_labels": _labels(split[full]) for s, full in (("tr", "train"), ("tt", "test"))}
+    np.savez_compressed(
+        path / "index.npz", allow_pickle=False,
+        tr_mem=here["memorization"].cast(pa.float64()).to_numpy(),
+        **names, **{k: v for k, v in labels.items() if v is not None},
+    )  # fmt: skip
+
+
+def _lira(store: Store, path: Path, epsilon: float) -> None:
+    M = _split(store)["test"].num_rows
+    for key in _keys(store, epsilon):
+        t = _trial(store, key, M)
+        folder = path / f"experiment_{key.trial:06d}"
+        folder.mkdir(parents=True)
+        np.save(folder / "keep.npy", t["mask"])
+        np.save(folder / "correct.npy", t["correct_train"])
+        if np.isfinite(t["margins_train"]).all():
+            np.save(folder / "scores.npy", t["margins_train"].astype(np.float64))
+    labels = _labels(_split(store)["train"])
+    if labels is not None:
+        np.save(path / "labels.npy", labels)
+
+
+def _csv(store: Store, path: Path, epsilon: float) -> None:
+    path.mkdir()
+    for name in TABLES:
+        write_csv(store.scores(name), path / f"{name}.csv")
+
+
+def _hf(store: Store, path: Path, epsilon: float) -> None:
+    (path / "data").mkdir(parents=True)
+    for name in TABLES:
+        pq.write_table(store.scores(name), path / "data" / f"{name}.parquet", compression="zstd")
+    (path / "README.md").write_text(_card(store))
+
+
+def _card(store: Store) -> str:
+    """The data set's card: what was run, what the columns mean, how to load it."""
+    body = store.study()
+    plan, data = body["study"]["plan"], body["study"]["data"]
+    trials = store.scores("trials").num_rows
+    configs = "\n".join(
+        f"- config_name: {name}\n  data_files: data/{name}.parquet" for name in TABLES
+    )
+    command = (store.note("command") or {}).get("command")
+    return (
+        f"---\npretty_name: {_yaml(body['data_name'] + ': memorization')}\n"
+        "tags: [memorization, influence, data-quality, raymem]\n"
+        f"configs:\n{configs}\n---\n\n# {body['data_name']}: what was memorized\n\n"
+        f"Memorization and influence (Feldman & Zhang 2020) of {data['n_train']:,} training and "
+        f"{data['n_test']:,} test examples, from {trials:,} models on {plan['kind']} subsets of "
+        f"ratio {plan['subset_ratio']:g}; study `{body['hash'][:16]}`. No images are in it.\n\n"
+        + (f"Made by `{command}`.\n\n" if command else "")
+        + "```python\nfrom datasets import load_dataset\n\n"
+        'examples = load_dataset("THIS_REPOSITORY", "examples", split="train")\n```\n\n'
+        "Every number has its standard error or interval and its counts beside it; undefined "
+        f"values are null.\n\n{as_markdown()}"
+    )
+
+
+def _yaml(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'
+
+
+EXPORTS: dict[str, Callable[[Store, Path, float], None]] = {
+    "npz": _npz,
+    "fz": _fz,
+    "lira": _lira,
+    "csv": _csv,
+    "hf": _hf,
+}

@@ -1,0 +1,228 @@
+"""Published layouts of fleets -> the arrays that `import_arrays` takes.
+
+npz          an .npz file with those arrays
+fz           Feldman & Zhang's training runs: RATIO/RUN/aux_arrays.npz
+datamodels   masks.npy, train_margins.npy (and test_margins.npy), _completed.npy (Ilyas et al. 2022)
+lira         a folder for each model: keep.npy, scores.npy, logits or correct.npy (Carlini et
+             al. 2022)
+
+Shapes: T trials, N training and M test examples, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymem.errors import ImportFileError
+from raymem.interop.safe import array_of, arrays_of
+
+Arrays = dict[str, NDArray[Any]]
+AUX = "aux_arrays.npz"
+SHOWN = 5
+
+
+def read_npz(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+    """An .npz file of masks [T, N], correct_train [T, N] and what else there is."""
+    arrays = arrays_of(path)
+    if "correct" in arrays and "correct_train" not in arrays:
+        arrays["correct_train"] = arrays.pop("correct")
+    return arrays
+
+
+def read_fz(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+    """Runs of Feldman & Zhang: `correctness_{train,removed,test}` are scattered to where
+    `index_{train,removed,test}` say. Runs of one subset ratio only."""
+    runs = sorted(path.rglob(AUX), key=lambda p: _natural(p.parent))
+    if not runs:
+        raise ImportFileError(f"{path} has no {AUX} in it; give the folder above the runs")
+    ratios = {run.parent.parent for run in runs}
+    if len(ratios) > 1:
+        raise ImportFileError(
+            f"{path} has runs of {len(ratios)} subset ratios "
+            f"({', '.join(sorted(p.name for p in ratios)[:SHOWN])}); import one of the folders"
+        )
+    masks: list[NDArray[np.bool_]] = []
+    train: list[NDArray[np.bool_]] = []
+    test: list[NDArray[np.bool_]] = []
+    for run in runs:
+        a = arrays_of(run)
+        absent = [
+            f"{what}_{part}"
+            for what in ("correctness", "index")
+            for part in ("train", "removed", "test")
+            if f"{what}_{part}" not in a
+        ]
+        if absent:
+            raise ImportFileError(f"{run} lacks {', '.join(absent)}; it is no run of this layout")
+        inside, removed = a["index_train"], a["index_removed"]
+        N, M = len(inside) + len(removed), len(a["index_test"])
+        both = np.concatenate([inside, removed])
+        if not np.array_equal(np.sort(both), np.arange(N)):
+            raise ImportFileError(
+                f"{run}: index_train and index_removed are not each of 0..{N - 1} once; the run is "
+                "not whole"
+            )
+        if not np.array_equal(np.sort(a["index_test"]), np.arange(M)):
+            raise ImportFileError(f"{run}: index_test is not each of 0..{M - 1} once")
+        if "subsample_idx" in a and not np.array_equal(
+            np.sort(a["subsample_idx"]), np.sort(inside)
+        ):
+            raise ImportFileError(f"{run}: subsample_idx is not index_train; which was trained on?")
+        if masks and (len(masks[0]), len(test[0])) != (N, M):
+            raise ImportFileError(f"{run} has {N} and {M} examples, other runs have not")
+        masks.append(_scattered(inside, np.ones(len(inside), bool), N))
+        train.append(
+            _scattered(both, np.concatenate([a["correctness_train"], a["correctness_removed"]]), N)
+        )
+        test.append(_scattered(a["index_test"], a["correctness_test"], M))
+    return {
+        "masks": np.array(masks),
+        "correct_train": np.array(train),
+        "correct_test": np.array(test),
+    }
+
+
+def _scattered(index: NDArray[Any], values: NDArray[Any], n: int) -> NDArray[np.bool_]:
+    if not np.isin(values, (0, 1)).all() or len(values) != len(index):
+        raise ImportFileError("correctness must be 0 or 1, one for each index")
+    out = np.zeros(n, bool)
+    out[index] = values.astype(bool)
+    return out
+
+
+def read_datamodels(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+    """Right is a margin above 0 (the label's logit minus the largest other one, which is not the
+    margin that raymem keeps: only outcomes are taken). Models not completed are left out."""
+    masks = array_of(path / "masks.npy").astype(bool)
+    done = np.ones(len(masks), bool)
+    if (path / "_completed.npy").exists():
+        done = array_of(path / "_completed.npy").astype(bool)
+    train, test = path / "train_margins.npy", path / "test_margins.npy"
+    plain = path / "margins.npy"
+    if not train.exists() and plain.exists() and array_of(plain).shape[1] == masks.shape[1]:
+        train = plain
+    if not train.exists():
+        raise ImportFileError(
+            f"{path} has no train_margins.npy: memorization is of training examples, and needs "
+            "their margins"
+        )
+    arrays = {"masks": masks[done], "correct_train": _right(train, done)}
+    if test.exists():
+        arrays["correct_test"] = _right(test, done)
+    return arrays
+
+
+def _right(path: Path, done: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    margins = array_of(path)
+    if margins.ndim != 2 or len(margins) != len(done):
+        raise ImportFileError(f"{path} is {margins.shape}, but there are {len(done)} masks")
+    if not np.isfinite(margins[done]).all():
+        raise ImportFileError(f"{path} has margins that are not finite, of completed models")
+    return np.asarray(margins[done] > 0)
+
+
+def read_lira(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+    """keep [N]; logits [N, K] or [N, queries, K], of which the first query counts; scores likewise.
+
+    Labels are checked: the margins that logits and labels give must be the scores. Without logits
+    correct.npy [N] says what was right.
+    """
+    keeps = sorted(path.rglob("keep.npy"), key=lambda p: _natural(p.parent))
+    if not keeps:
+        raise ImportFileError(f"{path} has no keep.npy in it; give the folder above the models'")
+    masks, correct, margins = [], [], []
+    for keep in keeps:
+        mask = array_of(keep).astype(bool)
+        logits, scores = _lira_file(keep.parent, "logits"), _lira_file(keep.parent, "scores")
+        right = keep.parent / "correct.npy"
+        if logits is None and not right.exists():
+            raise ImportFileError(
+                f"{keep.parent} has neither logits nor correct.npy: a score below 0 does not say "
+                "if the model was right"
+            )
+        found = None if scores is None else _first_query(array_of(scores), 1)
+        if logits is not None:
+            if labels is None:
+                raise ImportFileError(
+                    f"{path} has logits but no labels; give --data, or --labels, in their order"
+                )
+            z = _first_query(array_of(logits), 2).astype(np.float64)
+            _check_length(len(z), len(labels), logits)
+            hits, own = _margins(z, labels)
+            _check_scores(found, own, logits)
+            found = own
+        else:
+            hits = array_of(right).astype(bool)
+        _check_length(len(mask), len(hits), keep)
+        masks.append(mask)
+        correct.append(hits)
+        if found is not None:
+            margins.append(found)
+    arrays = {"masks": np.array(masks), "correct_train": np.array(correct)}
+    if len(margins) == len(masks):
+        arrays["margins_train"] = np.array(margins, np.float32)
+    return arrays
+
+
+def _lira_file(folder: Path, name: str) -> Path | None:
+    """NAME.npy, or the last epoch's of the folder NAME."""
+    if (folder / f"{name}.npy").exists():
+        return folder / f"{name}.npy"
+    epochs = sorted((folder / name).glob("*.npy"))
+    return epochs[-1] if epochs else None
+
+
+def _first_query(array: NDArray[Any], ndim: int) -> NDArray[Any]:
+    while array.ndim > ndim:
+        array = array[:, 0]
+    return array
+
+
+def _margins(
+    logits: NDArray[np.float64], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Right [N], and log p_y - log of the sum of the others [N]."""
+    rows = np.arange(len(labels))
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    top = others.max(1)
+    rest = top + np.log(np.exp(others - top[:, None]).sum(1))
+    return logits.argmax(1) == labels, logits[rows, labels] - rest
+
+
+def _check_scores(scores: NDArray[Any] | None, own: NDArray[np.float64], path: Path) -> None:
+    """Are scores what these labels give? Published code adds a small number inside the logarithm,
+    so that only scores near 0 are compared."""
+    if scores is None:
+        return
+    near = (np.abs(own) < 8) & (np.abs(scores) < 8)
+    agree = np.abs(scores - own)[near] < 0.05
+    if near.any() and agree.mean() < 0.99:
+        raise ImportFileError(
+            f"{path}: with these labels {100 * (1 - agree.mean()):.0f}% of the scores are not "
+            "those of the logits; the order of the labels is another one"
+        )
+
+
+def _check_length(found: int, wanted: int, path: Path) -> None:
+    if found != wanted:
+        raise ImportFileError(f"{path} has {found} examples, but there are {wanted} of the others")
+
+
+def _natural(path: Path) -> list[Any]:
+    """Sorts 2 before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+
+FORMATS: dict[str, Callable[[Path, NDArray[np.int64] | None], Arrays]] = {
+    "npz": read_npz,
+    "fz": read_fz,
+    "datamodels": read_datamodels,
+    "lira": read_lira,
+}

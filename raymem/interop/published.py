@@ -1,0 +1,262 @@
+"""Published scores without a fleet -> a store whose scores and pairs can be read and joined.
+
+fz-scores   Feldman & Zhang's *_infl_matrix.npz (tr_mem, tr_labels, tt_labels, infl_matrix_class{K},
+            tr_classidx_{K}, tt_classidx_{K}), with their *_index.npz beside it if there is one, or
+            their *_high_infl_pairs_*.npz (tr_idx, tt_idx, infl, mem)
+c-scores    *-cscores-*.npz (labels, scores, filenames): Jiang et al. 2021's consistency, the
+            accuracy on an example of models that did not see it: column accuracy_out
+
+They have no counts, no errors and no intervals: those columns are null, and what needs them says
+so.
+
+Shapes: N training and M test examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raymem.errors import ImportFileError
+from raymem.examples import Examples, example_id, fingerprint_of, group_column
+from raymem.interop.safe import arrays_of, as_text
+from raymem.memorization import PairRule
+from raymem.plan import Plan
+from raymem.store import Store, columns
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def import_scores(
+    path: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    *,
+    data: Examples | None = None,
+) -> Store:
+    """A store of published scores; nothing is left to score. With `data`, rows get its ids and
+    hashes: they are joined by file names, or else all labels must agree row by row.
+
+    Raises ImportFileError for other files, and where rows cannot be joined.
+    """
+    path = Path(path)
+    arrays = _with_index(path)
+    if "tr_mem" in arrays:
+        found = _memorization(arrays, path)
+    elif {"tr_idx", "tt_idx", "infl", "mem"} <= set(arrays):
+        raise ImportFileError(
+            f"{path} has pairs only, with no labels to check them by; import the *_infl_matrix.npz"
+        )
+    elif {"labels", "scores"} <= set(arrays):
+        found = _consistency(arrays, path)
+    else:
+        raise ImportFileError(
+            f"{path} has {', '.join(sorted(arrays)[:6])}; published scores have tr_mem and "
+            "tr_labels, or labels and scores"
+        )
+    if data is not None:
+        found = _joined(found, data)
+    return _write(found, Store(store), path)
+
+
+def _with_index(path: Path) -> Arrays:
+    arrays = arrays_of(path)
+    beside = path.with_name(path.name.replace("_infl_matrix", "_index"))
+    if beside != path and beside.exists():
+        more = arrays_of(beside)
+        for name in more.keys() & arrays.keys():
+            if not np.array_equal(more[name], arrays[name]):
+                raise ImportFileError(f"{name} of {path.name} and {beside.name} differ")
+        arrays |= more
+    return arrays
+
+
+def _memorization(a: Arrays, path: Path) -> Arrays:
+    N, M = len(a["tr_labels"]), len(a.get("tt_labels", []))
+    if len(a["tr_mem"]) != N or not (np.abs(a["tr_mem"]) <= 1 + 1e-6).all():
+        raise ImportFileError(f"{path}: tr_mem must be {N} numbers from -1 to 1")
+    rows = []
+    for name in a:
+        if not name.startswith("infl_matrix_class"):
+            continue
+        k = name.removeprefix("infl_matrix_class")
+        train, test = (np.asarray(a.get(f"{side}_classidx_{k}", []), int) for side in ("tr", "tt"))
+        if a[name].shape != (len(train), len(test)):
+            raise ImportFileError(
+                f"{path}: {name} is {a[name].shape}, its index says {(len(train), len(test))} "
+                "[train, test]"
+            )
+        if (a["tr_labels"][train] != int(k)).any() or (a["tt_labels"][test] != int(k)).any():
+            raise ImportFileError(f"{path}: {name} is of examples whose label is not {k}")
+        rows.append(_kept(a[name], train, test, a["tr_mem"]))
+    pairs = np.concatenate(rows) if rows else np.zeros((0, 4))
+    order = np.lexsort((pairs[:, 0], pairs[:, 1], -pairs[:, 2]))
+    return {
+        "memorization": np.clip(np.asarray(a["tr_mem"], np.float64), -1, 1),
+        "y_train": np.asarray(a["tr_labels"], np.int64),
+        "y_test": np.asarray(a.get("tt_labels", np.zeros(M)), np.int64),
+        "train_ids": _names(a.get("tr_filenames"), "train", N),
+        "test_ids": _names(a.get("tt_filenames"), "test", M),
+        "named": np.array("tr_filenames" in a),
+        "pairs": pairs[order],
+    }
+
+
+def _kept(
+    matrix: NDArray[Any], train: NDArray[np.int64], test: NDArray[np.int64], mem: NDArray[Any]
+) -> NDArray[np.float64]:
+    """Rows (train, test, influence, strong): the rule's strong pairs, and the top of each test
+    example."""
+    rule = PairRule()
+    strong = (matrix >= rule.min_influence) & (mem[train][:, None] >= rule.min_memorization)
+    keep = strong.copy()
+    top = np.argsort(-matrix, axis=0, kind="stable")[: rule.top]
+    np.put_along_axis(keep, top, True, axis=0)
+    keep &= strong | (matrix > 0)
+    i, j = np.nonzero(keep)
+    return np.stack([train[i], test[j], matrix[i, j], strong[i, j]], 1).astype(np.float64)
+
+
+def _consistency(a: Arrays, path: Path) -> Arrays:
+    N = len(a["labels"])
+    if len(a["scores"]) != N or not ((a["scores"] >= 0) & (a["scores"] <= 1)).all():
+        raise ImportFileError(f"{path}: scores must be {N} numbers from 0 to 1")
+    return {
+        "accuracy_out": np.asarray(a["scores"], np.float64),
+        "y_train": np.asarray(a["labels"], np.int64),
+        "y_test": np.zeros(0, np.int64),
+        "train_ids": _names(a.get("filenames"), "train", N),
+        "test_ids": np.zeros(0, "U1"),
+        "named": np.array("filenames" in a),
+        "pairs": np.zeros((0, 4)),
+    }
+
+
+def _names(values: NDArray[Any] | None, split: str, n: int) -> NDArray[Any]:
+    if values is None:
+        return np.array([f"{split}-{k:05d}" for k in range(n)], dtype=str)
+    return np.array([example_id(as_text(value)) for value in values], dtype=str)
+
+
+def _joined(found: Arrays, data: Examples) -> Arrays:
+    """In the order of `data`."""
+    out = dict(found)
+    places = {}
+    for split, own, y in (
+        ("train", data.train_ids, data.y_train),
+        ("test", data.test_ids, data.y_test),
+    ):
+        n = len(found[f"y_{split}"])
+        if n == 0:
+            places[split] = np.zeros(0, np.int64)
+            continue
+        if n != len(own):
+            raise ImportFileError(f"there are {n} {split} scores, {data.name} has {len(own)}")
+        order = np.arange(n)
+        if found["named"]:
+            row = {name: k for k, name in enumerate(found[f"{split}_ids"])}
+            missing = [name for name in own if name not in row]
+            if missing:
+                raise ImportFileError(
+                    f"{len(missing):,} {split} examples have no score, such as {missing[0]}"
+                )
+            order = np.array([row[name] for name in own])
+        labels = found[f"y_{split}"][order]
+        if not np.array_equal(labels, y):
+            raise ImportFileError(
+                f"{int((labels != y).sum())} of {n} {split} labels are not those of {data.name}; "
+                "the order or the labels' numbers are others"
+            )
+        out[f"y_{split}"], out[f"{split}_ids"] = labels, np.array(own)
+        places[split] = np.argsort(order)
+        for name in ("memorization", "accuracy_out"):
+            if split == "train" and name in out:
+                out[name] = found[name][order]
+    pairs = found["pairs"].copy()
+    if len(pairs):
+        pairs[:, 0] = places["train"][pairs[:, 0].astype(int)]
+        pairs[:, 1] = places["test"][pairs[:, 1].astype(int)]
+    hashes = list(data.content_hashes)
+    if not len(out["y_test"]):
+        hashes = hashes[: len(data.train_ids)]
+    return out | {"pairs": pairs, "hashes": np.array(hashes), "classes": np.array(data.classes)}
+
+
+def _write(a: Arrays, store: Store, path: Path) -> Store:
+    N, M = len(a["y_train"]), len(a["y_test"])
+    labels = np.concatenate([a["y_train"], a["y_test"]])
+    ids = [*map(str, a["train_ids"]), *map(str, a["test_ids"])]
+    if len(set(ids)) != len(ids):
+        raise ImportFileError(f"{path}: names of examples repeat")
+    classes = tuple(map(str, a.get("classes", range(int(labels.max()) + 1))))
+    none = group_column([], N + M)
+    index = pa.table(
+        {
+            "split": ["train"] * N + ["test"] * M,
+            "index": np.concatenate([np.arange(N), np.arange(M)]),
+            "example_id": ids,
+            "label": labels,
+            "content_hash": pa.array(a.get("hashes", [None] * (N + M)), pa.string()),
+            "duplicate_group": none,
+            "near_duplicate_group": none,
+        }
+    )
+    value = a.get("memorization", a.get("accuracy_out"))
+    assert value is not None
+    study = {
+        "data": {
+            "fingerprint": fingerprint_of(index, (0, 0, 0), classes),
+            "image_shape": [0, 0, 0], "n_train": N, "n_test": M,
+        },
+        "plan": Plan(n=N, subset_ratio=0.7, kind="imported").as_dict(),
+        "recipe": {"model": {"name": "published scores"}},
+        "outcomes": hashlib.sha256(value.tobytes() + a["pairs"].tobytes()).hexdigest(),
+    }  # fmt: skip
+    store.import_study(study, path.stem, classes, index)
+    of = columns.SCORES_EXAMPLES
+    values: dict[str, Any] = {
+        "epsilon": np.full(N + M, math.inf),
+        "duplicate_group": none,
+        "near_duplicate_group": none,
+        **{
+            name: pa.array(np.concatenate([a[name], np.full(M, np.nan)]), from_pandas=True)
+            for name in ("memorization", "accuracy_out")
+            if name in a
+        },
+    }
+    arrays = {
+        name: index[name] if name in index.column_names else values.get(name, pa.nulls(N + M))
+        for name in of
+    }
+    table = pa.Table.from_pydict(arrays).cast(columns.schema(of))
+    about = {"study_hash": store.study()["hash"], "summary": {}}
+    store.write_scores("examples", table, about)
+    empty = columns.schema(columns.SCORES_TRIALS).empty_table()
+    store.write_scores("trials", empty, about)
+    store.write_scores("influence", _pair_table(a, ids, N), about)
+    return store
+
+
+def _pair_table(a: Arrays, ids: list[str], N: int) -> pa.Table:
+    train, test = (a["pairs"][:, k].astype(np.int64) for k in (0, 1))
+    values = {
+        "train_id": [ids[k] for k in train],
+        "test_id": [ids[N + k] for k in test],
+        "train_index": train,
+        "test_index": test,
+        "train_label": a["y_train"][train],
+        "test_label": a["y_test"][test] if len(test) else np.zeros(0, np.int64),
+        "epsilon": np.full(len(train), math.inf),
+        "influence": a["pairs"][:, 2],
+        "memorization": a["memorization"][train] if "memorization" in a else np.zeros(0),
+        "strong": a["pairs"][:, 3].astype(bool),
+    }
+    of = columns.INFLUENCE
+    arrays = {name: values.get(name, pa.nulls(len(train))) for name in of}
+    return pa.Table.from_pydict(arrays).cast(columns.schema(of))

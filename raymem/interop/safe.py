@@ -1,0 +1,88 @@
+"""Arrays of strangers' files. Nothing that a file says is ever run.
+
+Numeric arrays are read as numpy reads them without pickles. Object arrays, which are pickles, are
+read by an unpickler that knows arrays and byte strings and refuses all else.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raymem.errors import ImportFileError
+
+# What a pickled array of byte strings or texts needs, by any numpy.
+HARMLESS = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+
+
+class _Harmless(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in HARMLESS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def array_of(path: Path) -> NDArray[Any]:
+    """The array of an .npy file. Raises ImportFileError if there is none, or it holds objects."""
+    try:
+        with path.open("rb") as file:
+            return _array(file, str(path))
+    except OSError as error:
+        raise ImportFileError(
+            f"{path} cannot be read ({error.strerror}); check the path"
+        ) from error
+
+
+def arrays_of(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file. Raises ImportFileError as `array_of` does."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                name.removesuffix(".npy"): _array(io.BytesIO(archive.read(name)), f"{path}: {name}")
+                for name in archive.namelist()
+            }
+    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise ImportFileError(
+            f"{path} is no .npz file that can be read ({what}); check the path, or copy it again"
+        ) from error
+
+
+def _array(file: IO[bytes], what: str) -> NDArray[Any]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if not dtype.hasobject:
+            file.seek(0)
+            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+        found = _Harmless(file).load()
+        if not isinstance(found, np.ndarray) or found.shape != shape:
+            raise ValueError("it is not the array that it says")
+        if not all(isinstance(value, (bytes, str)) for value in found.flat):
+            raise ValueError("its objects are not text")
+        return np.array([as_text(value) for value in found.flat]).reshape(shape)
+    except (ValueError, EOFError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+        raise ImportFileError(
+            f"{what} is no array that is safe to read ({error}); save it anew with plain numbers "
+            "or text, without pickle"
+        ) from error
+
+
+def as_text(value: Any) -> str:
+    """A name from a file, bytes or text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,343 @@
+"""Other people's formats: in and out again, checked orders, and files that are not trusted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from raymem import (
+    Examples,
+    ImportFileError,
+    Store,
+    export,
+    import_fleet,
+    import_npz,
+    import_scores,
+    memorization,
+    score,
+)
+from raymem.cli import main
+from raymem.interop.safe import array_of
+from raymem.links import correlations_across, find_links
+from raymem.report import write_report
+from raymem.store import verify
+
+T, N, M, K = 30, 24, 9, 3
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(5)
+    return Examples(
+        name="small",
+        x_train=rng.integers(0, 256, (N, 4, 4, 1), np.uint8),
+        y_train=np.arange(N) % K,
+        x_test=rng.integers(0, 256, (M, 4, 4, 1), np.uint8),
+        y_test=np.arange(M) % K,
+        train_ids=[f"pic/{k}.png" for k in range(N)],
+        test_ids=[f"test/{k}.png" for k in range(M)],
+    )
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    masks = rng.random((T, N)) < 0.7
+    margins = rng.normal(np.where(masks, 4, 0), 1).astype(np.float32)
+    test = rng.normal(1, 1, (T, M)).astype(np.float32)
+    return {
+        "masks": masks, "correct_train": margins > 0, "correct_test": test > 0,
+        "margins_train": margins, "margins_test": test,
+        "y_train": np.arange(N) % K, "y_test": np.arange(M) % K,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fleet(arrays, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fleet")
+    np.savez(folder / "fleet.npz", **arrays)
+    store = import_fleet("npz", folder / "fleet.npz", folder / "store", data=data)
+    score(store)
+    return store
+
+
+def mem(store):
+    table = store.scores()
+    return dict(
+        zip(table["example_id"].to_pylist(), table["memorization"].to_pylist(), strict=True)
+    )
+
+
+def same(one, other):
+    ours, theirs = mem(one), mem(other)
+    assert ours == theirs
+    assert sum(value is not None for value in ours.values()) == N
+
+
+def test_rows_get_the_sets_ids_and_hashes(fleet, arrays, data):
+    index = fleet.examples()
+    assert index["example_id"].to_pylist() == [*data.train_ids, *data.test_ids]
+    assert index["content_hash"].to_pylist() == list(data.content_hashes)
+    expected = memorization(arrays["masks"], arrays["correct_train"]).value
+    assert [mem(fleet)[name] for name in data.train_ids] == pytest.approx(list(expected))
+    assert verify(fleet) == []
+
+
+def test_npz_goes_out_and_comes_back_with_everything(fleet, tmp_path):
+    path = export("npz", fleet.url, tmp_path / "out.npz")
+    again = import_npz(path, tmp_path / "again")
+    score(again)
+    same(fleet, again)
+    one, two = (s.trial(sorted(s.done())[3]) for s in (fleet, again))
+    assert one.equals(two)
+
+
+def test_runs_of_feldman_and_zhang_go_out_and_come_back(fleet, data, tmp_path):
+    path = export("fz", fleet.url, tmp_path / "fz")
+    assert len(list(path.rglob("aux_arrays.npz"))) == T
+    plain = import_fleet("fz", path, tmp_path / "plain")
+    score(plain)
+    by_row = [v for v in mem(plain).values() if v is not None]
+    assert by_row == [mem(fleet)[name] for name in data.train_ids]
+    # Nothing in it says which row is which: with a data set, ids are asked for.
+    with pytest.raises(ImportFileError, match="nothing says which row is which train example"):
+        import_fleet("fz", path, tmp_path / "no", data=data)
+    # Another order, told by file names or by hashes, is undone.
+    rng = np.random.default_rng(1)
+    for name, ids, tests in (
+        ("names", data.train_ids, data.test_ids),
+        ("hashes", data.content_hashes[:N], data.content_hashes[N:]),
+    ):
+        order, test_order = rng.permutation(N), rng.permutation(M)
+        for file in path.rglob("aux_arrays.npz"):
+            with np.load(file) as loaded:
+                a = dict(loaded)
+            for part in ("train", "removed"):
+                a[f"index_{part}"] = np.argsort(order)[a[f"index_{part}"]]
+            a["index_test"] = np.argsort(test_order)[a["index_test"]]
+            del a["subsample_idx"]
+            copy = tmp_path / name / file.relative_to(path)
+            copy.parent.mkdir(parents=True)
+            np.savez(copy, **a)
+        (tmp_path / f"{name}.txt").write_text("\n".join(np.array(ids)[order]))
+        np.save(tmp_path / f"{name}.npy", np.array(tests)[test_order])
+        joined = import_fleet(
+            "fz", tmp_path / name, tmp_path / f"{name}-store", data=data,
+            ids=tmp_path / f"{name}.txt", test_ids=tmp_path / f"{name}.npy",
+        )  # fmt: skip
+        score(joined)
+        same(fleet, joined)
+
+
+def test_damaged_runs_are_refused(fleet, tmp_path):
+    path = export("fz", fleet.url, tmp_path / "fz")
+    first = min(path.rglob("aux_arrays.npz"))
+    whole = dict(np.load(first))
+    for change, says in (
+        ({"index_train": whole["index_train"][1:]}, "not each of"),
+        ({"correctness_train": whole["correctness_train"] * 2}, "must be 0 or 1"),
+        ({"subsample_idx": whole["index_removed"]}, "which was trained on"),
+        ({"index_test": whole["index_test"] + 1}, "index_test is not"),
+    ):
+        np.savez(first, **{**whole, **change})
+        with pytest.raises(ImportFileError, match=says):
+            import_fleet("fz", path, tmp_path / "store")
+    del whole["index_test"]
+    np.savez(first, **whole)
+    with pytest.raises(ImportFileError, match="lacks index_test"):
+        import_fleet("fz", path, tmp_path / "store")
+    (path / "0.3" / "run").mkdir(parents=True)
+    os.rename(first, path / "0.3" / "run" / "aux_arrays.npz")
+    with pytest.raises(ImportFileError, match="2 subset ratios"):
+        import_fleet("fz", path, tmp_path / "store")
+
+
+def lira_folder(tmp_path, arrays, labels):
+    rng = np.random.default_rng(2)
+    for t in range(T):
+        logits = rng.normal(0, 1, (N, 2, K))
+        logits[np.arange(N), :, labels] += 4 * arrays["masks"][t][:, None]
+        z = logits[:, 0]
+        p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+        own = p[np.arange(N), labels]
+        folder = tmp_path / f"exp-{t}"
+        folder.mkdir()
+        np.save(folder / "keep.npy", arrays["masks"][t])
+        np.save(folder / "logits.npy", logits.astype(np.float32))
+        both = np.stack([np.log(own) - np.log(1 - own + 1e-45)] * 2, 1)
+        np.save(folder / "scores.npy", both)
+    return logits
+
+
+def test_lira_folders_and_their_labels(arrays, data, tmp_path):
+    source = tmp_path / "lira"
+    source.mkdir()
+    last = lira_folder(source, arrays, data.y_train)
+    store = import_fleet("lira", source, tmp_path / "store", data=data)
+    score(store)
+    right = store.trial(max(store.done()))["correct"].to_numpy()
+    assert (right == (last[:, 0].argmax(1) == data.y_train)).all()
+    margin = store.trial(max(store.done()))["margin"].to_numpy()
+    assert margin == pytest.approx(np.load(source / f"exp-{T - 1}" / "scores.npy")[:, 0], abs=1e-3)
+    wrong = Examples(**{**vars_of(data), "y_train": np.roll(data.y_train, 1)})
+    with pytest.raises(ImportFileError, match="the order of the labels is another one"):
+        import_fleet("lira", source, tmp_path / "no", data=wrong)
+    with pytest.raises(ImportFileError, match="no labels; give --data, or --labels"):
+        import_fleet("lira", source, tmp_path / "no")
+    np.save(tmp_path / "labels.npy", data.y_train)
+    by_labels = import_fleet("lira", source, tmp_path / "by", labels=tmp_path / "labels.npy")
+    score(by_labels)
+    assert list(mem(by_labels).values()) == [mem(store)[n] for n in data.train_ids]
+    out = export("lira", store.url, tmp_path / "out")
+    again = import_fleet("lira", out, tmp_path / "again", labels=out / "labels.npy")
+    score(again)
+    assert list(mem(again).values()) == list(mem(by_labels).values())
+
+
+def vars_of(data):
+    return {
+        name: getattr(data, name)
+        for name in ("name", "x_train", "y_train", "x_test", "y_test", "train_ids", "test_ids")
+    }
+
+
+def test_datamodels_take_outcomes_of_completed_models(arrays, tmp_path):
+    done = np.arange(T) != 4
+    margins = np.where(arrays["correct_train"], 1.5, -0.5).astype(np.float16)
+    margins[4] = np.nan
+    np.save(tmp_path / "masks.npy", arrays["masks"])
+    np.save(tmp_path / "_completed.npy", done)
+    with pytest.raises(ImportFileError, match=r"no train_margins\.npy"):
+        import_fleet("datamodels", tmp_path, tmp_path / "store")
+    np.save(tmp_path / "train_margins.npy", margins)
+    np.save(tmp_path / "test_margins.npy", np.where(arrays["correct_test"], 1, -1))
+    store = import_fleet("datamodels", tmp_path, tmp_path / "store")
+    assert len(store.done()) == T - 1
+    score(store)
+    expected = memorization(arrays["masks"][done], arrays["correct_train"][done]).value
+    assert [v for v in mem(store).values() if v is not None] == pytest.approx(list(expected))
+    assert store.trial(min(store.done()))["margin"].null_count == N + M
+    margins[0, 0] = np.inf
+    np.save(tmp_path / "train_margins.npy", margins)
+    with pytest.raises(ImportFileError, match="not finite"):
+        import_fleet("datamodels", tmp_path, tmp_path / "other")
+
+
+def published(tmp_path, data, order):
+    rng = np.random.default_rng(3)
+    scores = rng.uniform(-0.1, 1, N)
+    labels, tests = data.y_train[order], data.y_test
+    found = {"tr_mem": scores[order], "tr_labels": labels, "tt_labels": tests}
+    for k in range(K):
+        train, test = np.flatnonzero(labels == k), np.flatnonzero(tests == k)
+        found |= {
+            f"infl_matrix_class{k}": rng.uniform(-0.1, 0.4, (len(train), len(test))),
+            f"tr_classidx_{k}": train, f"tt_classidx_{k}": test,
+        }  # fmt: skip
+    names = np.array([name.encode() for name in np.array(data.train_ids)[order]], object)
+    tt = np.array([name.encode() for name in data.test_ids], object)
+    np.savez(tmp_path / "x_infl_matrix.npz", **found)
+    np.savez(tmp_path / "x_index.npz", tr_filenames=names, tt_filenames=tt)
+    return scores, found
+
+
+def test_published_scores_are_joined_by_their_names(data, fleet, tmp_path):
+    order = np.random.default_rng(4).permutation(N)
+    scores, found = published(tmp_path, data, order)
+    store = import_scores(tmp_path / "x_infl_matrix.npz", tmp_path / "store", data=data)
+    assert [mem(store)[name] for name in data.train_ids] == pytest.approx(list(scores))
+    pairs = store.scores("influence").to_pylist()
+    assert all(p["influence"] > 0 for p in pairs)
+    best = max(pairs, key=lambda p: p["influence"])
+    k = best["train_label"]
+    matrix = found[f"infl_matrix_class{k}"]
+    i, j = np.unravel_index(matrix.argmax(), matrix.shape)
+    assert best["train_id"] == data.train_ids[order[found[f"tr_classidx_{k}"][i]]]
+    assert best["test_id"] == data.test_ids[found[f"tt_classidx_{k}"][j]]
+    strong = sum(
+        int(((found[f"infl_matrix_class{k}"] >= 0.15)
+             & (found["tr_mem"][found[f"tr_classidx_{k}"]] >= 0.25)[:, None]).sum())
+        for k in range(K)
+    )  # fmt: skip
+    assert sum(p["strong"] for p in pairs) == strong
+    # The store reads like any other: page, links, another study's measures.
+    links = find_links(store)
+    assert links.correlations == {}
+    path = write_report(store.url, data)
+    assert "The most memorized training examples" in Path(path).read_text()
+    (rows,) = correlations_across(store, fleet).values()
+    loss = next(row for row in rows if row.measure == "p_wrong_out")
+    assert loss.examples == N
+    assert verify(store) == []
+    # Without the names nothing but labels can be checked, and they are in another order.
+    (tmp_path / "x_index.npz").unlink()
+    with pytest.raises(ImportFileError, match="labels are not those"):
+        import_scores(tmp_path / "x_infl_matrix.npz", tmp_path / "other", data=data)
+
+
+def test_consistency_is_accuracy_of_models_without_the_example(data, tmp_path):
+    values = np.linspace(0, 1, N)
+    path = tmp_path / "cscores.npz"
+    np.savez(path, labels=data.y_train, scores=values)
+    assert CliRunner().invoke(main, ["import", "c-scores", str(path), str(tmp_path / "s")]).output \
+        == f"{N} scores, 0 pairs\n"  # fmt: skip
+    table = Store(tmp_path / "s").scores()
+    assert table["accuracy_out"].to_pylist() == pytest.approx(list(values))
+    assert table["memorization"].null_count == N
+    np.savez(path, labels=data.y_train, scores=values + 1)
+    with pytest.raises(ImportFileError, match="from 0 to 1"):
+        import_scores(path, tmp_path / "t")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "names.npy", np.array([b"a", "b\u00e9"], object), allow_pickle=True)
+    assert array_of(tmp_path / "names.npy").tolist() == ["a", "b\u00e9"]
+    np.save(tmp_path / "bomb.npy", np.array([Bomb()], object), allow_pickle=True)
+    with pytest.raises(ImportFileError, match=r"posix\.mkdir|nt\.mkdir"):
+        array_of(tmp_path / "bomb.npy")
+    raw = (tmp_path / "names.npy").read_bytes()
+    (tmp_path / "raw.npy").write_bytes(raw[: raw.index(b"\n") + 1] + pickle.dumps(Bomb()))
+    np.savez(tmp_path / "fleet.npz", masks=np.array([Bomb()], object), correct_train=np.eye(1))
+    for load in (lambda: array_of(tmp_path / "raw.npy"),
+                 lambda: import_npz(tmp_path / "fleet.npz", tmp_path / "store")):  # fmt: skip
+        with pytest.raises(ImportFileError, match="safe to read"):
+            load()
+    np.save(tmp_path / "lists.npy", np.array([[1, 2], None], object), allow_pickle=True)
+    with pytest.raises(ImportFileError, match="not text"):
+        array_of(tmp_path / "lists.npy")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_tables_and_a_card(fleet, tmp_path):
+    out = export("csv", fleet.url, tmp_path / "csv")
+    rows = list(csv.DictReader(io.StringIO((out / "examples.csv").read_text())))
+    assert len(rows) == N + M
+    first = fleet.scores().to_pylist()[0]
+    assert float(rows[0]["memorization"]) == first["memorization"]
+    card = export("hf", fleet.url, tmp_path / "hf")
+    text = (card / "README.md").read_text()
+    assert text.startswith("---\npretty_name: ")
+    for name in ("examples", "trials", "influence"):
+        assert f"config_name: {name}\n  data_files: data/{name}.parquet" in text
+        assert pq.read_table(card / "data" / f"{name}.parquet").equals(fleet.scores(name))
+    with pytest.raises(ImportFileError, match="is there already"):
+        export("hf", fleet.url, tmp_path / "hf")
+    run = CliRunner().invoke(
+        main, ["export", "npz", fleet.url, str(tmp_path / "x"), "--epsilon", "2"]
+    )
+    assert run.exit_code == 1
+    assert "no trials at epsilon 2; there are inf" in run.output
