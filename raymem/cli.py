@@ -17,7 +17,13 @@ from pyarrow.csv import write_csv
 from raymem.errors import ImportFileError, RaymemError, StoreError
 from raymem.examples import load_examples
 from raymem.interop import EXPORTS, FORMATS, export, import_fleet, import_scores
-from raymem.links import Links, correlations_across, correlations_as_dict, find_links
+from raymem.links import (
+    Links,
+    correlations_across,
+    correlations_as_dict,
+    find_links,
+    label_errors,
+)
 from raymem.report import write_report
 from raymem.scoring import score
 from raymem.shards import ingest, join_curvature
@@ -30,6 +36,7 @@ from raymem.text import (
     example_text,
     for_people,
     ingest_text,
+    label_errors_text,
     links_text,
     pairs_for_people,
     summary_text,
@@ -231,6 +238,28 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
             url: correlations_as_dict(rows) for url, rows in across.items()
         },
     }
+
+
+@main.command("errors")
+@click.argument("store")
+@click.option("--top", "n", type=click.IntRange(1), default=20, help="How many to show.")
+@click.option("--epsilon", type=float, default=math.inf, help="Of a private study.")
+@click.option("--csv", "as_csv", is_flag=True, help="All of them, as CSV.")
+@_debug
+def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
+    """Probable label errors, for cleaning a data set.
+
+    Examples that models get right when they train on them, and are surest are of another class when
+    they do not. Where labels were flipped on purpose (--flip-labels), how many of those are found.
+
+    Example: raymem errors runs/feldman_digits
+    """
+    with command_errors(debug):
+        found = label_errors(Store(store), epsilon)
+        if as_csv:
+            write_csv(pa.Table.from_pylist(found.rows), sys.stdout.buffer)
+        else:
+            click.echo(label_errors_text(found, n))
 
 
 @main.command("report")

@@ -56,7 +56,7 @@ def arrays_of(path: Path) -> dict[str, NDArray[Any]]:
     except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         what = getattr(error, "strerror", None) or error
         raise ImportFileError(
-            f"{path} is no .npz file that can be read ({what}); check the path, or copy it again"
+            f"{path} cannot be read as an .npz file ({what}); check the path, or copy it again"
         ) from error
 
 

@@ -8,6 +8,7 @@ against epsilon (Theorem 5.4), with its bounds and an audit that could refute th
 from raymem.links.across import correlations_across, joined
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, paper_bins
+from raymem.links.cleaning import LabelErrors, Ranking, label_errors
 from raymem.links.costs import Costs, costs
 from raymem.links.curvature import (
     Coefficient,
@@ -33,12 +34,14 @@ __all__ = [
     "Crossed",
     "Finding",
     "Fit",
+    "LabelErrors",
     "Line",
     "Link2",
     "Links",
     "Observed",
     "PaperBins",
     "PoolMean",
+    "Ranking",
     "Shape",
     "Twins",
     "by_memorization",
@@ -54,6 +57,7 @@ __all__ = [
     "fit_rivals",
     "in_paper_bins",
     "joined",
+    "label_errors",
     "link2",
     "link3",
     "measures_of",

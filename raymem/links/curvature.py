@@ -88,7 +88,8 @@ class Correlation:
     examples: int
     """Training examples that have both."""
     folds: int
-    """Folds the bootstrap drew from; with one, the interval is over examples only."""
+    """Folds of trials that have the measure. With one the interval knows nothing of how the measure
+    varies over trials."""
 
 
 def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation]]:
@@ -234,7 +235,7 @@ def correlate(
                 slope_high=fitted["slope"] + half,
                 slope_instrumented=halves[name].slope,
                 examples=int(both.sum()),
-                folds=sums.n_folds,
+                folds=sums.folds_of(name),
                 **fitted,
             )
         )
@@ -242,10 +243,19 @@ def correlate(
 
 
 def _all_kinds(mem: Floats, values: dict[str, Floats]) -> dict[str, tuple[float, ...]]:
-    """Spearman, Pearson, cosine, partial Spearman given loss_out, over examples that have all."""
+    """Spearman, Pearson, cosine, partial Spearman given loss_out, over examples that have all.
+
+    A measure that no example has (no fold with it was drawn) is NaN, and no reason to drop others.
+    """
+    unknown: dict[str, tuple[float, ...]] = dict.fromkeys(
+        [name for name, v in values.items() if not np.isfinite(v).any()], (math.nan,) * 4
+    )
+    values = {name: v for name, v in values.items() if name not in unknown}
+    if not values:
+        return unknown
     finite = np.isfinite(mem) & np.logical_and.reduce([np.isfinite(v) for v in values.values()])
     if finite.sum() < 3 or np.ptp(mem[finite]) == 0:
-        return dict.fromkeys(values, (math.nan,) * 4)
+        return unknown | dict.fromkeys(values, (math.nan,) * 4)
     mem = mem[finite]
     ranks = {name: stats.rankdata(v[finite]) for name, v in values.items()}
     mem_ranks = stats.rankdata(mem)
@@ -260,7 +270,7 @@ def _all_kinds(mem: Floats, values: dict[str, Floats]) -> dict[str, tuple[float,
             )
         cosine = float(mem @ x / max(np.linalg.norm(mem) * np.linalg.norm(x), 1e-300))
         found[name] = rho, pearson(mem, x), cosine, partial
-    return found
+    return unknown | found
 
 
 def _partial(rho: float, given: float, with_given: float) -> float:

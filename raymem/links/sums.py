@@ -45,6 +45,10 @@ class Sums:
         first[generator.permutation(self.n_folds)[: self.n_folds // 2]] = 1
         return first
 
+    def folds_of(self, name: str) -> int:
+        """In how many folds a measure was measured."""
+        return int((np.nan_to_num(self._sums[_count(name)]).sum(1) > 0).sum())
+
     @property
     def can_be_halved(self) -> bool:
         """Are there two folds?"""
@@ -94,6 +98,10 @@ class JoinedSums(Sums):
     def half(self, generator: np.random.Generator) -> Floats:
         """See Sums."""
         return np.concatenate([s.half(generator) for s in (self.first, self.second)])
+
+    def folds_of(self, name: str) -> int:
+        """See Sums; of the second store."""
+        return self.second.folds_of(name)
 
     @property
     def can_be_halved(self) -> bool:

@@ -1,6 +1,6 @@
 """Tables and sentences for a terminal."""
 
-from raymem.text.links import correlations_text, links_text
+from raymem.text.links import correlations_text, label_errors_text, links_text
 from raymem.text.scores import (
     as_text,
     example_text,
@@ -18,6 +18,7 @@ __all__ = [
     "example_text",
     "for_people",
     "ingest_text",
+    "label_errors_text",
     "links_text",
     "pairs_for_people",
     "summary_text",

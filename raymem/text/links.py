@@ -15,12 +15,13 @@ from raymem.links import (
     Correlation,
     Costs,
     Finding,
+    LabelErrors,
     Link2,
     Links,
     PaperBins,
     red,
 )
-from raymem.text.scores import as_text, percent
+from raymem.text.scores import as_text, for_people, percent
 
 
 def links_text(links: Links) -> str:
@@ -40,6 +41,35 @@ def links_text(links: Links) -> str:
         parts += [red_text(found)] if red(found) else []
     nothing = "no links: the study measures no curvature, and is not private"
     return "\n\n".join(parts or [nothing])
+
+
+def label_errors_text(found: LabelErrors, n: int) -> str:
+    """Probable label errors, and how well rankings find those that were planted."""
+    rows = pa.Table.from_pylist(found.rows[:n])
+    lines = [
+        f"{len(found.rows):,} probable label errors: memorized above 0.5, the largest loss of models "
+        "without them first",
+        as_text(for_people(rows)) if found.rows else "",
+    ]
+    if found.planted:
+        lines.append(
+            f"{found.planted:,} labels were flipped on purpose: {percent(found.precision)} of this "
+            f"list are, {percent(found.recall)} of them are on it. Rankings of all examples:"
+        )
+        lines.append(
+            as_text(
+                pa.table(
+                    {
+                        "by": [r.column for r in found.rankings],
+                        f"precision in {found.planted:,}": [
+                            percent(r.precision) for r in found.rankings
+                        ],
+                        "average precision": [f"{r.average_precision:.3f}" for r in found.rankings],
+                    }
+                )
+            )
+        )
+    return "\n".join(line for line in lines if line)
 
 
 def red_text(found: Mapping[float, Sequence[Finding]]) -> str:
@@ -144,7 +174,7 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
     parts = []
     for epsilon, rows in found.items():
         at = _at(epsilon)
-        over = "blocks of trials and examples" if rows[0].folds > 1 else "examples only: one block"
+        over = _over(rows)
         table = pa.table(
             {
                 "memorization against": [row.measure for row in rows],
@@ -166,6 +196,15 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
             f"must be better than):\n{as_text(table)}"
         )
     return "\n\n".join(parts)
+
+
+def _over(rows: Sequence[Correlation]) -> str:
+    """What the bootstrap's intervals are over."""
+    if all(row.folds <= 1 for row in rows):
+        return "examples only: one block"
+    once = [row.measure for row in rows if row.folds <= 1]
+    but = f"; of {', '.join(once)} over one block's trials only" if once else ""
+    return f"blocks of trials and examples{but}"
 
 
 def costs_text(found: Mapping[float, Costs]) -> str:

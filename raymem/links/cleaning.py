@@ -1,0 +1,119 @@
+"""Probable label errors: what models that did not see an example are sure is another class.
+
+With labels that were flipped on purpose, how good each ranking is at finding them.
+
+In:  scores/examples.parquet of a store. Out: `LabelErrors`.
+
+Shapes: N training examples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raymem.links.rows import Floats, floats, train_at
+from raymem.store import Store
+
+# Rankings that find label errors, by column; more is more suspicious.
+RANKINGS = (
+    "loss_out", "memorization", "memorization_soft", "cumulative_loss", "forgetting_count",
+    "learning_epoch", "p_wrong_out", "curvature_in", "curvature_out", "curvature_paper_in",
+    "gradient_norm_in",
+)  # fmt: skip
+# Those that models fit when they see them are wrong labels; those they do not are hard or noisy.
+FITTED = 0.5
+SHOWN = (
+    "example_id", "label", "loss_out", "accuracy_out", "accuracy_in", "memorization",
+    "memorization_low", "memorization_high", "n_in", "n_out",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """How well one column finds labels that were flipped."""
+
+    column: str
+    precision: float
+    """Share of flipped labels among the first so many examples as labels were flipped."""
+    average_precision: float
+    """Mean precision at the places of the flipped ones; the share of flipped labels by chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelErrors:
+    """Probable label errors at one epsilon."""
+
+    epsilon: float
+    rows: list[dict[str, Any]]
+    """Memorized above 0.5, the largest loss of models without them first."""
+    planted: int
+    """How many labels were flipped on purpose."""
+    precision: float
+    """Of `rows`: share that was flipped; NaN if none was."""
+    recall: float
+    """Share of the flipped ones that are in `rows`; NaN if none was."""
+    rankings: list[Ranking] = field(default_factory=list)
+    """The best first; empty if no label was flipped."""
+
+
+def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
+    """Probable label errors of a scored store. Raises StoreError without scores."""
+    here = train_at(store.scores(), epsilon)
+    suspicion, mem = floats(here, "loss_out"), floats(here, "memorization")
+    if not np.isfinite(suspicion).any():  # imported without margins
+        suspicion = mem
+    likely = np.flatnonzero((mem > FITTED) & np.isfinite(suspicion))
+    likely = likely[np.argsort(-suspicion[likely], kind="stable")]
+    rows = here.select([name for name in SHOWN if name in here.column_names]).take(pa.array(likely))
+    planted = np.array(store.study()["study"]["data"].get("planted", []), np.int64)
+    flipped = np.isin(np.arange(here.num_rows), planted)
+    found = int(flipped[likely].sum())
+    rankings = []
+    if len(planted):
+        for name in RANKINGS:
+            values = _column(here, name)
+            if values is not None:
+                rankings.append(rank(name, values, flipped))
+    return LabelErrors(
+        epsilon=epsilon,
+        rows=rows.to_pylist(),
+        planted=len(planted),
+        precision=found / len(likely) if len(planted) and len(likely) else math.nan,
+        recall=found / len(planted) if len(planted) else math.nan,
+        rankings=sorted(rankings, key=lambda r: -r.average_precision),
+    )
+
+
+def _column(table: pa.Table, name: str) -> Floats | None:
+    if name == "p_wrong_out":
+        values = 1 - floats(table, "p_true_out") if "p_true_out" in table.column_names else None
+    else:
+        values = floats(table, name) if name in table.column_names else None
+    return values if values is not None and np.isfinite(values).any() else None
+
+
+def rank(column: str, values: Floats, flipped: Any) -> Ranking:
+    """How well `values` [N] find `flipped` bool [N]; unknown values come last, ties share places.
+
+    >>> rank("x", np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))
+    Ranking(column='x', precision=0.5, average_precision=0.8333333333333333)
+    """
+    known = np.where(np.isfinite(values), values, -np.inf)
+    levels, place = np.unique(-known, return_inverse=True)
+    size = np.bincount(place, minlength=len(levels)).astype(float)
+    hits = np.bincount(place, weights=flipped, minlength=len(levels))
+    above, hits_above = np.cumsum(size), np.cumsum(hits)
+    n = int(flipped.sum())
+    level = int(np.searchsorted(above, n))
+    before, hits_before = above[level] - size[level], hits_above[level] - hits[level]
+    within = hits[level] * (n - before) / size[level]
+    return Ranking(
+        column=column,
+        precision=float((hits_before + within) / n),
+        average_precision=float((hits / n * (hits_above / above)).sum()),
+    )
