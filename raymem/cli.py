@@ -249,8 +249,8 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
 def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
     """Probable label errors, for cleaning a data set.
 
-    Examples that models get right when they train on them, and are surest are of another class when
-    they do not. Where labels were flipped on purpose (--flip-labels), how many of those are found.
+    Examples to whose labels models that did not see them give less than 10%. Where labels were
+    flipped on purpose (--flip-labels), how many of those are found.
 
     Example: raymem errors runs/feldman_digits
     """

@@ -25,10 +25,11 @@ RANKINGS = (
     "learning_epoch", "p_wrong_out", "curvature_in", "curvature_out", "curvature_paper_in",
     "gradient_norm_in",
 )  # fmt: skip
-# Those that models fit when they see them are wrong labels; those they do not are hard or noisy.
-FITTED = 0.5
+# Models without the example give its label less than this. Memorization is no condition: models
+# that do not fit a wrong label are as sure that it is wrong.
+UNBELIEVED = 0.1
 SHOWN = (
-    "example_id", "label", "loss_out", "accuracy_out", "accuracy_in", "memorization",
+    "example_id", "index", "label", "loss_out", "accuracy_out", "accuracy_in", "memorization",
     "memorization_low", "memorization_high", "n_in", "n_out",
 )  # fmt: skip
 
@@ -50,7 +51,8 @@ class LabelErrors:
 
     epsilon: float
     rows: list[dict[str, Any]]
-    """Memorized above 0.5, the largest loss of models without them first."""
+    """Models that did not see them give their label less than 10%; the largest loss of these models
+    first."""
     planted: int
     """How many labels were flipped on purpose."""
     precision: float
@@ -64,10 +66,11 @@ class LabelErrors:
 def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     """Probable label errors of a scored store. Raises StoreError without scores."""
     here = train_at(store.scores(), epsilon)
-    suspicion, mem = floats(here, "loss_out"), floats(here, "memorization")
+    suspicion, believed = floats(here, "loss_out"), floats(here, "p_true_out")
     if not np.isfinite(suspicion).any():  # imported without margins
-        suspicion = mem
-    likely = np.flatnonzero((mem > FITTED) & np.isfinite(suspicion))
+        believed = floats(here, "accuracy_out")
+        suspicion = -believed
+    likely = np.flatnonzero((believed < UNBELIEVED) & np.isfinite(suspicion))
     likely = likely[np.argsort(-suspicion[likely], kind="stable")]
     rows = here.select([name for name in SHOWN if name in here.column_names]).take(pa.array(likely))
     planted = np.array(store.study()["study"]["data"].get("planted", []), np.int64)

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raymem.errors import StoreError
+from raymem.links import label_errors
 from raymem.links.rows import train_at
 from raymem.store import Store
 
@@ -97,7 +98,7 @@ def choose(store: Store, epsilon: float) -> Chosen:
         gallery=gallery,
         lowest=lowest,
         highest=highest,
-        suspicious=_suspicious(ranked),
+        suspicious=label_errors(store, epsilon).rows[:SUSPICIOUS],
         pairs=[pair for pair in pairs if pair["strong"]][:PAIRS],
         copies=_copies(store),
     )
@@ -130,13 +131,6 @@ def _by_class(table: pa.Table, n: int) -> dict[int, list[Row]]:
             chosen.append(row)
     rows = dict(zip(chosen, table.take(pa.array(chosen, pa.int64())).to_pylist(), strict=True))
     return {k: [rows[r["row"]] for r in found[k]] for k in sorted(found)}
-
-
-def _suspicious(ranked: pa.Table) -> list[Row]:
-    """Right when trained on, and the surer of another class otherwise, the more suspicious."""
-    sure = ranked.filter(pc.greater(ranked["memorization"], 0.5))
-    order = [("loss_out", "descending")]
-    return list(sure.take(pc.sort_indices(sure, order)).slice(0, SUSPICIOUS).to_pylist())
 
 
 def _pairs(store: Store, epsilon: float) -> list[Row]:

@@ -199,6 +199,8 @@ def _links(links: Links, charts: Sequence[Figure]) -> str:
 
 
 def _interval(row: Row) -> str:
+    if row["memorization"] is None:
+        return "memorization not known"
     if row["memorization_low"] is None:  # published scores have no intervals
         return f"memorization {row['memorization']:.2f}"
     return (
@@ -254,7 +256,8 @@ def _suspicious(chosen: Chosen, show: _Show) -> str:
     )
     return (
         '<h2 id="errors">Probable label errors</h2>\n'
-        "<p>Memorized above 0.5; models that did not see them are surest of another class.</p>"
+        "<p>Models that did not see them give their label less than 10%; first those that they are "
+        "surest are of another class. <code>raymem errors</code> lists all.</p>"
         f'<div class="cards">{cards}</div>'
     )
 

@@ -21,7 +21,7 @@ from raymem.links import (
     PaperBins,
     red,
 )
-from raymem.text.scores import as_text, for_people, percent
+from raymem.text.scores import as_text, percent
 
 
 def links_text(links: Links) -> str:
@@ -47,9 +47,9 @@ def label_errors_text(found: LabelErrors, n: int) -> str:
     """Probable label errors, and how well rankings find those that were planted."""
     rows = pa.Table.from_pylist(found.rows[:n])
     lines = [
-        f"{len(found.rows):,} probable label errors: memorized above 0.5, the largest loss of models "
-        "without them first",
-        as_text(for_people(rows)) if found.rows else "",
+        f"{len(found.rows):,} probable label errors: models without them give their label "
+        "less than 10%; the largest loss of these models first",
+        as_text(_rounded(rows)) if found.rows else "",
     ]
     if found.planted:
         lines.append(
@@ -70,6 +70,17 @@ def label_errors_text(found: LabelErrors, n: int) -> str:
             )
         )
     return "\n".join(line for line in lines if line)
+
+
+def _rounded(table: pa.Table) -> pa.Table:
+    """Floats with three digits, as text."""
+    columns = {}
+    for name in table.column_names:
+        values = table[name].to_pylist()
+        if pa.types.is_floating(table[name].type):
+            values = ["" if value is None else f"{value:.3f}" for value in values]
+        columns[name] = values
+    return pa.table(columns)
 
 
 def red_text(found: Mapping[float, Sequence[Finding]]) -> str:
