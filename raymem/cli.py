@@ -136,7 +136,10 @@ def scores_command(
             table = where(table, "memorized == true")
         if conditions:
             table = where(table, conditions)
+        found = table.num_rows
         table = top(table, sort, None if everything else n, ascending=ascending)
+        if table.num_rows < found and not csv:
+            click.echo(f"{table.num_rows:,} of {found:,} rows; --top N or --all for more", err=True)
         _print(table, for_people(table, *(["curvature"] if model else []), sort), csv)
 
 

@@ -330,5 +330,6 @@ def _store(study: Study) -> str:
         store.study()
     except StoreError:
         return f"store: {store.url}, not made yet"
+    study.open_store()  # refuses another study's
     wanted = set(study.target.wanted())
     return f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} trials are done"

@@ -243,7 +243,7 @@ def test_a_fleet_from_elsewhere_is_imported_and_looked_at(tmp_path):
     np.savez(tmp_path / "fleet.npz", masks=masks, correct=masks, correct_test=masks[:, :3])
     text = raymem("import", "npz", tmp_path / "fleet.npz", tmp_path / "store")
     assert "20 trials" in text
-    assert "memorized above 0.25: 12 training examples" in text
+    assert "list of those memorized above 0.25: 12 training examples" in text
     assert "imported" in raymem("status", tmp_path / "store")
     assert "1.000" in raymem("scores", tmp_path / "store", "--top", 1)
     assert "train-00001" in raymem("pairs", tmp_path / "store")

@@ -80,7 +80,9 @@ def costs(store: Store, found: Mapping[float, list[Correlation]]) -> dict[float,
 
 
 def _trials_for(trials: int, reliability: float) -> float:
-    return max(1.0, forecast_trials(trials, reliability, TARGET))
+    needed = forecast_trials(trials, reliability, TARGET)
+    # max(1, NaN) would be 1.
+    return needed if math.isnan(needed) else max(1.0, needed)
 
 
 def _over(a: float, b: float) -> float:

@@ -225,11 +225,11 @@ def costs_text(found: Mapping[float, Costs]) -> str:
         at = _at(epsilon)
         lines.append(
             f"cost{at}: memorization from {c.trials:,} models {duration(c.training_seconds)} "
-            f"(reliability {_number(c.memorization_reliability)}); curvature under "
+            f"(reliability {_number(c.memorization_reliability) or 'not known'}); curvature under "
             f"{c.models_measured:,} of them {duration(c.curvature_seconds)} more (reliability "
-            f"{_number(c.curvature_reliability)}). Curvature is {_times(c.ratio)} cheaper with the "
-            f"training of its models, {_times(c.ratio_without_training)} without; both at "
-            f"reliability 0.9: {_times(c.ratio_at_target)}"
+            f"{_number(c.curvature_reliability) or 'not known'}). Curvature costs {_share(c.ratio)} of "
+            f"memorization with the training of its models, {_share(c.ratio_without_training)} "
+            f"without; both at reliability 0.9: {_share(c.ratio_at_target)}"
         )
     return "\n".join(lines)
 
@@ -256,8 +256,9 @@ def _of_the_other_half(bins: PaperBins) -> str:
     return "" if line is None else f"; binned by one half of the trials, slope {line.slope:.3g}"
 
 
-def _times(value: float) -> str:
-    return "?" if math.isnan(value) else f"{value:.3g}x"
+def _share(ratio: float) -> str:
+    """The price of curvature, from how many times cheaper it is."""
+    return "?" if math.isnan(ratio) else f"{1 / ratio:.3g}x"
 
 
 def _number(value: float) -> str:

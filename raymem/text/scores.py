@@ -174,11 +174,16 @@ def as_text(table: pa.Table) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+# The list's rate was measured from so many trials on; with few, the largest of many noisy estimates
+# are on it.
+TRIALS_FOR_LISTS = 100
+
+
 def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
     """What the trials at each epsilon say together, a few lines each."""
     lines = []
     for s in summaries:
-        at = "" if math.isinf(s.epsilon) else f"epsilon {s.epsilon:g}: "
+        at = "" if len(summaries) == 1 else f"epsilon {s.epsilon:g}: "
         if s.trials == 0:
             lines.append(f"{at}no trial is done yet")
             continue
@@ -189,8 +194,12 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
         )
         lines.append(_reliability(s))
         lines.append(
-            f"memorized above 0.25: {s.memorized:,} training examples (a list with at most 5% "
-            "false entries expected)"
+            f"list of those memorized above 0.25: {s.memorized:,} training examples "
+            + (
+                "(at most 5% false entries expected)"
+                if s.trials >= TRIALS_FOR_LISTS
+                else f"(with fewer than {TRIALS_FOR_LISTS} trials, more than 5% of it may be false)"
+            )
         )
         lines.append(_pairs(s))
         if len(s.curvature_modes) > 1:
