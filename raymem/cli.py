@@ -138,9 +138,9 @@ def scores_command(
             table = where(table, conditions)
         found = table.num_rows
         table = top(table, sort, None if everything else n, ascending=ascending)
-        if table.num_rows < found and not csv:
-            click.echo(f"{table.num_rows:,} of {found:,} rows; --top N or --all for more", err=True)
         _print(table, for_people(table, *(["curvature"] if model else []), sort), csv)
+        if memorized and table.num_rows < found and not csv:
+            click.echo(f"{table.num_rows:,} of {found:,} rows; --top N or --all for more", err=True)
 
 
 def _print(table: pa.Table, shown: pa.Table, csv: bool) -> None:

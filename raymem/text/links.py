@@ -227,9 +227,10 @@ def costs_text(found: Mapping[float, Costs]) -> str:
             f"cost{at}: memorization from {c.trials:,} models {duration(c.training_seconds)} "
             f"(reliability {_number(c.memorization_reliability) or 'not known'}); curvature under "
             f"{c.models_measured:,} of them {duration(c.curvature_seconds)} more (reliability "
-            f"{_number(c.curvature_reliability) or 'not known'}). Curvature costs {_share(c.ratio)} of "
-            f"memorization with the training of its models, {_share(c.ratio_without_training)} "
-            f"without; both at reliability 0.9: {_share(c.ratio_at_target)}"
+            f"{_number(c.curvature_reliability) or 'not known'}). Curvature costs "
+            f"{_share(c.ratio)} of memorization with the training of its models, "
+            f"{_share(c.ratio_without_training)} without; both at reliability 0.9: "
+            f"{_share(c.ratio_at_target)}"
         )
     return "\n".join(lines)
 
