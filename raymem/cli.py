@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -14,12 +15,13 @@ import pyarrow as pa
 from pyarrow.csv import write_csv
 
 from raymem.errors import RaymemError, StoreError
+from raymem.fleet import ProgressLine, duration
 from raymem.interop import import_npz
 from raymem.links import Links, correlations_across, correlations_as_dict, find_links
 from raymem.report import write_report
 from raymem.scoring import score
 from raymem.shards import ingest, join_curvature
-from raymem.store import Store, verify
+from raymem.store import Store, merge, verify
 from raymem.tables import top, where
 from raymem.text import (
     as_text,
@@ -29,6 +31,7 @@ from raymem.text import (
     for_people,
     ingest_text,
     links_text,
+    merge_text,
     pairs_for_people,
     summary_text,
 )
@@ -246,6 +249,37 @@ def report_command(store: str, data: str | None, private: str | None, debug: boo
     """
     with command_errors(debug):
         click.echo(f"report: {write_report(store, data, private=private)}")
+
+
+@main.command("merge")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.argument("out", metavar="OUT")
+@_debug
+def merge_command(first: str, second: str, out: str, debug: bool) -> None:
+    """Make one store of two halves of one study, such as of two clusters; score it next.
+
+    OUT: a new store, one that such a merge began, or A itself. Trials that both have must be the
+    same; of those that differ because of other hardware, A's stay. Checkpoints, scores and pages
+    are not copied.
+
+    Example: raymem merge runs/east runs/west runs/whole
+    """
+    with command_errors(debug):
+        with contextlib.closing(ProgressLine()) as line:
+            summary = merge(first, second, out, progress=_merging(line))
+        click.echo(merge_text(summary))
+
+
+def _merging(line: ProgressLine) -> Callable[[int, int], None]:
+    start = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        left = (time.monotonic() - start) / done * (total - done)
+        more = f", {duration(left)} left" if done < total else ""
+        line.show_text(f"merging: parts {done:,}/{total:,}{more}", last=done == total)
+
+    return show
 
 
 @main.command("import")

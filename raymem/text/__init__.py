@@ -9,7 +9,7 @@ from raymem.text.scores import (
     pairs_for_people,
     summary_text,
 )
-from raymem.text.status import describe_store
+from raymem.text.status import describe_store, merge_text
 
 __all__ = [
     "as_text",
@@ -19,6 +19,7 @@ __all__ = [
     "for_people",
     "ingest_text",
     "links_text",
+    "merge_text",
     "pairs_for_people",
     "summary_text",
 ]
