@@ -64,7 +64,7 @@ from raymem.shards import (
     measure_kept,
     stream_curvature,
 )
-from raymem.store import Problem, Store, Target, TrialKey, verify
+from raymem.store import Problem, Store, Target, TrialKey, merge, verify
 from raymem.study import Study
 from raymem.training import Images, Measured, Recipe, TrialResult, measure, run_trial
 from raymem.version import VERSION as __version__
@@ -142,6 +142,7 @@ __all__ = [
     "measure_kept",
     "mechanism_for",
     "memorization",
+    "merge",
     "one_run_epsilon",
     "open",
     "paper_score",

@@ -73,8 +73,8 @@ def test_the_public_door_is_this_wide():
         "export", "find_pairs", "flip_labels", "import_fleet", "import_npz", "import_scores",
         "influence", "ingest", "list_shards",
         "load_examples", "measure", "measure_kept", "mechanism_for", "memorization",
-        "one_run_epsilon", "open", "paper_score", "run_curvature_job", "run_fleet", "run_job",
-        "run_trial", "score", "stream_curvature", "verify",
+        "merge", "one_run_epsilon", "open", "paper_score", "run_curvature_job", "run_fleet",
+        "run_job", "run_trial", "score", "stream_curvature", "verify",
     }  # fmt: skip
 
 

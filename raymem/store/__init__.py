@@ -19,6 +19,7 @@ from raymem.store import columns
 from raymem.store.files import Files
 from raymem.store.identity import study_hash
 from raymem.store.lock import DriverLock, is_alive, read_driver
+from raymem.store.merge import MergeSummary, merge
 from raymem.store.store import Store
 from raymem.store.target import Failure, Target
 from raymem.store.trials import TrialKey, trial_table
@@ -28,12 +29,14 @@ __all__ = [
     "DriverLock",
     "Failure",
     "Files",
+    "MergeSummary",
     "Problem",
     "Store",
     "Target",
     "TrialKey",
     "columns",
     "is_alive",
+    "merge",
     "read_driver",
     "study_hash",
     "trial_table",

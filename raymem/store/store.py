@@ -198,7 +198,7 @@ class Store(Derived):
         first = self.provenance(key)
         if first["digest"] == metadata["digest"]:
             return "duplicate"
-        if first["arithmetic"] != metadata["arithmetic"] or metadata["device"] != "cpu":
+        if trials.may_differ(first, metadata):
             return "drift"
         raise ResultMismatchError(
             f"{key} was trained twice on {metadata['arithmetic']} and gave two results; its model "

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -141,6 +141,14 @@ def digest(table: pa.Table) -> str:
             fill = False if pa.types.is_boolean(column.type) else 0
             sha.update(column.fill_null(fill).to_numpy(zero_copy_only=False).tobytes())
     return sha.hexdigest()
+
+
+def may_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """May two runs of one trial give two results, by what is recorded of them?
+
+    They may on different hardware, and on a GPU.
+    """
+    return bool(first["arithmetic"] != second["arithmetic"] or second["device"] != "cpu")
 
 
 def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:

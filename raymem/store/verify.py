@@ -62,11 +62,7 @@ def _problems(store: Store) -> Iterator[Problem]:
     if not store.files.exists("study.json") and store.streamed_models():
         yield from _streamed_problems(store)
         return
-    body = store.study()
-    if study_hash(body["study"]) != body["hash"]:
-        raise DamagedObjectError(
-            f"study.json in {store.url} was edited: its hash does not fit; restore it from a copy"
-        )
+    body = sound_study(store)
     plan = store.plan()
     yield from _examples_problems(store, body)
     for key in store.files.list():
@@ -111,19 +107,11 @@ def _damage(key: str, check: Callable[[], object]) -> Iterator[Problem]:
 
 
 def _examples_problems(store: Store, body: Mapping[str, Any]) -> Iterator[Problem]:
-    data, key = body["study"]["data"], "examples.parquet"
-
-    def check() -> None:
-        found = fingerprint_of(
-            _check_table(store, key), tuple(data["image_shape"]), body["classes"]
-        )
-        if found != data["fingerprint"]:
-            raise DamagedObjectError("is not the index of the study's data set")
-
+    key = "examples.parquet"
     if not store.files.exists(key):
         yield Problem(kind="missing", key=key, detail="the next run writes it again")
     else:
-        yield from _damage(key, check)
+        yield from _damage(key, lambda: check_index(store.files.read(key), body))
 
 
 def _check_json(store: Store, key: str) -> None:
@@ -134,16 +122,43 @@ def _check_json(store: Store, key: str) -> None:
         store.failure(key)
 
 
-def _check_table(store: Store, key: str) -> pa.Table:
-    data = store.files.read(key)
+def _check_table(store: Store, key: str) -> None:
+    check_table(store.files.read(key), key)
+
+
+def _check_trial(store: Store, key: TrialKey, plan: Plan, study_hash: str) -> None:
+    check_trial(store.files.read(key.object_key), key, plan, study_hash)
+
+
+def sound_study(store: Store) -> dict[str, Any]:
+    """study.json, if its hash is that of the study in it. Raises StoreError if it is not."""
+    body = store.study()
+    if study_hash(body["study"]) != body["hash"]:
+        raise DamagedObjectError(
+            f"study.json in {store.url} was edited: its hash does not fit; restore it from a copy"
+        )
+    return body
+
+
+def check_index(data: bytes, body: Mapping[str, Any]) -> None:
+    """Raises DamagedObjectError if these bytes are not the index of the study's examples."""
+    of, table = body["study"]["data"], check_table(data, "examples.parquet")
+    if fingerprint_of(table, tuple(of["image_shape"]), body["classes"]) != of["fingerprint"]:
+        raise DamagedObjectError("is not the index of the study's data set")
+
+
+def check_table(data: bytes, key: str) -> pa.Table:
+    """The table in these bytes. Raises DamagedObjectError if they are not those written for it."""
     table = trials.decode(data, key)
     if not trials.is_as_written(data, table):
         raise DamagedObjectError("its bytes are not those that were written")
     return table
 
 
-def _check_trial(store: Store, key: TrialKey, plan: Plan, study_hash: str) -> None:
-    table = _check_table(store, key.object_key)
+def check_trial(data: bytes, key: TrialKey, plan: Plan, study_hash: str) -> dict[str, Any]:
+    """What is recorded of the trial in these bytes. Raises DamagedObjectError if it is not sound,
+    of another study, or not the trial that `key` names."""
+    table = check_table(data, key.object_key)
     about = trials.metadata_of(table, key.object_key)
     if about.get("study_hash") != study_hash:
         raise DamagedObjectError("belongs to another study")
@@ -158,3 +173,4 @@ def _check_trial(store: Store, key: TrialKey, plan: Plan, study_hash: str) -> No
     named = (table["epsilon"][0].as_py(), table["trial"][0].as_py())
     if named != tuple(key):
         raise DamagedObjectError(f"holds {TrialKey(*named)}")
+    return about

@@ -9,7 +9,7 @@ from raymem.text.scores import (
     pairs_for_people,
     summary_text,
 )
-from raymem.text.status import describe_store
+from raymem.text.status import describe_store, merge_text
 
 __all__ = [
     "as_text",
@@ -20,6 +20,7 @@ __all__ = [
     "ingest_text",
     "label_errors_text",
     "links_text",
+    "merge_text",
     "pairs_for_people",
     "summary_text",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raymem.fleet import duration
-from raymem.store import Store, TrialKey, is_alive, read_driver
+from raymem.store import MergeSummary, Store, TrialKey, is_alive, read_driver
 
 SAMPLED_TRIALS = 50
 
@@ -91,3 +91,26 @@ def _cost(store: Store, done: Sequence[TrialKey]) -> str:
     return (
         f"cost so far: {duration(mean * len(done))} of {devices}, {duration(mean)} a trial{about}"
     )
+
+
+def merge_text(summary: MergeSummary) -> str:
+    """What `raymem merge` prints."""
+    s = summary
+    lines = [
+        f"{s.url}: {s.trials:,} trials, {s.missing:,} more are wanted",
+        f"copied: {s.copied:,} trials, {s.weights:,} models' weights, {s.failures:,} failed "
+        f"attempts, {s.shards:,} shards of curvature; {s.there:,} trials were there",
+        f"in both: {s.in_both:,} trials",
+    ]
+    if s.drift:
+        lines.append(
+            f"drift: {s.drift:,} trials have two results, of other hardware or a GPU; the first "
+            "store's stay"
+        )
+    if Store(s.url).plan().kind == "imported":
+        then = f"import the file into it once more, which scores: raymem import npz FILE {s.url}"
+    elif s.missing:
+        then = f"run its job with --store {s.url}, which trains what is missing and scores"
+    else:
+        then = f"score, the job's `score` stage: python jobs/NAME.py score --store {s.url}"
+    return "\n".join([*lines, f"not copied: scores, links, report; next, {then}"])

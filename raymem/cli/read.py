@@ -1,22 +1,20 @@
-"""`raymem`: commands that read stores. Jobs write them."""
+"""Commands that read one store, or compare several."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 import pyarrow as pa
 from pyarrow.csv import write_csv
 
-from raymem.errors import ImportFileError, RaymemError, StoreError
-from raymem.examples import load_examples
-from raymem.interop import EXPORTS, FORMATS, export, import_fleet, import_scores
+from raymem.cli.base import command_errors, debug_option, main, row_options
+from raymem.errors import StoreError
 from raymem.links import (
     Links,
     correlations_across,
@@ -25,8 +23,7 @@ from raymem.links import (
     label_errors,
 )
 from raymem.report import write_report
-from raymem.scoring import score
-from raymem.shards import ingest, join_curvature
+from raymem.shards import join_curvature
 from raymem.store import Store, verify
 from raymem.tables import top, where
 from raymem.text import (
@@ -35,64 +32,18 @@ from raymem.text import (
     describe_store,
     example_text,
     for_people,
-    ingest_text,
     label_errors_text,
     links_text,
     pairs_for_people,
-    summary_text,
 )
-from raymem.version import VERSION
 
 SHOWN_PROBLEMS = 20
 SCORES = ("fz-scores", "c-scores")
 
 
-@contextlib.contextmanager
-def command_errors(debug: bool) -> Iterator[None]:
-    """Errors as one line and an exit code; tracebacks only with `debug`."""
-    try:
-        yield
-    except RaymemError as error:
-        if debug:
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # `raymem scores STORE | head`
-        sys.stderr.close()
-        sys.exit(0)
-    except OSError as error:
-        if debug:
-            raise
-        click.echo(f"error: {error}; check the path and what is there", err=True)
-        sys.exit(1)
-
-
-def _debug(function: Any) -> Any:
-    return click.option("--debug", is_flag=True, help="Show tracebacks.")(function)
-
-
-def _row_options(function: Any) -> Any:
-    for option in (
-        click.option("--csv", is_flag=True, help="All columns as CSV."),
-        click.option("--all", "everything", is_flag=True, help="All rows."),
-        click.option("--top", "n", type=click.IntRange(1), default=20, help="How many rows."),
-    ):
-        function = option(function)
-    return function
-
-
-@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.version_option(VERSION)
-def main() -> None:
-    """Read what a fleet of models memorized.
-
-    A store is the folder or URL that a job was given as --store.
-    """
-
-
 @main.command("status")
 @click.argument("store")
-@_debug
+@debug_option
 def status_command(store: str, debug: bool) -> None:
     """Trials done, running and failed; rate, time left, cost so far.
 
@@ -109,8 +60,8 @@ def status_command(store: str, debug: bool) -> None:
 @click.option("--memorized", is_flag=True, help="Only those very likely above 0.25.")
 @click.option("--where", "conditions", help="Such as 'label == 3 and memorization > 0.25'.")
 @click.option("--with", "model", help="Join curvature/MODEL, scored from shards, by example id.")
-@_row_options
-@_debug
+@row_options
+@debug_option
 def scores_command(
     store: str,
     model: str | None,
@@ -156,8 +107,8 @@ def _print(table: pa.Table, shown: pa.Table, csv: bool) -> None:
 @click.option("--min-memorization", type=float, help="Least memorization of the training example.")
 @click.option("--strong", is_flag=True, help="Only pairs above 0.15 and above the noise.")
 @click.option("--where", "conditions", help="Such as 'train_label == 3'.")
-@_row_options
-@_debug
+@row_options
+@debug_option
 def pairs_command(
     store: str,
     min_influence: float,
@@ -192,7 +143,7 @@ def pairs_command(
 @click.argument("store")
 @click.argument("example_id", metavar="ID")
 @click.option("--top", "n", type=click.IntRange(1), default=10, help="How many relations.")
-@_debug
+@debug_option
 def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
     """Everything known about one example, with its strongest relations by influence.
 
@@ -205,7 +156,7 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
 @main.command("links")
 @click.argument("stores", metavar="STORE...", nargs=-1, required=True)
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
-@_debug
+@debug_option
 def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
     """The three links: memorization and curvature, and what epsilon does to both.
 
@@ -248,7 +199,7 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
 @click.option("--top", "n", type=click.IntRange(1), default=20, help="How many to show.")
 @click.option("--epsilon", type=float, default=math.inf, help="Of a private study.")
 @click.option("--csv", "as_csv", is_flag=True, help="All of them, as CSV.")
-@_debug
+@debug_option
 def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
     """Probable label errors, for cleaning a data set.
 
@@ -269,7 +220,7 @@ def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool
 @click.argument("store")
 @click.option("--data", help="Where the images are, if not where the study had them.")
 @click.option("--private", help="Store of private trials on the same examples, for links 2 and 3.")
-@_debug
+@debug_option
 def report_command(store: str, data: str | None, private: str | None, debug: bool) -> None:
     """The page people read: report.html in the store, with figures as PNG and PDF beside it.
 
@@ -282,97 +233,10 @@ def report_command(store: str, data: str | None, private: str | None, debug: boo
         click.echo(f"report: {write_report(store, data, private=private)}")
 
 
-@main.command("import")
-@click.argument("format", type=click.Choice([*FORMATS, *SCORES]))
-@click.argument("path")
-@click.argument("store")
-@click.option("--data", help="The set it is of: rows are joined to its examples, and checked.")
-@click.option("--labels", help="File of class numbers of the training examples, in its order.")
-@click.option("--ids", help="File of ids, names or hashes of the training examples, in its order.")
-@click.option("--test-ids", help="The same of the test examples.")
-@_debug
-def import_command(
-    format: str, path: str, store: str, data: str | None, debug: bool, **order: str | None
-) -> None:
-    """Make a store of a fleet that was trained elsewhere and score it, or of published scores.
-
-    npz: arrays masks and correct_train (bool [trials, train examples]) and, if you like,
-    correct_test, margins_train, margins_test, y_train, y_test, train_ids, test_ids, classes.
-    fz: Feldman & Zhang's runs (aux_arrays.npz). lira: keep.npy, logits, scores. datamodels:
-    masks.npy, train_margins.npy. fz-scores: *_infl_matrix.npz. c-scores: labels and scores.
-
-    Example: raymem import npz fleet.npz runs/imported
-    """
-    with command_errors(debug):
-        examples = load_examples(data) if data else None
-        if format not in SCORES:
-            made = import_fleet(format, path, store, data=examples, **order)
-            click.echo(summary_text(score(made)))
-            return
-        if any(order.values()):
-            raise ImportFileError("published scores bring their labels and names: give --data only")
-        made = import_scores(path, store, data=examples)
-        click.echo(
-            f"{made.scores().num_rows:,} scores, {made.scores('influence').num_rows:,} pairs"
-        )
-
-
-@main.command("export")
-@click.argument("format", type=click.Choice(list(EXPORTS)))
-@click.argument("store")
-@click.argument("path")
-@click.option("--epsilon", type=float, default=math.inf, help="Of a private study: which trials.")
-@_debug
-def export_command(format: str, store: str, path: str, epsilon: float, debug: bool) -> None:
-    """Write a store for other people's code.
-
-    npz: the fleet's arrays. fz: Feldman & Zhang's runs, scores and pairs. lira: keep.npy,
-    scores.npy, correct.npy. csv: the tables. hf: the Parquet with a card for Hugging Face.
-
-    Example: raymem export csv runs/feldman_digits digits-csv
-    """
-    with command_errors(debug):
-        click.echo(f"written: {export(format, store, path, epsilon=epsilon)}")
-
-
-@main.command("ingest")
-@click.argument("data")
-@click.argument("cache")
-@click.option("--size", type=click.IntRange(1), default=128, help="Pixels of a side.")
-@click.option("--grey", is_flag=True, help="One channel instead of three.")
-@click.option("--train", help="Where train is: a folder or a pattern below DATA, or a URL.")
-@click.option("--val", help="Where the validation images, which become test, are.")
-@click.option("--val-labels", help="Their classes, if they are in one flat folder.")
-@click.option(
-    "--on-bad",
-    type=click.Choice(["fail", "quarantine"]),
-    default="fail",
-    help="At images that cannot be used; quarantined ones are left out, and listed.",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["ray", "serial"]),
-    default="ray",
-    help="serial: in this process, without Ray.",
-)
-@click.option("--verbose", is_flag=True, help="Show what Ray says.")
-@_debug
-def ingest_command(data: str, cache: str, debug: bool, **options: Any) -> None:
-    """Decode a large image set once, into a cache that studies take as --data.
-
-    DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a
-    folder or URL. What is decoded is not decoded again: run the same command to go on.
-
-    Example: raymem ingest /data/imagenet /data/imagenet-64 --size 64 --on-bad quarantine
-    """
-    with command_errors(debug):
-        click.echo(ingest_text(ingest(data, cache, **options)))
-
-
 @main.command("verify")
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Move damaged objects to damaged/.")
-@_debug
+@debug_option
 def verify_command(store: str, repair: bool, debug: bool) -> None:
     """Read every object back; say what is damaged, missing, foreign.
 
@@ -394,7 +258,3 @@ def verify_command(store: str, repair: bool, debug: bool) -> None:
         )
         if counts["foreign"] or (counts["damaged"] and not repair):
             sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

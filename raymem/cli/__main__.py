@@ -1,0 +1,5 @@
+"""`python -m raymem.cli`."""
+
+from raymem.cli import main
+
+main()

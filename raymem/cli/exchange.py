@@ -1,0 +1,146 @@
+"""Commands that make stores and caches of other things, and other things of stores."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from raymem.cli.base import command_errors, debug_option, main
+from raymem.errors import ImportFileError
+from raymem.examples import load_examples
+from raymem.fleet import ProgressLine, duration
+from raymem.interop import EXPORTS, FORMATS, export, import_fleet, import_scores
+from raymem.scoring import score
+from raymem.shards import ingest
+from raymem.store import merge
+from raymem.text import (
+    ingest_text,
+    merge_text,
+    summary_text,
+)
+
+SHOWN_PROBLEMS = 20
+SCORES = ("fz-scores", "c-scores")
+
+
+@main.command("merge")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.argument("out", metavar="OUT")
+@debug_option
+def merge_command(first: str, second: str, out: str, debug: bool) -> None:
+    """Make one store of two halves of one study, such as of two clusters; score it next.
+
+    OUT: a new store, one that such a merge began, or A itself. Trials that both have must be the
+    same; of those that differ because of other hardware, A's stay. Checkpoints, scores and pages
+    are not copied.
+
+    Example: raymem merge runs/east runs/west runs/whole
+    """
+    with command_errors(debug):
+        with contextlib.closing(ProgressLine()) as line:
+            summary = merge(first, second, out, progress=_merging(line))
+        click.echo(merge_text(summary))
+
+
+def _merging(line: ProgressLine) -> Callable[[int, int], None]:
+    start = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        left = (time.monotonic() - start) / done * (total - done)
+        more = f", {duration(left)} left" if done < total else ""
+        line.show_text(f"merging: parts {done:,}/{total:,}{more}", last=done == total)
+
+    return show
+
+
+@main.command("import")
+@click.argument("format", type=click.Choice([*FORMATS, *SCORES]))
+@click.argument("path")
+@click.argument("store")
+@click.option("--data", help="The set it is of: rows are joined to its examples, and checked.")
+@click.option("--labels", help="File of class numbers of the training examples, in its order.")
+@click.option("--ids", help="File of ids, names or hashes of the training examples, in its order.")
+@click.option("--test-ids", help="The same of the test examples.")
+@debug_option
+def import_command(
+    format: str, path: str, store: str, data: str | None, debug: bool, **order: str | None
+) -> None:
+    """Make a store of a fleet that was trained elsewhere and score it, or of published scores.
+
+    npz: arrays masks and correct_train (bool [trials, train examples]) and, if you like,
+    correct_test, margins_train, margins_test, y_train, y_test, train_ids, test_ids, classes.
+    fz: Feldman & Zhang's runs (aux_arrays.npz). lira: keep.npy, logits, scores. datamodels:
+    masks.npy, train_margins.npy. fz-scores: *_infl_matrix.npz. c-scores: labels and scores.
+
+    Example: raymem import npz fleet.npz runs/imported
+    """
+    with command_errors(debug):
+        examples = load_examples(data) if data else None
+        if format not in SCORES:
+            made = import_fleet(format, path, store, data=examples, **order)
+            click.echo(summary_text(score(made)))
+            return
+        if any(order.values()):
+            raise ImportFileError("published scores bring their labels and names: give --data only")
+        made = import_scores(path, store, data=examples)
+        click.echo(
+            f"{made.scores().num_rows:,} scores, {made.scores('influence').num_rows:,} pairs"
+        )
+
+
+@main.command("export")
+@click.argument("format", type=click.Choice(list(EXPORTS)))
+@click.argument("store")
+@click.argument("path")
+@click.option("--epsilon", type=float, default=math.inf, help="Of a private study: which trials.")
+@debug_option
+def export_command(format: str, store: str, path: str, epsilon: float, debug: bool) -> None:
+    """Write a store for other people's code.
+
+    npz: the fleet's arrays. fz: Feldman & Zhang's runs, scores and pairs. lira: keep.npy,
+    scores.npy, correct.npy. csv: the tables. hf: the Parquet with a card for Hugging Face.
+
+    Example: raymem export csv runs/feldman_digits digits-csv
+    """
+    with command_errors(debug):
+        click.echo(f"written: {export(format, store, path, epsilon=epsilon)}")
+
+
+@main.command("ingest")
+@click.argument("data")
+@click.argument("cache")
+@click.option("--size", type=click.IntRange(1), default=128, help="Pixels of a side.")
+@click.option("--grey", is_flag=True, help="One channel instead of three.")
+@click.option("--train", help="Where train is: a folder or a pattern below DATA, or a URL.")
+@click.option("--val", help="Where the validation images, which become test, are.")
+@click.option("--val-labels", help="Their classes, if they are in one flat folder.")
+@click.option(
+    "--on-bad",
+    type=click.Choice(["fail", "quarantine"]),
+    default="fail",
+    help="At images that cannot be used; quarantined ones are left out, and listed.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["ray", "serial"]),
+    default="ray",
+    help="serial: in this process, without Ray.",
+)
+@click.option("--verbose", is_flag=True, help="Show what Ray says.")
+@debug_option
+def ingest_command(data: str, cache: str, debug: bool, **options: Any) -> None:
+    """Decode a large image set once, into a cache that studies take as --data.
+
+    DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a
+    folder or URL. What is decoded is not decoded again: run the same command to go on.
+
+    Example: raymem ingest /data/imagenet /data/imagenet-64 --size 64 --on-bad quarantine
+    """
+    with command_errors(debug):
+        click.echo(ingest_text(ingest(data, cache, **options)))
