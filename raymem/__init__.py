@@ -33,6 +33,7 @@ from raymem.fleet import Progress, run_fleet
 from raymem.interop import import_npz
 from raymem.job import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
 from raymem.links import Correlation, Links, correlations, find_links
+from raymem.membership import Membership, membership
 from raymem.memorization import (
     Estimate,
     InfluencePairs,
@@ -92,6 +93,7 @@ __all__ = [
     "Links",
     "Measured",
     "Mechanism",
+    "Membership",
     "Memorization",
     "Opened",
     "OutOfMemoryError",
@@ -138,6 +140,7 @@ __all__ = [
     "measure",
     "measure_kept",
     "mechanism_for",
+    "membership",
     "memorization",
     "one_run_epsilon",
     "open",

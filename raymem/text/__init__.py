@@ -1,6 +1,7 @@
 """Tables and sentences for a terminal."""
 
 from raymem.text.links import correlations_text, links_text
+from raymem.text.membership import membership_text
 from raymem.text.scores import (
     as_text,
     example_text,
@@ -19,6 +20,7 @@ __all__ = [
     "for_people",
     "ingest_text",
     "links_text",
+    "membership_text",
     "pairs_for_people",
     "summary_text",
 ]
