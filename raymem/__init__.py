@@ -33,6 +33,7 @@ from raymem.fleet import Progress, run_fleet
 from raymem.interop import export, import_fleet, import_npz, import_scores
 from raymem.job import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
 from raymem.links import Correlation, Links, correlations, find_links
+from raymem.membership import Membership, membership
 from raymem.memorization import (
     Estimate,
     InfluencePairs,
@@ -92,6 +93,7 @@ __all__ = [
     "Links",
     "Measured",
     "Mechanism",
+    "Membership",
     "Memorization",
     "Opened",
     "OutOfMemoryError",
@@ -141,6 +143,7 @@ __all__ = [
     "measure",
     "measure_kept",
     "mechanism_for",
+    "membership",
     "memorization",
     "merge",
     "one_run_epsilon",

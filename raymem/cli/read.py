@@ -22,6 +22,7 @@ from raymem.links import (
     find_links,
     label_errors,
 )
+from raymem.membership import membership
 from raymem.report import write_report
 from raymem.shards import join_curvature
 from raymem.store import Store, verify
@@ -34,6 +35,7 @@ from raymem.text import (
     for_people,
     label_errors_text,
     links_text,
+    membership_text,
     pairs_for_people,
 )
 
@@ -192,6 +194,30 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
             url: correlations_as_dict(rows) for url, rows in across.items()
         },
     }
+
+
+@main.command("membership")
+@click.argument("store")
+@click.option("--targets", type=click.IntRange(1), default=20, help="How many trials to attack.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@debug_option
+def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> None:
+    """Membership inference: can a trial's subset be told from its margins?
+
+    Each target trial is attacked with the trials of other blocks (LiRA, Carlini et al. 2022), and
+    with one threshold on the loss. Writes scores/membership.parquet, with the vulnerability of
+    every training example, and membership.json, which the report shows.
+
+    Example: raymem membership runs/feldman_digits
+    """
+    with command_errors(debug):
+        opened = Store(store)
+        found = membership(opened, targets=targets)
+        found.write(opened)
+        if as_json:
+            click.echo(json.dumps(found.as_dict(), indent=1))
+        else:
+            click.echo(membership_text(found))
 
 
 @main.command("errors")

@@ -1,6 +1,6 @@
 """`raymem report`: the page people read, its figures, and what it shows.
 
-In:  a scored store, and its images if they are at hand.
+In:  a scored store, its images if they are at hand, its membership.json if there is one.
 Out: report.html, figures/*.png and *.pdf, figures/thumbnails.parquet, links.json in the store.
 """
 
@@ -11,9 +11,11 @@ import os
 
 from raymem.examples import Examples
 from raymem.links import find_links
+from raymem.membership import read_membership
 from raymem.opened import Opened
 from raymem.report.choose import choose
 from raymem.report.figures import figures
+from raymem.report.membership import stale_text
 from raymem.report.page import TWINS, page
 from raymem.report.thumbnails import thumbnails
 from raymem.store import Store
@@ -42,7 +44,8 @@ def write_report(
     links = find_links(store_, private=None if private is None else Store(private))
     store_.write_note("links", links.as_dict())
     chosen = choose(store_, shown)
-    charts = list(figures(store_, links, shown))
+    attacked = read_membership(store_)
+    charts = list(figures(store_, links, shown, attacked))
     for chart in charts:
         store_.files.replace(f"figures/{chart.name}.png", chart.light)
         store_.files.replace(f"figures/{chart.name}.pdf", chart.pdf)
@@ -58,6 +61,8 @@ def write_report(
         location=store_.files.path("").rstrip("/"),
         command=(store_.note("command") or {}).get("command", ""),
         without_pictures=without,
+        attacked=attacked,
+        stale=stale_text(attacked, {e: len(store_.scored(e)) for e in epsilons}),
     )
     store_.files.replace("report.html", text.encode())
     return store_.files.path("report.html")

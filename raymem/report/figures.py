@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from raymem.links import Links, PaperBins, measures_of
 from raymem.links.rows import train_at
+from raymem.membership import Attacked
 from raymem.store import Store
 
 LIGHT = {
@@ -45,7 +46,9 @@ class Figure:
 Draw = Callable[[Any, dict[str, str]], None]
 
 
-def figures(store: Store, links: Links, epsilon: float) -> Iterator[Figure]:
+def figures(
+    store: Store, links: Links, epsilon: float, attacked: Sequence[Attacked] = ()
+) -> Iterator[Figure]:
     """All figures for which there are numbers."""
     scores = store.scores()
     here = train_at(scores, epsilon)
@@ -95,6 +98,21 @@ def figures(store: Store, links: Links, epsilon: float) -> Iterator[Figure]:
             + ".",
             lambda ax, c: _link3(ax, c, links),
         )
+
+    for here in attacked:
+        if here.epsilon == epsilon and any(one.roc for one in here.attacks):
+            yield _figure(
+                "membership-roc",
+                "Membership inference: true against false positives",
+                f"Curves over {here.targets:,} target trials, both axes logarithmic: "
+                + ", ".join(
+                    f"{one.name} finds {100 * one.tpr_at_fpr.value:.2g}% of the members at 1% "
+                    "false positives"
+                    for one in here.attacks
+                )
+                + ".",
+                functools.partial(_roc, here=here),
+            )
 
 
 def _figure(name: str, title: str, alt: str, draw: Draw) -> Figure:
@@ -228,3 +246,24 @@ def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
     _epsilon_axis(ax, places, names)
     ax.set_ylabel("memorization")
     ax.legend()
+
+
+def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
+    styles = (("one", "-"), ("one", "--"), ("two", "-"))
+    least = 1.0
+    for one, (colour, style) in zip(here.attacks, styles, strict=True):
+        # A rate of 0 has no place on a logarithmic axis.
+        points = [(fpr, tpr) for fpr, tpr in one.roc if tpr > 0]
+        if points:
+            x, y = zip(*points, strict=True)
+            least = min(least, *x)
+            label = f"{one.name}, AUC {one.auc.value:.3f}"
+            ax.plot(x, y, style, color=colours[colour], linewidth=1.4, label=label)
+    ax.plot(
+        [least, 1], [least, 1], ":", color=colours["ink"], linewidth=1, label="guessing"
+    )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("false-positive rate")
+    ax.set_ylabel("true-positive rate")
+    ax.legend(loc="lower right")

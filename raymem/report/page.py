@@ -11,8 +11,10 @@ from importlib import resources
 from typing import Any
 
 from raymem.links import Finding, Links
+from raymem.membership import Attacked
 from raymem.report.choose import Chosen, Row
 from raymem.report.figures import Figure
+from raymem.report.membership import membership_section
 from raymem.text import links_text
 from raymem.version import VERSION
 
@@ -37,14 +39,18 @@ def page(
     location: str,
     command: str = "",
     without_pictures: str = "",
+    attacked: Sequence[Attacked] = (),
+    stale: str = "",
 ) -> str:
-    """The page. `about` is study.json, `command` what ran it, `without_pictures` why some lack."""
+    """The page. `about` is study.json, `command` what ran it, `without_pictures` why some lack,
+    `attacked` what membership.json has, `stale` what is wrong with it."""
     show = _Show(chosen.classes, pictures)
     parts = [
-        _head(about, location, command),
+        _head(about, location, command, bool(attacked)),
         _trust(links.diagnostics, links.private_diagnostics),
         _figures(charts, ("memorization",), "Memorization", "memorization"),
         _links(links, charts),
+        membership_section(attacked, _charts(charts, "membership"), stale),
         _gallery(chosen, show, without_pictures),
         _pairs(chosen, show),
         _suspicious(chosen, show),
@@ -107,7 +113,7 @@ class _Show:
         )
 
 
-def _head(about: Mapping[str, Any], location: str, command: str) -> str:
+def _head(about: Mapping[str, Any], location: str, command: str, attacked: bool) -> str:
     study = about["study"]
     plan, recipe = study["plan"], study["recipe"]
     privacy = ", ".join(f"{k} {_plain(v)}" for k, v in study.get("privacy", {}).items())
@@ -125,7 +131,8 @@ def _head(about: Mapping[str, Any], location: str, command: str) -> str:
     again = f"<h3>Run it again</h3><pre>{_t(command)}</pre>" if command else ""
     names = (
         ("trust", "Trust"), ("memorization", "Memorization"), ("links", "Links"),
-        ("gallery", "Gallery"), ("errors", "Label errors"), ("table", "Table"), ("load", "Load"),
+        *([("membership", "Membership")] if attacked else []), ("gallery", "Gallery"),
+        ("errors", "Label errors"), ("table", "Table"), ("load", "Load"),
     )  # fmt: skip
     nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in names)
     return (
@@ -170,8 +177,13 @@ def _trust(
 
 
 def _figures(charts: Iterable[Figure], starts: tuple[str, ...], title: str, anchor: str) -> str:
-    shown = [_chart(chart) for chart in charts if chart.name.startswith(starts)]
-    return f'<h2 id="{anchor}">{title}</h2>\n{"".join(shown)}' if shown else ""
+    shown = "".join(_charts(charts, start) for start in starts)
+    return f'<h2 id="{anchor}">{title}</h2>\n{shown}' if shown else ""
+
+
+def _charts(charts: Iterable[Figure], start: str) -> str:
+    """The figures whose names start so."""
+    return "".join(_chart(chart) for chart in charts if chart.name.startswith(start))
 
 
 def _chart(chart: Figure) -> str:
@@ -185,7 +197,7 @@ def _chart(chart: Figure) -> str:
 
 
 def _links(links: Links, charts: Sequence[Figure]) -> str:
-    shown = "".join(_chart(chart) for chart in charts if chart.name.startswith("link"))
+    shown = _charts(charts, "link")
     verdicts = "".join(f"<li>{_t(text)}</li>" for text in links.verdicts)
     source = (
         ""

@@ -9,7 +9,7 @@
     models/eps-inf/000017.safetensors   its weights, for the trials whose weights are kept
     curvature/MODEL/SHARD.parquet       curvature under one model, streamed over shards
     failed/eps-inf/000017.1.json        an attempt that failed: cause
-    scores/*.parquet, links.json        derived, replaced whole
+    scores/*.parquet, links.json, ...   derived, replaced whole
     damaged/...                         what `verify --repair` moved away
 
 Trial objects are created if absent, derived objects are replaced whole, nothing is appended to.

@@ -12,6 +12,7 @@ import pyarrow as pa
 from raymem.store.column import Column as Column
 from raymem.store.column import Columns as Columns
 from raymem.store.column import schema as schema
+from raymem.store.membership_columns import MEMBERSHIP_VALUES
 
 _SPLIT = Column(pa.string(), "train or test")
 _INDEX = Column(pa.int64(), "position of the example in its split, in the set's order")
@@ -165,6 +166,7 @@ NEEDED = {
     "trials": ("trial", "epsilon", "status"),
     "folds": ("fold", "epsilon", "n_in", "n_out", "correct_in", "correct_out"),
     "influence": ("train_id", "test_id", "epsilon", "influence"),
+    "membership": ("example_id", "epsilon", "vulnerability"),
 }  # fmt: skip
 SCORES_PRIVACY: Columns = {
     "spent_epsilon": Column(
@@ -336,6 +338,12 @@ INFLUENCE: Columns = {
     ),
 }
 
+MEMBERSHIP: Columns = {
+    **{name: SCORES_EXAMPLES[name] for name in ("example_id", "index", "label", "epsilon")},
+    **MEMBERSHIP_VALUES,
+    "memorization": SCORES_EXAMPLES["memorization"],
+}
+
 SCORES_TRIALS: Columns = {
     "trial": _TRIAL,
     "epsilon": _EPSILON,
@@ -371,6 +379,7 @@ TABLES: Mapping[str, Columns] = {
     "scores/trials.parquet": {**SCORES_TRIALS, **TRIALS_PRIVACY},
     "scores/folds.parquet": {**FOLDS, **SUMS_CURVATURE},
     "scores/influence.parquet": INFLUENCE,
+    "scores/membership.parquet": MEMBERSHIP,
     "CACHE/index.parquet": CACHE_INDEX,
     "CACHE/shards/SPLIT/SHARD.parquet": CACHE_SHARD,
     "CACHE/rejects.parquet": CACHE_REJECTS,

@@ -17,7 +17,7 @@ from raymem.store.trials import TrialKey
 FORMAT = 1
 SHOWN = 5
 PARTS = ("format", "study", "hash", "classes", "data_name")
-Note = Literal["links", "repeat", "command", "until"]
+Note = Literal["links", "repeat", "command", "until", "membership"]
 
 
 class Derived:
@@ -73,6 +73,8 @@ class Derived:
     def scores(self, name: str = "examples") -> pa.Table:
         """scores/NAME.parquet. Raises StoreError if there are no scores yet."""
         advice = "run the study's job or its `score` stage, or import again"
+        if name == "membership":
+            advice = f"run `raymem membership {self.url}`"
         table = self._table(f"scores/{name}.parquet", advice)
         lost = [c for c in columns.NEEDED.get(name, ()) if c not in table.column_names]
         if lost:

@@ -22,7 +22,7 @@ from raymem.store.store import Store
 from raymem.store.trials import TrialKey
 
 LAYOUT = re.compile(
-    r"(study|target|driver|command|repeat|until)\.json|examples\.parquet|links\.json|report\.html"
+    r"(study|target|driver|command|repeat|until|membership)\.json|examples\.parquet|links\.json|report\.html"
     r"|privacy/eps-[^/]+\.json|(scores|figures|models|checkpoints|curvature|damaged)/.+"
     r"|trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
 )

@@ -1,6 +1,7 @@
 """Tables and sentences for a terminal."""
 
 from raymem.text.links import correlations_text, label_errors_text, links_text
+from raymem.text.membership import membership_text
 from raymem.text.scores import (
     as_text,
     example_text,
@@ -20,6 +21,7 @@ __all__ = [
     "ingest_text",
     "label_errors_text",
     "links_text",
+    "membership_text",
     "merge_text",
     "pairs_for_people",
     "summary_text",
