@@ -4,7 +4,16 @@ The same random halves are trained on without privacy and by DP-SGD, and curvatu
 every model.
 
     python jobs/privacy_mnist.py --data mnist --download
-    python jobs/privacy_mnist.py --data fashion-20000.npz --trials 100
+    python jobs/privacy_mnist.py --data fashion-20000.npz --trials 40
+
+Cost on two cores, 20,000 images: 37 s a trial without privacy, 78 s at epsilon 8, 45 s more for
+curvature and the paper's score of all 20,000 (the machine shared).
+
+The first 20,000 training and 5,000 test images of Fashion-MNIST, 40 trials each, 2026-11-26:
+accuracy 97.3% in and 87.0% out without privacy, 78.1% and 77.6% at epsilon 8; mean memorization
+0.104 and 0.005, mean curvature 6.08 and 1.29. Curvature of out-models goes with memorization
+(rank correlation 0.70), the loss more so (0.75), and beyond the loss curvature falls with it
+(-0.14). docs/results.md has the tables.
 """
 
 from raymem import JobOptions, Recipe, Study, run_job

@@ -242,7 +242,10 @@ def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
         ]
         if points:
             x, y = zip(*points, strict=True)
-            ax.plot(x, y, style, color=colours["two"], linewidth=1.2, label=f"bound: {name}")
+            # A mark too: one epsilon alone makes no line.
+            ax.plot(
+                x, y, style, marker="_", color=colours["two"], linewidth=1.2, label=f"bound: {name}"
+            )
     _epsilon_axis(ax, places, names)
     ax.set_ylabel("memorization")
     ax.legend()
