@@ -6,7 +6,7 @@ every model.
     python jobs/privacy_mnist.py --data mnist --download
     python jobs/privacy_mnist.py --data fashion-20000.npz --trials 40
 
-Cost on two cores, 20,000 images: 37 s a trial without privacy, 78 s at epsilon 8, 45 s more for
+Cost on two cores, 20,000 images: 55 s a trial without privacy, 118 s at epsilon 8, 45 s more for
 curvature and the paper's score of all 20,000 (the machine shared).
 
 The first 20,000 training and 5,000 test images of Fashion-MNIST, 40 trials each, 2026-11-26:
