@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest
 
 test-all: check
 	$(BIN)/python -m pytest -m ''

@@ -153,6 +153,7 @@ def many(net, x, y, rule, n=200):
         ("batchnorm-gelu", CurvatureRule(exact_classes=2, columns=3, probes=4)),
     ],
 )
+@pytest.mark.slow
 def test_what_is_not_exact_is_unbiased_within_its_stated_error(cases, name, rule):
     net, x, y, trace, squared = cases(name)
     found = many(net, x, y, rule)

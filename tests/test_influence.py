@@ -289,6 +289,7 @@ def test_without_trials_there_are_no_pairs():
     assert len(pairs.influence) == 0
 
 
+@pytest.mark.slow
 def test_on_ray_tasks_the_pairs_are_the_same(monkeypatch):
     masks, correct, mem, y_train, y_test = fleet()
     outcomes = Outcomes(50, 30, np.zeros(0, np.int64))

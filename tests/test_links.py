@@ -124,6 +124,7 @@ def estimate(sums):
     return mem, total["curvature_out"] / total["n_curvature_out"]
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_expected_coefficient_at_their_rate():
     F, N, repeats = 10, 150, 120
     truth = np.mean(

@@ -56,6 +56,7 @@ def test_the_fit_finds_a_law_without_noise():
     assert found.fits[0].law == "theorem"
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth():
     """In 85 or more of 100 studies of 20 trials, by nominal 95% intervals.
 

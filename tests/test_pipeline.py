@@ -202,6 +202,7 @@ def test_a_candidate_pool_scores_its_pool_only(tmp_path):
     assert summary.null == {"no out-trial": 57}
 
 
+@pytest.mark.slow
 def test_flipped_labels_are_what_is_memorized(tmp_path, digits):
     """5% of the labels of 600 digits are wrong: they are the top of the ranking."""
     generator = np.random.default_rng(5)

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def run(capsys, *arguments, **settings):
     return out.out + out.err, code
 
 
+@pytest.mark.slow
 def test_the_whole_chain(capsys, tmp_path):
     store = str(tmp_path / "store")
     asked = ("--store", store, "--epsilons", "0.5,8,inf", "--accountant", "rdp", "--flip-labels",
@@ -316,7 +318,9 @@ def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_pa
     store = tmp_path / "first"
     text, code = run(capsys, "--store", str(store), private=second)
     assert code == 0
-    assert text.rstrip().endswith(f"report:  {store / 'report.html'}")
+    # Its own report last, after that of the private study.
+    pages = re.findall(r"^report:  (.*)$", text, re.MULTILINE)
+    assert pages == [f"{store}_private/report.html", f"{store}/report.html"]
     other = Store(f"{store}_private")
     assert {key.epsilon for key in other.done()} == {2.0, math.inf}
     assert len(other.done()) == 4

@@ -179,6 +179,7 @@ def test_figures_are_there_for_papers(study, text):
     assert links["verdicts"][0].startswith("link 1: curvature")
 
 
+@pytest.mark.slow
 def test_private_studies_have_all_figures(tmp_path):
     make(
         tmp_path / "store", trials=20, subset_ratio=0.5, epsilons=(1, 2, 4, 8, math.inf),

@@ -41,7 +41,13 @@ def test_the_whole_chain_gives_one_joined_row_per_example(tmp_path):
         assert row["n_out"] == row["n_curvature_out"] == 6
         assert row["curvature_out"] >= 0  # convolutions, ReLU: positive semidefinite
         assert row["curvature_paper_out"] > 0
-    # A dry run of the same cache reads no pixels and trains nothing.
+    shutil.rmtree(Path(cache.url).parent)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_cache_reads_no_pixels_and_trains_nothing(tmp_path):
+    done = run("--smoke", "--store", tmp_path / "store")
+    cache = Cache(cache_of(done.stdout))
     plan = run("plan", "--data", cache.url, "--store", tmp_path / "other")
     assert plan.returncode == 0, plan.stderr
     assert "a trial would take" in plan.stdout

@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs_and_says_what_happens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     here = {"__name__": "tutorial"}

@@ -33,10 +33,10 @@ def test_twins_are_found_with_the_memorization_of_both(tmp_path):
     masks, correct, store = fleet(tmp_path, 0, twins=True)
     (found,) = find_twins(store).values()
     assert {(row["example_id"], row["twin_id"]) for row in found.rows} == {
-        ("train-0", "train-1"),
-        ("train-1", "train-0"),
+        ("train-00000", "train-00001"),
+        ("train-00001", "train-00000"),
     }
-    row = next(row for row in found.rows if row["example_id"] == "train-0")
+    row = next(row for row in found.rows if row["example_id"] == "train-00000")
     out = ~masks[:, 0]
     both, neither = out & masks[:, 1], out & ~masks[:, 1]
     assert row["right_with_twin"] == pytest.approx(correct[both, 0].mean())

@@ -58,7 +58,8 @@ class PaperBins:
 class Crossed:
     """Bins that noise does not fill: examples are sorted into them by memorization in one half of
     the trials; what is in them is read from the other half. Noise that puts an example into a high
-    bin is then not in that bin's means, and the line's slope is not flattened (Wald's grouping)."""
+    bin is then not in that bin's means, and the line's slope is hardly flattened (Wald's grouping):
+    by the noise that is left in a mean of 20 examples or more."""
 
     memorization: Floats
     """Mean of the bin in the other half, [bins]; bins below 20 examples are left out."""
@@ -72,7 +73,7 @@ def crossed(first: Floats, second: Floats, values: Floats) -> Crossed:
     """Examples binned by `first`; means of `second` (memorization too) and `values`; [N] each.
 
     >>> rng = np.random.default_rng(0)
-    >>> mem = np.repeat(np.linspace(0, 1, 60), 40)
+    >>> mem = np.repeat(np.linspace(0, 1, 60), 1000)
     >>> a, b = (mem + rng.normal(0, 0.3, len(mem)) for _ in range(2))
     >>> round(crossed(a, b, 3 * mem).line.slope, 1), round(crossed(a, a, 3 * mem).line.slope, 1)
     (3.0, 1.5)
