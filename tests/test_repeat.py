@@ -45,8 +45,14 @@ def test_other_training_is_a_red_finding(study):
     assert not found.identical
     first = store.trial(min(store.done()))["margin"].to_numpy()
     assert 0 < found.drift < 2 * np.abs(first).max() + 10
+    assert found.comparable
     assert finding(study).red
     assert "margins differ" in finding(study).text
+    # With other arithmetic (here: more threads) a difference is drift, no error.
+    drifted = repeat_trial(study.examples, study.plan, other, store, Extras(), threads=2)
+    assert not drifted.identical
+    assert not drifted.comparable
+    assert not finding(study).red
 
 
 def test_what_cannot_be_repeated(digits, tmp_path):

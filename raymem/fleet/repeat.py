@@ -6,7 +6,6 @@ Shapes: N training and M test examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,10 @@ import numpy as np
 
 from raymem.errors import StoreError
 from raymem.examples import Examples
-from raymem.fleet.work import Extras
+from raymem.fleet.work import Extras, arithmetic
 from raymem.plan import Plan, Seeds
 from raymem.store import Store, trial_table
-from raymem.store.trials import digest
+from raymem.store.trials import digest, may_differ
 from raymem.training import Images, Recipe, default_device, run_trial
 
 
@@ -33,17 +32,25 @@ class Repeat:
     """Share of the N + M examples that are right once and wrong once."""
     drift: float
     """Largest difference of a margin, in nats of log odds."""
-    device: str
-    """Where it was trained again."""
+    comparable: bool
+    """Must they be the same: on a CPU, with the same arithmetic, by one worker, and with noise that
+    can be repeated."""
+
+    @property
+    def text(self) -> str:
+        """What came out, in words."""
+        if self.identical:
+            return f"trial {self.trial} trained again: the same, to the last bit"
+        return (
+            f"trial {self.trial} trained again: margins differ by up to {self.drift:.2g}, "
+            f"{100 * self.changed:.2f}% of the outcomes changed"
+            + ("" if self.comparable else " (on other hardware, a GPU, or with secret noise)")
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon}
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Repeat:
-        """What `as_dict` gave."""
-        return cls(**{**body, "epsilon": float(body["epsilon"])})
+        epsilon = "inf" if math.isinf(self.epsilon) else self.epsilon
+        return {**vars(self), "epsilon": epsilon, "text": self.text}
 
 
 def repeat_trial(
@@ -58,12 +65,13 @@ def repeat_trial(
     if not done:
         raise StoreError(f"{store.url} has no trial to repeat; train first")
     key = min(done, key=lambda k: (-k.epsilon, k.trial))
-    if not store.provenance(key)["seeds"]:
+    about = store.provenance(key)
+    if not about["seeds"]:
         raise StoreError(f"{store.url} was imported: its trials cannot be trained again")
     e, mask = examples, plan.mask(key.trial)
     device = default_device()
     images = Images.from_arrays(e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, device)
-    seeds = Seeds(**store.provenance(key)["seeds"])
+    seeds = Seeds(**about["seeds"])
     result = run_trial(images, mask, recipe, seeds, threads=threads, **extras.of(key))
     again, first = trial_table(key, mask, result), store.trial(key)
     margins = (t["margin"].to_numpy().astype(np.float64) for t in (first, again))
@@ -74,7 +82,10 @@ def repeat_trial(
         identical=digest(first) == digest(again),
         changed=float(np.mean(np.not_equal(*right))),
         drift=float(np.abs(np.subtract(*margins)).max(initial=0)),
-        device=device.type,
+        comparable=about.get("workers", 1) == 1
+        and not may_differ(
+            about, {"arithmetic": arithmetic(device, threads), "device": device.type}
+        ),
     )
     store.write_note("repeat", found.as_dict())
     return found

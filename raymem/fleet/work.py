@@ -279,7 +279,6 @@ def provenance(
     job: Job, key: TrialKey, lease: Lease, seeds: Seeds, result: TrialResult, device: torch.device
 ) -> dict[str, Any]:
     """How a trial came about, for the metadata of its object."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     measured = result.curvature
     curvature = {} if measured is None else {"curvature": curvature_about(job, measured)}
     mechanism = job.extras.mechanisms.get(key.epsilon)
@@ -294,13 +293,20 @@ def provenance(
         "seeds": vars(seeds),
         "seconds": round(result.seconds, 3),
         "device": device.type,
-        # Two results may differ between these, and must not within one.
-        "arithmetic": f"{name} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__} "
-        f"threads {job.threads}{by_itself}",
+        "arithmetic": arithmetic(device, job.threads) + by_itself,
         "host": socket.gethostname(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "raymem": VERSION,
     }
+
+
+def arithmetic(device: torch.device, threads: int) -> str:
+    """Two results of a trial may differ between these, and must not within one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return (
+        f"{name} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__} threads "
+        f"{threads}"
+    )
 
 
 def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:

@@ -258,12 +258,13 @@ def _run(study: Study, stage: str, way: Way) -> None:
         return
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
-        command = shlex.join(["python", *sys.argv])
-        study.open_store().write_note("command", {"command": command})
         if way.until is None:
             progress = study.train(**vars(machine))
         else:
             progress = study.train_until(way.until, told=click.echo, **vars(machine))
+        # Only now: a run that is refused is not how the store came about.
+        command = shlex.join(["python", *sys.argv])
+        study.open_store().write_note("command", {"command": command})
         if progress.rate:
             click.echo(
                 f"{progress.committed:,} trials trained, one every {duration(1 / progress.rate)}"
@@ -279,15 +280,10 @@ def _run(study: Study, stage: str, way: Way) -> None:
 
 
 def _repeat(study: Study, machine: Machine, *, asked: bool) -> None:
-    """Train one trial again and compare; of long ones and spread ones only when asked to."""
+    """Train one trial again and compare; a long one only when asked to."""
     if not asked and study.seconds_of_a_trial() > SHORT_TRIAL:
         return
-    found = study.repeat(threads=machine.cpus_per_trial)
-    text = "the same, to the last bit" if found.identical else (
-        f"margins differ by up to {found.drift:.2g}, {100 * found.changed:.2f}% of the outcomes "
-        "changed"
-    )  # fmt: skip
-    click.echo(f"trial {found.trial} trained again: {text}")
+    click.echo(study.repeat(threads=machine.cpus_per_trial).text)
 
 
 def _measure(study: Study, machine: Machine, *, asked: bool) -> None:

@@ -327,18 +327,13 @@ def _repeated(store: Store, epsilon: float) -> list[Finding]:
     note = store.note("repeat")
     if note is None or float(note["epsilon"]) != epsilon:
         return []
-    same = bool(note["identical"])
-    text = "the same, to the last bit" if same else (
-        f"margins differ by up to {note['drift']:.2g}, {100 * note['changed']:.2f}% of the "
-        "outcomes changed"
-    )  # fmt: skip
     return [
         Finding(
             name="a trial trained again",
             value=float(note["changed"]),
-            text=f"trial {note['trial']} on {note['device']}: {text}",
-            limit="the same on a CPU",
-            red=not same and note["device"] == "cpu",
+            text=note["text"],
+            limit="the same on the same CPU",
+            red=note["comparable"] and not note["identical"],
         )
     ]
 
