@@ -108,7 +108,7 @@ class Study:
 
     def _check_privacy(self) -> None:
         # As stores name them: a finer difference is none.
-        epsilons = tuple(float(f"{epsilon:.12g}") for epsilon in self.epsilons)
+        epsilons = self.target.epsilons
         object.__setattr__(self, "epsilons", epsilons)
         privacy = self.privacy
         if privacy is None and all(math.isinf(epsilon) for epsilon in epsilons):

@@ -23,6 +23,7 @@ from raymem import (
     Recipe,
     Store,
     Study,
+    Target,
     run_job,
 )
 from raymem.cli import main
@@ -346,3 +347,16 @@ def test_links_of_a_private_study_of_other_examples_are_refused(capsys, tmp_path
     refused = CliRunner().invoke(main, report)
     assert refused.exit_code == 1
     assert "other labels" in refused.output
+
+
+def test_epsilons_are_those_that_folders_can_name(capsys, tmp_path):
+    third = 10 / 3
+    text, code = run(
+        capsys, "train", "--store", str(tmp_path / "s"), "--epsilons", f"{third!r},inf"
+    )
+    assert code == 0, text
+    assert {key.epsilon for key in Store(tmp_path / "s").done()} == {3.33333333333, math.inf}
+    text, code = run(capsys, "plan", "--epsilons", "2,2.0000000000001")
+    assert code == 1
+    assert "epsilon 2 is given twice" in text
+    assert Target(trials=1, epsilons=(third,)).wanted() == [TrialKey(3.33333333333, 0)]

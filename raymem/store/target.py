@@ -15,7 +15,11 @@ class Target:
     trials: int
     """Trials at each epsilon."""
     epsilons: tuple[float, ...] = (math.inf,)
-    """Privacy budgets; inf is not private."""
+    """Privacy budgets; inf is not private. Rounded to the twelve digits that folders have."""
+
+    def __post_init__(self) -> None:
+        named = tuple(float(f"{epsilon:.12g}") for epsilon in self.epsilons)
+        object.__setattr__(self, "epsilons", named)
 
     def wanted(self) -> list[TrialKey]:
         """All trials wanted; every epsilon of one subset before the next subset."""
