@@ -258,12 +258,9 @@ def _of_pool(
     store: Store, key: TrialKey, pool: NDArray[np.int64], column: str
 ) -> tuple[NDArray[np.bool_], Floats]:
     """Of the pool in one trial: was it in the subset, and a column. Each [P]."""
-    table = store.trial(key, ["in_subset", column])
-    # Rows are test, then train; only test examples have no subset.
-    M = table["in_subset"].null_count
-    rows = pa.array(M + pool)
-    inside = table["in_subset"].take(rows).to_numpy()
-    return inside.astype(bool), table[column].take(rows).cast(pa.float64()).to_numpy()
+    table = store.train_rows(key, ["in_subset", column]).take(pa.array(pool))
+    inside = table["in_subset"].to_numpy().astype(bool)
+    return inside, table[column].cast(pa.float64()).to_numpy()
 
 
 def _one_run(

@@ -212,10 +212,9 @@ def _placebo(store: Store, plan: Plan, keys: Sequence[TrialKey]) -> list[Finding
     rows = np.arange(0, plan.n, math.ceil(plan.n / PLACEBO_EXAMPLES))
     inside, right = [], []
     for key in keys:
-        table = store.trial(key, ["in_subset", "correct"])
-        place = pa.array(table["in_subset"].null_count + rows)
-        inside.append(table["in_subset"].take(place).to_numpy())
-        right.append(table["correct"].take(place).to_numpy())
+        table = store.train_rows(key, ["in_subset", "correct"]).take(pa.array(rows))
+        inside.append(table["in_subset"].to_numpy())
+        right.append(table["correct"].to_numpy())
     # A block and one further: another subset, drawn independently. A whole block would pair two
     # blocks with each other twice.
     masks = np.roll(np.array(inside, bool), plan.block + 1, axis=0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from scipy import stats
 
 from raymem.links.rows import Floats, floats, train_at
 from raymem.memorization import ratio
-from raymem.store import Store, TrialKey
+from raymem.store import Store, TrialKey, read_ahead
 
 # P(right | out, twin in) - P(right | out, twin out): above it the twin explains the example.
 EXPLAINS = 0.3
@@ -108,11 +109,9 @@ def _outcomes(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Who saw whom [T, candidates], and what was right [T, targets]."""
     masks, right = [], []
-    for key in keys:
-        table = store.trial(key, ["in_subset", "correct"])
-        first = table["in_subset"].null_count  # test examples come first
-        masks.append(table["in_subset"].take(pa.array(first + candidates)).to_numpy())
-        right.append(table["correct"].take(pa.array(first + targets)).to_numpy())
+    for _, table in read_ahead(keys, partial(store.train_rows, names=["in_subset", "correct"])):
+        masks.append(table["in_subset"].take(pa.array(candidates)).to_numpy())
+        right.append(table["correct"].take(pa.array(targets)).to_numpy())
     return np.array(masks, bool), np.array(right, bool)
 
 

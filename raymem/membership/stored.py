@@ -13,9 +13,7 @@ Shapes: N training and M test examples. Rows of a trial file are M test, then N 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +27,13 @@ from raymem.errors import DamagedObjectError, StoreError
 from raymem.membership.lira import IN, OUT, Floats, Sums, offline, online, vulnerability
 from raymem.membership.roc import LOW_FPR, Attack, attack, finite, number
 from raymem.plan import Plan
-from raymem.store import Store, TrialKey, columns
+from raymem.store import Store, TrialKey, columns, read_ahead
 
 Truths = NDArray[np.bool_]
 ATTACKS = ("LiRA online", "LiRA offline", "loss threshold")
 TARGETS = 20
 MOST_VULNERABLE = 10
-READ_AHEAD = 4
+AHEAD = 4
 # Of a bootstrap over examples; of more examples than this a random part does.
 REPLICATES, MOST_EXAMPLES = 200, 20_000
 # A rate at 0.1% that rests on fewer false positives is a guess.
@@ -217,20 +215,12 @@ class _Fleet:
 
     def read(self, keys: Sequence[TrialKey]) -> Iterator[tuple[TrialKey, Floats, Truths]]:
         """Margins and subsets, [N] each, in order; the next few are read ahead."""
-        waiting: deque[tuple[TrialKey, Future[tuple[Floats, Truths]]]] = deque()
-        with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="raymem-read") as pool:
-            for key in keys:
-                waiting.append((key, pool.submit(self.one, key)))
-                if len(waiting) == READ_AHEAD:
-                    first, future = waiting.popleft()
-                    yield first, *future.result()
-            for key, future in waiting:
-                yield key, *future.result()
+        for key, (margins, inside) in read_ahead(keys, self.one, AHEAD):
+            yield key, margins, inside
 
     def one(self, key: TrialKey) -> tuple[Floats, Truths]:
         """Margins and subset of one trial. Raises StoreError if it has no margins."""
-        table = self.store.trial(key, ["in_subset", "margin"])
-        table = table.filter(pc.is_valid(table["in_subset"]))
+        table = self.store.train_rows(key, ["in_subset", "margin"])
         if table.num_rows != self.plan.n:
             raise DamagedObjectError(
                 f"{key.object_key} has {table.num_rows:,} training examples instead of "

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from raymem.memorization import difference_of_proportions, reliability
-from raymem.store import Store, TrialKey
-
-MOST_FOLDS = 20
+from raymem.scoring.sums import folds
+from raymem.store import Store, TrialKey, read_ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,12 @@ class Look:
 def look(store: Store, keys: Sequence[TrialKey]) -> Look:
     """Of the trials `keys` of one epsilon, in the folds that scores have too."""
     plan = store.plan()
-    n_folds = max(1, min(MOST_FOLDS, len({key.trial // plan.block for key in keys})))
+    fold_of = folds(keys, plan)
+    n_folds = len({fold_of(key) for key in keys})
     n, right = (np.zeros((2, n_folds, plan.n)) for _ in range(2))
-    for key in keys:
-        table = store.trial(key, ["in_subset", "correct"])
-        inside = table["in_subset"].drop_null().to_numpy(zero_copy_only=False)
-        correct = table["correct"].to_numpy()[-plan.n :]
-        fold = (key.trial // plan.block) % n_folds
+    for key, table in read_ahead(keys, partial(store.train_rows, names=["in_subset", "correct"])):
+        inside, correct = (table[name].to_numpy().astype(bool) for name in table.column_names)
+        fold = fold_of(key)
         for arm, mask in enumerate((inside, ~inside)):
             n[arm, fold] += mask
             right[arm, fold] += mask & correct

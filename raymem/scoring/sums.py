@@ -5,9 +5,7 @@ Shapes: N training and M test examples, F folds. Rows of a trial file are M test
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,10 @@ from raymem.memorization import Bits
 from raymem.plan import Plan
 from raymem.privacy import Mechanism
 from raymem.scoring.streamed import StreamedCurvature
-from raymem.store import Store, TrialKey, columns
+from raymem.store import Store, TrialKey, columns, read_ahead
 from raymem.store.trials import metadata_of
 
 LARGEST_NUMBER_OF_FOLDS = 20
-READ_AHEAD = 8
 NEEDED = (
     "in_subset", "correct", "margin", "cumulative_loss", "learning_epoch", "forgetting_count",
     *columns.TRIAL_CURVATURE,
@@ -76,12 +73,8 @@ def fold_sums(
 
     A fold is every F-th block: a block is never cut, so folds have the plan's balance.
     """
-    n_folds = min(LARGEST_NUMBER_OF_FOLDS, len({key.trial // plan.block for key in keys}))
     n_rows = outcomes.masks.width + outcomes.correct.width
-
-    def fold_of(key: TrialKey) -> int:
-        return (key.trial // plan.block) % n_folds
-
+    fold_of = folds(keys, plan)
     sums = zeros(n_rows)
     before: int | None = None
     ordered = sorted(keys, key=lambda k: (fold_of(k), k.trial))
@@ -95,6 +88,12 @@ def fold_sums(
         yield sums
 
 
+def folds(keys: Sequence[TrialKey], plan: Plan) -> Callable[[TrialKey], int]:
+    """The fold of each of these trials: every F-th block, whole."""
+    n_folds = min(LARGEST_NUMBER_OF_FOLDS, len({key.trial // plan.block for key in keys}))
+    return lambda key: (key.trial // plan.block) % n_folds
+
+
 def _read_ahead(
     store: Store, keys: Sequence[TrialKey], streamed: StreamedCurvature
 ) -> Iterator[tuple[TrialKey, tuple[pa.Table, dict[str, Any]]]]:
@@ -104,15 +103,7 @@ def _read_ahead(
         table = store.trial(key, NEEDED)
         return streamed.beside(key, table, metadata_of(table, key.object_key))
 
-    waiting: deque[tuple[TrialKey, Future[Any]]] = deque()
-    with ThreadPoolExecutor(READ_AHEAD, thread_name_prefix="raymem-read") as pool:
-        for key in keys:
-            waiting.append((key, pool.submit(read, key)))
-            if len(waiting) == READ_AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for key, future in waiting:
-            yield key, future.result()
+    return read_ahead(keys, read)
 
 
 def zeros(n_rows: int) -> Sums:

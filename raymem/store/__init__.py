@@ -16,6 +16,7 @@ Trial objects are created if absent, derived objects are replaced whole, nothing
 """
 
 from raymem.store import columns
+from raymem.store.ahead import read_ahead
 from raymem.store.files import Files
 from raymem.store.identity import study_hash
 from raymem.store.lock import DriverLock, is_alive, read_driver
@@ -37,6 +38,7 @@ __all__ = [
     "columns",
     "is_alive",
     "merge",
+    "read_ahead",
     "read_driver",
     "study_hash",
     "trial_table",

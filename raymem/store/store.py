@@ -271,6 +271,15 @@ class Store(Derived):
             data = self.files.read(key.object_key)
         return trials.decode(data, key.object_key, None if names is None else list(names))
 
+    def train_rows(self, key: TrialKey, names: Sequence[str]) -> pa.Table:
+        """Columns of one trial's N training examples, in their order; test rows come before them.
+
+        Memorization, twins and attacks are of training examples only.
+        """
+        asked = [*names, *([] if "in_subset" in names else ["in_subset"])]
+        table = self.trial(key, asked)
+        return table.slice(table["in_subset"].null_count).select(list(names))
+
     def provenance(self, key: TrialKey) -> dict[str, Any]:
         """What is recorded of how one trial came about; reads the object's footer only."""
         name = key.object_key
