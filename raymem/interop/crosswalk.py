@@ -69,45 +69,58 @@ def joined(arrays: Arrays, data: Examples, ids: Mapping[str, Sequence[str]]) -> 
         names = [name for name in PER_EXAMPLE[split] if name in arrays]
         if not names:
             continue
-        y = data.y_train if split == "train" else data.y_test
-        own = data.train_ids if split == "train" else data.test_ids
         width = arrays[names[0]].shape[1]
         if width == 0:
             continue
-        start = 0 if split == "train" else len(data.train_ids)
-        hashes = data.content_hashes[start : start + len(own)]
         given = ids.get(split) or [as_text(v) for v in arrays.get(f"{split}_ids", [])]
-        labels = arrays.get(f"y_{split}")
-        if given:
-            order = _places(given, own, hashes, split)
-        elif labels is not None:
-            order = np.arange(len(own))
-        else:
-            raise ImportFileError(
-                f"nothing says which row is which {split} example: the files have no labels; give "
-                f"--{'ids' if split == 'train' else 'test-ids'} with an id, file name or content "
-                "hash for each row, or leave --data out"
-            )
-        if width != len(own) or len(order) != width:
-            raise ImportFileError(
-                f"the fleet has {width} {split} examples, {data.name} has {len(own)}"
-                + (f", and {len(given)} ids are given" if given else "")
-            )
-        if labels is not None and not np.array_equal(labels[order], y):
-            wrong = int((labels[order] != y).sum())
-            raise ImportFileError(
-                f"{wrong} of {len(y)} {split} labels are not those of {data.name}: the order is "
-                "another one; give --ids"
-            )
+        order = order_in(data, split, width, given, arrays.get(f"y_{split}"))
         for name in names:
             out[name] = arrays[name][:, order]
-        out[f"y_{split}"], out[f"{split}_ids"] = y, np.array(own)
-    if "correct_test" not in out or out["correct_test"].shape[1] == 0:
-        out["hashes"] = np.array(data.content_hashes[: len(data.train_ids)])
-    else:
-        out["hashes"] = np.array(data.content_hashes)
+        train = split == "train"
+        out[f"y_{split}"] = data.y_train if train else data.y_test
+        out[f"{split}_ids"] = np.array(data.train_ids if train else data.test_ids)
+    n = len(out["y_train"]) + len(out.get("test_ids", []))
+    out["hashes"] = np.array(data.content_hashes[:n])
     out["classes"] = np.array(data.classes)
     return out
+
+
+def order_in(
+    data: Examples,
+    split: str,
+    n: int,
+    names: Sequence[str],
+    labels: NDArray[np.int64] | None,
+) -> NDArray[np.int64]:
+    """For each example of one split of `data`, its row among `n`, [N].
+
+    `names` are the rows' ids, file names or content hashes; without, all `labels` must be the set's
+    in the set's order. Raises ImportFileError where nothing can be checked, or a check fails.
+    """
+    train = split == "train"
+    own, y = (data.train_ids, data.y_train) if train else (data.test_ids, data.y_test)
+    if not names and labels is None:
+        raise ImportFileError(
+            f"nothing says which row is which {split} example: the files have no labels; give "
+            f"--{'ids' if train else 'test-ids'} with an id, file name or content hash for each "
+            "row, or leave --data out"
+        )
+    if n != len(own) or (names and len(names) != n):
+        more = f", and {len(names)} ids are given" if names else ""
+        raise ImportFileError(
+            f"there are {n} {split} examples in it, {data.name} has {len(own)}{more}"
+        )
+    order = np.arange(n)
+    if names:
+        start = 0 if train else len(data.train_ids)
+        order = _places(names, own, data.content_hashes[start : start + len(own)], split)
+    if labels is not None and not np.array_equal(labels[order], y):
+        wrong = int((labels[order] != y).sum())
+        raise ImportFileError(
+            f"{wrong} of {len(y)} {split} labels are not those of {data.name}: the order, or the "
+            "labels' numbers, are others; give --ids"
+        )
+    return order
 
 
 def _places(

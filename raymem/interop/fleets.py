@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from raymem.errors import ImportFileError
 from raymem.examples import fingerprint_of, group_column
 from raymem.plan import Plan
-from raymem.store import Store, Target, TrialKey, columns, study_hash
+from raymem.store import Store, Target, TrialKey, columns
 
 KEYS = (
     "masks", "correct_train", "correct_test", "margins_train", "margins_test",
@@ -50,27 +50,18 @@ def import_arrays(
     check_keys(arrays, Path(path))
     _check_outcomes(arrays, Path(path))
     T, N = arrays["masks"].shape
-    M = arrays["correct_test"].shape[1]
-    classes = _classes(arrays)
-    index = _index(arrays, N, M)
-    study = {
-        "data": {
-            "fingerprint": fingerprint_of(index, (0, 0, 0), classes),
-            "image_shape": [0, 0, 0],
-            "n_train": N,
-            "n_test": M,
-        },
-        "plan": Plan(
-            n=N, subset_ratio=round(float(arrays["masks"].mean()), 4), kind="imported"
-        ).as_dict(),
-        "recipe": {"model": {"name": "imported"}},
-        "outcomes": _digest(arrays),
-    }
-    opened = Store(store)
-    opened.import_study(study, name, classes, index)
+    opened, _ = make_study(
+        arrays,
+        Store(store),
+        sizes=(N, arrays["correct_test"].shape[1]),
+        name=name,
+        subset_ratio=round(float(arrays["masks"].mean()), 4),
+        model="imported",
+        outcomes=_digest(arrays),
+    )
     opened.target = Target(trials=T)
     about = {
-        "study_hash": study_hash(study),
+        "study_hash": opened.study()["hash"],
         "attempt": 1,
         "seeds": {},
         "seconds": 0.0,
@@ -84,6 +75,38 @@ def import_arrays(
         if key not in done:
             opened.commit(key, _trial_table(arrays, trial), about)
     return opened
+
+
+def make_study(
+    arrays: dict[str, NDArray[Any]],
+    store: Store,
+    *,
+    sizes: tuple[int, int],
+    name: str,
+    subset_ratio: float,
+    model: str,
+    outcomes: str,
+) -> tuple[Store, pa.Table]:
+    """The store with the study of what is imported, and its index, of `sizes` (N, M) examples.
+
+    `arrays` may have labels, ids, hashes and classes, see `import_arrays`; `outcomes` is a digest
+    of all else, which makes the study's identity. Raises what `import_arrays` does.
+    """
+    N, M = sizes
+    classes, index = _classes(arrays), _index(arrays, N, M)
+    study = {
+        "data": {
+            "fingerprint": fingerprint_of(index, (0, 0, 0), classes),
+            "image_shape": [0, 0, 0],
+            "n_train": N,
+            "n_test": M,
+        },
+        "plan": Plan(n=N, subset_ratio=subset_ratio, kind="imported").as_dict(),
+        "recipe": {"model": {"name": model}},
+        "outcomes": outcomes,
+    }
+    store.import_study(study, name, classes, index)
+    return store, index
 
 
 def check_keys(arrays: dict[str, NDArray[Any]], path: Path) -> None:

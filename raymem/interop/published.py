@@ -25,13 +25,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
-from raymem.examples import Examples, example_id, fingerprint_of, group_column
+from raymem.examples import Examples, example_id
+from raymem.interop.crosswalk import order_in
+from raymem.interop.fleets import make_study
 from raymem.interop.safe import arrays_of, as_text
 from raymem.memorization import PairRule
-from raymem.plan import Plan
 from raymem.store import Store, columns
 
 Arrays = dict[str, NDArray[Any]]
+# Feldman & Zhang's; C-scores are means over several, which a plan cannot say.
+PUBLISHED_RATIO = 0.7
 
 
 def import_scores(
@@ -146,34 +149,14 @@ def _names(values: NDArray[Any] | None, split: str, n: int) -> NDArray[Any]:
 
 def _joined(found: Arrays, data: Examples) -> Arrays:
     """In the order of `data`."""
-    out = dict(found)
-    places = {}
-    for split, own, y in (
-        ("train", data.train_ids, data.y_train),
-        ("test", data.test_ids, data.y_test),
-    ):
-        n = len(found[f"y_{split}"])
-        if n == 0:
-            places[split] = np.zeros(0, np.int64)
+    out, places = dict(found), {}
+    for split, own in (("train", data.train_ids), ("test", data.test_ids)):
+        labels = found[f"y_{split}"]
+        if len(labels) == 0:
             continue
-        if n != len(own):
-            raise ImportFileError(f"there are {n} {split} scores, {data.name} has {len(own)}")
-        order = np.arange(n)
-        if found["named"]:
-            row = {name: k for k, name in enumerate(found[f"{split}_ids"])}
-            missing = [name for name in own if name not in row]
-            if missing:
-                raise ImportFileError(
-                    f"{len(missing):,} {split} examples have no score, such as {missing[0]}"
-                )
-            order = np.array([row[name] for name in own])
-        labels = found[f"y_{split}"][order]
-        if not np.array_equal(labels, y):
-            raise ImportFileError(
-                f"{int((labels != y).sum())} of {n} {split} labels are not those of {data.name}; "
-                "the order or the labels' numbers are others"
-            )
-        out[f"y_{split}"], out[f"{split}_ids"] = labels, np.array(own)
+        names = list(found[f"{split}_ids"]) if found["named"] else []
+        order = order_in(data, split, len(labels), names, labels)
+        out[f"y_{split}"], out[f"{split}_ids"] = labels[order], np.array(own)
         places[split] = np.argsort(order)
         for name in ("memorization", "accuracy_out"):
             if split == "train" and name in out:
@@ -182,48 +165,28 @@ def _joined(found: Arrays, data: Examples) -> Arrays:
     if len(pairs):
         pairs[:, 0] = places["train"][pairs[:, 0].astype(int)]
         pairs[:, 1] = places["test"][pairs[:, 1].astype(int)]
-    hashes = list(data.content_hashes)
-    if not len(out["y_test"]):
-        hashes = hashes[: len(data.train_ids)]
-    return out | {"pairs": pairs, "hashes": np.array(hashes), "classes": np.array(data.classes)}
+    n = len(out["y_train"]) + len(out["y_test"])
+    hashes = np.array(data.content_hashes[:n])
+    return out | {"pairs": pairs, "hashes": hashes, "classes": np.array(data.classes)}
 
 
 def _write(a: Arrays, store: Store, path: Path) -> Store:
     N, M = len(a["y_train"]), len(a["y_test"])
-    labels = np.concatenate([a["y_train"], a["y_test"]])
-    ids = [*map(str, a["train_ids"]), *map(str, a["test_ids"])]
-    if len(set(ids)) != len(ids):
-        raise ImportFileError(f"{path}: names of examples repeat")
-    classes = tuple(map(str, a.get("classes", range(int(labels.max()) + 1))))
-    none = group_column([], N + M)
-    index = pa.table(
-        {
-            "split": ["train"] * N + ["test"] * M,
-            "index": np.concatenate([np.arange(N), np.arange(M)]),
-            "example_id": ids,
-            "label": labels,
-            "content_hash": pa.array(a.get("hashes", [None] * (N + M)), pa.string()),
-            "duplicate_group": none,
-            "near_duplicate_group": none,
-        }
-    )
     value = a.get("memorization", a.get("accuracy_out"))
     assert value is not None
-    study = {
-        "data": {
-            "fingerprint": fingerprint_of(index, (0, 0, 0), classes),
-            "image_shape": [0, 0, 0], "n_train": N, "n_test": M,
-        },
-        "plan": Plan(n=N, subset_ratio=0.7, kind="imported").as_dict(),
-        "recipe": {"model": {"name": "published scores"}},
-        "outcomes": hashlib.sha256(value.tobytes() + a["pairs"].tobytes()).hexdigest(),
-    }  # fmt: skip
-    store.import_study(study, path.stem, classes, index)
+    store, index = make_study(
+        a,
+        store,
+        sizes=(N, M),
+        name=path.stem,
+        subset_ratio=PUBLISHED_RATIO,
+        model="published scores",
+        outcomes=hashlib.sha256(value.tobytes() + a["pairs"].tobytes()).hexdigest(),
+    )
+    ids = index["example_id"].to_pylist()
     of = columns.SCORES_EXAMPLES
     values: dict[str, Any] = {
         "epsilon": np.full(N + M, math.inf),
-        "duplicate_group": none,
-        "near_duplicate_group": none,
         **{
             name: pa.array(np.concatenate([a[name], np.full(M, np.nan)]), from_pandas=True)
             for name in ("memorization", "accuracy_out")
