@@ -20,6 +20,7 @@ from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
 from raymem.links.halves import in_halves, pearson
 from raymem.links.rows import ROUNDING, Floats, floats, train_at
 from raymem.links.sums import Sums
+from raymem.memorization import correlation_interval
 from raymem.store import Store
 
 # Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.
@@ -311,9 +312,5 @@ def _slope(mem: Floats, x: Floats) -> float:
 
 
 def _interval(value: float, replicates: Sequence[float]) -> Coefficient:
-    if math.isnan(value) or np.isfinite(replicates).sum() < 2:
-        return Coefficient(value=value, low=math.nan, high=math.nan)
-    clipped = np.clip([value, *replicates], -1 + 1e-12, 1 - 1e-12)
-    z, others = np.arctanh(clipped[0]), np.arctanh(clipped[1:])
-    half = Z * np.nanstd(others, ddof=1)
-    return Coefficient(value=value, low=float(np.tanh(z - half)), high=float(np.tanh(z + half)))
+    low, high = correlation_interval(value, replicates)
+    return Coefficient(value=value, low=low, high=high)

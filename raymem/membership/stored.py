@@ -26,6 +26,7 @@ from scipy import stats
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.membership.lira import IN, OUT, Floats, Sums, offline, online, vulnerability
 from raymem.membership.roc import LOW_FPR, Attack, attack, finite, number
+from raymem.memorization import correlation_interval
 from raymem.plan import Plan
 from raymem.store import Store, TrialKey, columns, read_ahead
 
@@ -360,12 +361,8 @@ def _correlation(table: pa.Table) -> RankCorrelation:
         rows = generator.integers(n, size=size)
         if np.ptp(x[rows]) and np.ptp(y[rows]):
             drawn.append(float(stats.spearmanr(x[rows], y[rows]).statistic))
-    z = np.arctanh(np.clip(drawn, -1 + 1e-12, 1 - 1e-12))
-    half = 1.96 * float(z.std(ddof=1)) * math.sqrt(size / n) if len(z) > 1 else math.nan
-    centre = math.atanh(min(max(value, -1 + 1e-12), 1 - 1e-12))
-    return RankCorrelation(
-        value=value, low=math.tanh(centre - half), high=math.tanh(centre + half), examples=n
-    )
+    low, high = correlation_interval(value, drawn, scale=math.sqrt(size / n))
+    return RankCorrelation(value=value, low=low, high=high, examples=n)
 
 
 def _name(epsilon: float) -> str:

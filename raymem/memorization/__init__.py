@@ -7,6 +7,7 @@ from raymem.memorization.bits import Bits
 from raymem.memorization.estimates import (
     Estimate,
     Memorization,
+    correlation_interval,
     difference_of_means,
     difference_of_proportions,
     forecast_trials,
@@ -42,6 +43,7 @@ __all__ = [
     "Memorization",
     "PairRule",
     "Until",
+    "correlation_interval",
     "difference_of_means",
     "difference_of_proportions",
     "expected_stderr",

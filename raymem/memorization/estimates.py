@@ -239,6 +239,27 @@ def forecast_trials(trials: int, reliability: float, target: float) -> float:
     return round(trials * target * (1 - reliability) / (reliability * (1 - target)), 1)
 
 
+def correlation_interval(
+    value: float, replicates: ArrayLike, *, scale: float = 1.0
+) -> tuple[float, float]:
+    """95% interval of a correlation from its bootstrap replicates [R]: the standard deviation of
+    Fisher's z = arctanh(r) around the estimate.
+
+    `scale` is by how much the replicates spread too far, root of their size over the sample's. NaN
+    with fewer than two finite replicates.
+
+    >>> [round(end, 2) for end in correlation_interval(0.5, [0.4, 0.5, 0.6])]
+    [0.28, 0.67]
+    """
+    drawn = np.asarray(replicates, np.float64)
+    drawn = drawn[np.isfinite(drawn)]
+    if math.isnan(value) or len(drawn) < 2:
+        return math.nan, math.nan
+    z, *others = np.arctanh(np.clip([value, *drawn], -1 + 1e-12, 1 - 1e-12))
+    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2) * np.std(others, ddof=1)) * scale
+    return math.tanh(z - half), math.tanh(z + half)
+
+
 def ratio(above: ArrayLike, below: ArrayLike) -> Floats:
     """above / below, NaN where below is not positive."""
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
