@@ -51,7 +51,7 @@ LISTED, PAIR = (0.99, 0.49), 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machines:
+class Cluster:
     """Where a study is to run; by default here."""
 
     machines: int = 1
@@ -74,12 +74,12 @@ class Pilot:
     """Of a trial's object."""
 
 
-def planned(study: Study, where: Machines | None = None, *, threads: int = 1) -> str:
+def planned(study: Study, where: Cluster | None = None, *, threads: int = 1) -> str:
     """What training would do, take and give, from a pilot of up to three trials that are not kept.
 
     Of sets in a cache no trial is run: a few images of their size are, and the rest is counted.
     """
-    where = where or Machines()
+    where = where or Cluster()
     return "\n".join(
         [
             study.examples.describe(),
@@ -95,7 +95,7 @@ def planned(study: Study, where: Machines | None = None, *, threads: int = 1) ->
     )
 
 
-def _time(study: Study, where: Machines, threads: int) -> list[str]:
+def _time(study: Study, where: Cluster, threads: int) -> list[str]:
     at_once = where.at_once or max(1, (os.cpu_count() or 1) // threads)
     slots = where.machines * at_once
     lines, total, n_bytes = [], 0.0, 0

@@ -19,7 +19,7 @@ from raymem.memorization import (
     power_to_list,
     trials_for,
 )
-from raymem.planner import Machines, planned, warnings
+from raymem.planner import Cluster, planned, warnings
 from raymem.scoring import look
 
 RECIPE = Recipe(model="mlp-32", epochs=6, learning_rate=0.2)
@@ -86,7 +86,7 @@ def study(digits, tmp_path):
 
 
 def test_a_plan_says_what_it_costs_elsewhere(study):
-    text = planned(study(), Machines(machines=10, at_once=4, times_faster=8.0, price=3.0))
+    text = planned(study(), Cluster(machines=10, at_once=4, times_faster=8.0, price=3.0))
     assert "40 trials on 10 machines, 4 at once on each, 8 times as fast as here" in text
     assert "mean of 3; the process had" in text
     assert "price: 0.0" in text

@@ -30,7 +30,7 @@ from raymem.job.paths import absolute_store
 from raymem.job.smoke import Smoke, check_rows
 from raymem.links import find_links
 from raymem.memorization import PairRule, Until
-from raymem.planner import Machines, planned
+from raymem.planner import Cluster, planned
 from raymem.privacy import Privacy
 from raymem.report import write_report
 from raymem.store import Store
@@ -142,7 +142,7 @@ def run_job(
                 machine=machine,
                 rule=PairRule(max_pairs=settings.pop("max_pairs")),
                 until=settings.pop("until"),
-                machines=Machines(
+                cluster=Cluster(
                     machines=settings.pop("machines"),
                     at_once=settings.pop("trials_at_once") or machine.max_workers,
                     times_faster=settings.pop("times_faster"),
@@ -230,7 +230,7 @@ class Way:
 
     machine: Machine
     rule: PairRule
-    machines: Machines
+    cluster: Cluster
     """Those that `plan` counts for."""
     until: Until | None = None
     """When training has enough trials, before all of them are done."""
@@ -254,7 +254,7 @@ def run_stages(study: Study, stage: str, way: Way, private: Study | None = None)
 def _run(study: Study, stage: str, way: Way) -> None:
     machine = way.machine
     if stage == "plan":
-        click.echo(planned(study, way.machines, threads=machine.cpus_per_trial))
+        click.echo(planned(study, way.cluster, threads=machine.cpus_per_trial))
         return
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
