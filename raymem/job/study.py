@@ -231,7 +231,7 @@ class Way:
     machine: Machine
     rule: PairRule
     cluster: Cluster
-    """Those that `plan` counts for."""
+    """What `plan` counts for."""
     until: Until | None = None
     """When training has enough trials, before all of them are done."""
 
