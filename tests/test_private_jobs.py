@@ -332,6 +332,11 @@ def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_pa
     page = (store / "report.html").read_text()
     assert f"Links 2 and 3 are those of {other.url}" in page
     assert Store(store).note("command")["command"].startswith("python ")
+    # A trial was trained again, once: not by every run of the same command.
+    assert "trained again: the same" in text
+    again, code = run(capsys, "--store", str(store), private=second)
+    assert code == 0
+    assert "trained again" not in again
     # Without: one study, as for every other job.
     text, code = run(
         capsys, "--store", str(tmp_path / "alone"), "--private-trials", "0", private=second

@@ -280,8 +280,9 @@ def _run(study: Study, stage: str, way: Way) -> None:
 
 
 def _repeat(study: Study, machine: Machine, *, asked: bool) -> None:
-    """Train one trial again and compare; a long one only when asked to."""
-    if not asked and study.seconds_of_a_trial() > SHORT_TRIAL:
+    """Train one trial again and compare, once; a long one, or once more, only when asked to."""
+    known = study.open_store().note("repeat") is not None
+    if not asked and (known or study.seconds_of_a_trial() > SHORT_TRIAL):
         return
     click.echo(study.repeat(threads=machine.cpus_per_trial).text)
 

@@ -126,8 +126,8 @@ def online(margins: ArrayLike, others: Moments) -> Floats:
     Carlini et al. 2022, "Membership Inference Attacks From First Principles", algorithm 1: log
     N(x; mean_in, sd_in) - log N(x; mean_out, sd_out), where x is the target model's margin. The
     fixed variance is that of margins around each example's own mean, for each arm; the authors'
-    script (tensorflow/privacy, research/mi_lira_2021/plot.py) takes the spread of all in-margins for
-    both arms, which examples that differ make wider, and medians for means.
+    script (tensorflow/privacy, research/mi_lira_2021/plot.py) takes the spread of all in-margins
+    for both arms, which examples that differ make wider, and medians for means.
 
     `others` must not have seen the target, nor trials whose subsets depend on the target's: see
     `scores`. Raises ValueError if no variance is known.
