@@ -79,7 +79,14 @@ def realised(trials: int, seed: int) -> tuple[float, float]:
     return (listed & ~truth).sum() / max(listed.sum(), 1), listed[truth].mean()
 
 
-@pytest.mark.parametrize(("trials", "power"), [(100, 0.87), (200, 0.93), (400, 0.98)])
+@pytest.mark.parametrize(
+    ("trials", "power"),
+    [
+        (100, 0.87),
+        pytest.param(200, 0.93, marks=pytest.mark.slow),
+        pytest.param(400, 0.98, marks=pytest.mark.slow),
+    ],
+)
 def test_realised_false_discoveries_are_at_most_nominal(trials, power):
     found = np.array([realised(trials, seed) for seed in range(30)])
     mean = found.mean(axis=0)
