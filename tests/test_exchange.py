@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from scipy import stats
 
 from raymem import (
     Examples,
@@ -283,7 +284,7 @@ def test_published_scores_are_joined_by_their_names(data, fleet, tmp_path):
         import_scores(tmp_path / "x_infl_matrix.npz", tmp_path / "other", data=data)
 
 
-def test_consistency_is_accuracy_of_models_without_the_example(data, tmp_path):
+def test_consistency_is_accuracy_of_models_without_the_example(data, fleet, tmp_path):
     values = np.linspace(0, 1, N)
     path = tmp_path / "cscores.npz"
     np.savez(path, labels=data.y_train, scores=values)
@@ -292,6 +293,17 @@ def test_consistency_is_accuracy_of_models_without_the_example(data, tmp_path):
     table = Store(tmp_path / "s").scores()
     assert table["accuracy_out"].to_pylist() == pytest.approx(list(values))
     assert table["memorization"].null_count == N
+    # Memorization of a fleet against published consistency.
+    path = tmp_path / "unlike.npz"
+    np.savez(path, labels=data.y_train, scores=1 - np.abs(np.linspace(-1, 1, N)))
+    published = import_scores(path, tmp_path / "joined", data=data)
+    ((row,),) = correlations_across(fleet, published).values()
+    assert (row.measure, row.examples) == ("wrong_out", N)
+    expected = stats.spearmanr(
+        [mem(fleet)[name] for name in data.train_ids], np.abs(np.linspace(-1, 1, N))
+    )
+    assert row.spearman.value == pytest.approx(expected[0], abs=1e-9)
+    assert row.spearman.low < row.spearman.value < row.spearman.high
     np.savez(path, labels=data.y_train, scores=values + 1)
     with pytest.raises(ImportFileError, match="from 0 to 1"):
         import_scores(path, tmp_path / "t")

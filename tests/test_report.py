@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import html.parser
 import json
 import math
@@ -117,6 +118,23 @@ def test_what_is_on_it(study, text):
     rows = study.scores().to_pylist()
     first = max((r for r in rows if r["split"] == "train"), key=lambda r: r["memorization"] or -1)
     assert f"memorization {first['memorization']:.2f}" in words
+
+
+def test_every_number_of_the_fleet_is_compared_with_memorization(study, text):
+    from raymem import find_links
+    from raymem.report.compared import MEANINGS
+
+    (rows,) = find_links(Store(study.store)).correlations.values()
+    section = text[0].split('id="compared"')[1].split("</table>")[0]
+    places = []
+    for row in rows:
+        cell = f"<td>{html.escape(MEANINGS[row.measure])}</td>"
+        rho = f">{row.spearman.value:.2f} [{row.spearman.low:.2f}, {row.spearman.high:.2f}]<"
+        assert rho in section.split(cell)[1].split("</tr>")[0], row.measure
+        places.append((section.index(cell), row.spearman.value))
+    values = [value for _, value in sorted(places)]
+    assert values == sorted(values, reverse=True)
+    assert {"learning_epoch", "forgetting_count", "wrong_out"} <= {row.measure for row in rows}
 
 
 def test_data_is_text(text):

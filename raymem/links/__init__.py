@@ -15,6 +15,7 @@ from raymem.links.curvature import (
     Correlation,
     by_memorization,
     correlations,
+    has_curvature,
     in_paper_bins,
     measures_of,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "fit_link2",
     "fit_loss",
     "fit_rivals",
+    "has_curvature",
     "in_paper_bins",
     "joined",
     "label_errors",

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.errors import StoreError
-from raymem.links.curvature import Correlation, correlate, measures_of
+from raymem.links.curvature import Correlation, correlate, known_measures
 from raymem.links.rows import floats, train_at
 from raymem.links.sums import FixedSums, JoinedSums, Sums
 from raymem.store import Store
@@ -44,13 +44,12 @@ def correlations_across(
     found = {}
     for other in sorted(set(others["epsilon"].to_pylist())):
         there = train_at(others, other)
-        values = {name: v[places] for name, v in measures_of(there).items()}
-        values = {name: v for name, v in values.items() if np.isfinite(v).any()}
-        sums = JoinedSums(
-            mine_sums,
-            Sums(train_at(second.scores("folds"), other), list(values)),
-            places,
-        )
+        all_values = known_measures(there)
+        its_sums: Sums = FixedSums(floats(there, "memorization"), all_values)
+        if second.scored(other):
+            its_sums = Sums(train_at(second.scores("folds"), other), list(all_values))
+        values = {name: v[places] for name, v in all_values.items()}
+        sums = JoinedSums(mine_sums, its_sums, places)
         found[other] = correlate(mem, values, sums, np.random.default_rng(seed))
     return found
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
@@ -27,8 +28,11 @@ from raymem.store import Store
 MEASURES = (
     "curvature_out", "curvature_in", "curvature_paper_out", "curvature_paper_in",
     "loss_out", "loss_in", "p_wrong_out", "p_wrong_in", "gradient_norm_out", "gradient_norm_in",
-    "cumulative_loss",
+    "cumulative_loss", "learning_epoch", "forgetting_count", "wrong_out",
 )  # fmt: skip
+# Measures that are 1 - a share in the scores, by that share's name. 1 - accuracy_out is 1 - C-score
+# (Jiang et al. 2021) at one subset ratio.
+COMPLEMENTS = {"p_true": "p_wrong", "accuracy_out": "wrong_out"}
 # What a measure must say more than, for its partial correlation.
 GIVEN = "loss_out"
 PERMUTATIONS = 200
@@ -54,7 +58,8 @@ class Correlation:
     """Memorization against one measure, over training examples."""
 
     measure: str
-    """Column of scores/examples.parquet, or p_wrong: 1 - p_true."""
+    """Column of scores/examples.parquet, or p_wrong: 1 - p_true, or wrong_out: 1 - accuracy_out,
+    which is memorization itself wherever models fit what they train on."""
     spearman: Coefficient
     """Of ranks."""
     pearson: Coefficient
@@ -87,7 +92,7 @@ class Correlation:
     violating: float
     """Share of the examples above the fitted line, for which it is no bound."""
     examples: int
-    """Training examples that have both."""
+    """Training examples that have both. Those that no trial learned have no learning epoch."""
     folds: int
     """Folds of trials that have the measure. With one the interval knows nothing of how the measure
     varies over trials."""
@@ -100,29 +105,35 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
     the bootstrap's standard deviation of Fisher's z around the estimate: resampled folds are
     noisier than the trials are, which biases the replicates towards 0, not their spread.
 
-    Empty where no trial measured curvature. Raises StoreError without scores.
+    Empty for published scores, which have no trials. Raises StoreError without scores.
     """
     scores = store.scores()
-    if "curvature_out" not in scores.column_names:
-        return {}
-    folds = store.scores("folds")
     found = {}
     for epsilon in sorted(set(scores["epsilon"].to_pylist())):
         here = train_at(scores, epsilon)
-        values = measures_of(here)
-        values = {name: column for name, column in values.items() if np.isfinite(column).any()}
-        if any(name.startswith("curvature") for name in values):
-            sums = Sums(train_at(folds, epsilon), list(values))
-            mem = floats(here, "memorization")
+        mem, values = floats(here, "memorization"), known_measures(here)
+        if np.isfinite(mem).any() and store.scored(epsilon):
+            sums = Sums(train_at(store.scores("folds"), epsilon), list(values))
             found[epsilon] = correlate(mem, values, sums, np.random.default_rng(seed))
     return found
+
+
+def has_curvature(rows: Sequence[Correlation]) -> bool:
+    """Is any of the measures curvature? Without, rows are only what every fleet gives."""
+    return any(row.measure.startswith("curvature") for row in rows)
+
+
+def known_measures(table: pa.Table) -> dict[str, Floats]:
+    """`measures_of` those rows, without the ones that no example has."""
+    return {name: v for name, v in measures_of(table).items() if np.isfinite(v).any()}
 
 
 def measures_of(table: pa.Table) -> dict[str, Floats]:
     """Those of MEASURES that rows of scores/examples.parquet have, [N] each."""
     found = {name: floats(table, name) for name in table.column_names if name in MEASURES}
-    for name in [name for name in table.column_names if name in ("p_true_in", "p_true_out")]:
-        found[name.replace("p_true", "p_wrong")] = 1 - floats(table, name)
+    for share, wrong in COMPLEMENTS.items():
+        for name in [name for name in table.column_names if name.startswith(share)]:
+            found[name.replace(share, wrong)] = 1 - floats(table, name)
     return {name: found[name] for name in MEASURES if name in found}
 
 
@@ -165,8 +176,7 @@ def in_paper_bins(
     for epsilon in epsilons:
         here = train_at(scores, epsilon)
         mem = floats(here, "memorization")
-        measures = {n: v for n, v in measures_of(here).items() if n.startswith("curvature")}
-        measures = {n: v for n, v in measures.items() if np.isfinite(v).any()}
+        measures = {n: v for n, v in known_measures(here).items() if n.startswith("curvature")}
         sums = Sums(train_at(store.scores("folds"), epsilon), list(measures))
         first = sums.half(np.random.default_rng(seed)) if sums.can_be_halved else None
         found[epsilon] = [
@@ -244,34 +254,46 @@ def correlate(
 
 
 def _all_kinds(mem: Floats, values: dict[str, Floats]) -> dict[str, tuple[float, ...]]:
-    """Spearman, Pearson, cosine, partial Spearman given loss_out, over examples that have all.
+    """Spearman, Pearson, cosine, partial Spearman given loss_out: of each measure over the examples
+    that have it, memorization, and loss_out where that is known at all.
 
-    A measure that no example has (no fold with it was drawn) is NaN, and no reason to drop others.
+    A measure that no example has (no fold with it was drawn) is NaN.
     """
-    unknown: dict[str, tuple[float, ...]] = dict.fromkeys(
-        [name for name, v in values.items() if not np.isfinite(v).any()], (math.nan,) * 4
-    )
-    values = {name: v for name, v in values.items() if name not in unknown}
-    if not values:
-        return unknown
-    finite = np.isfinite(mem) & np.logical_and.reduce([np.isfinite(v) for v in values.values()])
-    if finite.sum() < 3 or np.ptp(mem[finite]) == 0:
-        return unknown | dict.fromkeys(values, (math.nan,) * 4)
-    mem = mem[finite]
-    ranks = {name: stats.rankdata(v[finite]) for name, v in values.items()}
-    mem_ranks = stats.rankdata(mem)
-    given_ranks = ranks.get(GIVEN)
+    given = values.get(GIVEN)
+    known = np.isfinite(mem) & np.isfinite(mem if given is None else given)
+    ranks = _Ranks(mem, given)
     found: dict[str, tuple[float, ...]] = {}
     for name, column in values.items():
-        x = column[finite]
-        rho, partial = pearson(mem_ranks, ranks[name]), math.nan
-        if given_ranks is not None:
-            partial = _partial(
-                rho, pearson(mem_ranks, given_ranks), pearson(ranks[name], given_ranks)
-            )
-        cosine = float(mem @ x / max(np.linalg.norm(mem) * np.linalg.norm(x), 1e-300))
-        found[name] = rho, pearson(mem, x), cosine, partial
-    return unknown | found
+        has = known & np.isfinite(column)
+        if has.sum() < 3 or np.ptp(mem[has]) == 0:
+            found[name] = (math.nan,) * 4
+            continue
+        x, y = column[has], mem[has]
+        of_mem, of_given = ranks.over(has)
+        of_x = stats.rankdata(x)
+        rho, partial = pearson(of_mem, of_x), math.nan
+        if of_given is not None:
+            partial = _partial(rho, pearson(of_mem, of_given), pearson(of_x, of_given))
+        size = max(float(np.linalg.norm(y) * np.linalg.norm(x)), 1e-300)
+        cosine = float(y @ x) / size
+        found[name] = rho, pearson(y, x), cosine, partial
+    return found
+
+
+class _Ranks:
+    """Ranks of memorization and of the loss among some examples; most measures have the same."""
+
+    def __init__(self, mem: Floats, given: Floats | None) -> None:
+        self.mem, self.given = mem, given
+        self._known: dict[bytes, tuple[Floats, Floats | None]] = {}
+
+    def over(self, has: NDArray[np.bool_]) -> tuple[Floats, Floats | None]:
+        """Of the examples in `has` [N]."""
+        key = np.packbits(has).tobytes()
+        if key not in self._known:
+            given = None if self.given is None else stats.rankdata(self.given[has])
+            self._known[key] = stats.rankdata(self.mem[has]), given
+        return self._known[key]
 
 
 def _partial(rho: float, given: float, with_given: float) -> float:

@@ -5,7 +5,7 @@ Shapes: F folds, N training examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from raymem.links.rows import Floats, floats
 from raymem.memorization import ratio
+
+# Measures of training itself, and the trials that have them.
+COUNTED_BY = {"cumulative_loss": "n_in", "forgetting_count": "n_in", "learning_epoch": "learned"}
 
 
 class Sums:
@@ -67,18 +70,27 @@ class Sums:
         # Folds without curvature have null sums and no count.
         total = weights @ np.nan_to_num(self._sums[_sum(name)][:, rows])
         mean = ratio(total, weights @ np.nan_to_num(self._sums[_count(name)][:, rows]))
-        return 1 - mean if name.startswith("p_wrong") else mean
+        return 1 - mean if "wrong" in name else mean
 
 
 class FixedSums(Sums):
-    """Published memorization, [N]: nothing is known of its trials, so that it does not vary."""
+    """Published memorization and measures, [N]: nothing is known of their trials, so that they do
+    not vary."""
 
-    def __init__(self, memorization: Floats) -> None:
-        self.n_folds, self._memorization = 1, memorization
+    def __init__(self, memorization: Floats, values: Mapping[str, Floats] | None = None) -> None:
+        self.n_folds, self._memorization, self._values = 1, memorization, dict(values or {})
 
     def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """See Sums."""
         return self._memorization[rows]
+
+    def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
+        """See Sums."""
+        return self._values[name][rows]
+
+    def folds_of(self, name: str) -> int:
+        """See Sums."""
+        return 1
 
 
 class JoinedSums(Sums):
@@ -119,12 +131,12 @@ class JoinedSums(Sums):
 
 def _sum(measure: str) -> str:
     """The column of folds with a measure's sum."""
-    return measure.replace("p_wrong", "p_true")
+    return measure.replace("p_wrong", "p_true").replace("wrong", "correct")
 
 
 def _count(measure: str) -> str:
     """The column of folds that counts the trials in a measure's sum."""
     arm = measure.rpartition("_")[2]
-    if measure == "cumulative_loss":
-        return "n_in"
-    return f"n_{arm}" if measure.startswith(("loss", "p_wrong")) else f"n_curvature_{arm}"
+    if measure in COUNTED_BY:
+        return COUNTED_BY[measure]
+    return f"n_{arm}" if measure.startswith(("loss", "p_wrong", "wrong")) else f"n_curvature_{arm}"

@@ -19,6 +19,7 @@ from raymem.links.curvature import (
     Correlation,
     by_memorization,
     correlations,
+    has_curvature,
     in_paper_bins,
 )
 from raymem.links.diagnostics import Finding, diagnostics
@@ -32,7 +33,8 @@ class Links:
     """What one store says of the three links, or two: one for link 1, another's private trials."""
 
     correlations: dict[float, list[Correlation]]
-    """Link 1, by epsilon; empty if curvature was not measured."""
+    """Link 1, by epsilon: memorization against curvature, if it was measured, and against what else
+    a fleet gives; empty for published scores."""
     bins: dict[float, pa.Table]
     """Link 1 in bins of memorization, a tenth wide."""
     paper: dict[float, list[PaperBins]]
@@ -60,8 +62,10 @@ class Links:
     @property
     def verdicts(self) -> list[str]:
         """The verdict of each claim in one sentence, with its numbers."""
-        found = [verdict_on_link1(e, rows) for e, rows in self.correlations.items()]
-        return [*found, verdict_on_link2(self.curvature), self.verdict]
+        curved = {e: rows for e, rows in self.correlations.items() if has_curvature(rows)}
+        found = [verdict_on_link1(e, rows) for e, rows in curved.items()]
+        unknown = ["link 1: not known, curvature was not measured"]
+        return [*(found or unknown), verdict_on_link2(self.curvature), self.verdict]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: what links.json holds."""

@@ -13,6 +13,7 @@ from typing import Any
 from raymem.links import Finding, Links
 from raymem.membership import Attacked
 from raymem.report.choose import Chosen, Row
+from raymem.report.compared import compared_section
 from raymem.report.figures import Figure
 from raymem.report.membership import membership_section
 from raymem.text import links_text
@@ -45,11 +46,14 @@ def page(
     """The page. `about` is study.json, `command` what ran it, `without_pictures` why some lack,
     `attacked` what membership.json has, `stale` what is wrong with it."""
     show = _Show(chosen.classes, pictures)
+    rows = links.correlations.get(chosen.epsilon, ())
+    compared = compared_section(rows, attacked, chosen.epsilon, stale)
     parts = [
-        _head(about, location, command, bool(attacked)),
+        _head(about, location, command, bool(attacked), bool(compared)),
         _trust(links.diagnostics, links.private_diagnostics),
         _figures(charts, ("memorization",), "Memorization", "memorization"),
         _links(links, charts),
+        compared,
         membership_section(attacked, _charts(charts, "membership"), stale),
         _gallery(chosen, show, without_pictures),
         _pairs(chosen, show),
@@ -113,7 +117,9 @@ class _Show:
         )
 
 
-def _head(about: Mapping[str, Any], location: str, command: str, attacked: bool) -> str:
+def _head(
+    about: Mapping[str, Any], location: str, command: str, attacked: bool, compared: bool
+) -> str:
     study = about["study"]
     plan, recipe = study["plan"], study["recipe"]
     privacy = ", ".join(f"{k} {_plain(v)}" for k, v in study.get("privacy", {}).items())
@@ -131,6 +137,7 @@ def _head(about: Mapping[str, Any], location: str, command: str, attacked: bool)
     again = f"<h3>Run it again</h3><pre>{_t(command)}</pre>" if command else ""
     names = (
         ("trust", "Trust"), ("memorization", "Memorization"), ("links", "Links"),
+        *([("compared", "Compared")] if compared else []),
         *([("membership", "Membership")] if attacked else []), ("gallery", "Gallery"),
         ("errors", "Label errors"), ("table", "Table"), ("load", "Load"),
     )  # fmt: skip

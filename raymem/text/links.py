@@ -19,6 +19,7 @@ from raymem.links import (
     Link2,
     Links,
     PaperBins,
+    has_curvature,
     red,
 )
 from raymem.text.scores import as_text, percent
@@ -31,7 +32,7 @@ def links_text(links: Links) -> str:
         parts += [
             correlations_text(links.correlations),
             bins_text(links.bins),
-            paper_bins_text(links.paper) + "\n" + costs_text(links.costs),
+            f"{paper_bins_text(links.paper)}\n{costs_text(links.costs)}".strip(),
         ]
     if links.private_store is not None:
         parts.append(f"Links 2 and 3 are those of {links.private_store}")
@@ -40,7 +41,7 @@ def links_text(links: Links) -> str:
     for found in (links.diagnostics, links.private_diagnostics):
         parts += [red_text(found)] if red(found) else []
     nothing = "no links: the study measures no curvature, and is not private"
-    return "\n\n".join(parts or [nothing])
+    return "\n\n".join([part for part in parts if part] or [nothing])
 
 
 def label_errors_text(found: LabelErrors, n: int) -> str:
@@ -201,10 +202,13 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
                 "above line": [percent(row.violating) for row in rows],
             }
         )
+        what, than = "Memorization and what a fleet gives beside it", ""
+        if has_curvature(rows):
+            what = "Link 1, memorization and curvature"
+            than = "; loss, 1 - p and gradient are what curvature must be better than"
         parts.append(
-            f"Link 1, memorization and curvature over {rows[0].examples:,} training examples{at} "
-            f"(95% bootstrap intervals over {over}; loss, 1 - p and gradient are what curvature "
-            f"must be better than):\n{as_text(table)}"
+            f"{what} over {rows[0].examples:,} training examples{at} (95% bootstrap intervals over "
+            f"{over}{than}):\n{as_text(table)}"
         )
     return "\n\n".join(parts)
 
