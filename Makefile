@@ -7,11 +7,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
 
+# Tests that only count are run in two processes; those that wait for others are run by themselves.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not alone'
+	$(BIN)/python -m pytest -m 'alone and not slow'
 
 test-all: check
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -m alone
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -103,11 +103,10 @@ class Opened:
         return as_image(self.pixels(example_id))
 
     def __repr__(self) -> str:
-        plan = self.store.plan()
         done = len(self.store.done())
         return (
             f"raymem.open({self.store.url!r}): {self.about['data_name']}, {done:,} trials, "
-            f"{plan.kind} subsets of ratio {plan.subset_ratio:g}"
+            f"{self.store.plan()}"
         )
 
     def _repr_html_(self) -> str:

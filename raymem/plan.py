@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from raymem.errors import PlanError
 
-Kind = Literal["balanced", "fixed-size", "candidate-pool", "imported"]
+Kind = Literal["balanced", "fixed-size", "candidate-pool", "imported", "published"]
 
 SMALLEST_BLOCK = 20
 LARGEST_BLOCK = 200
@@ -61,6 +61,7 @@ class Plan:
       (Ravikumar et al. 2024, section 6.5).
 
     * `imported`: subsets drawn elsewhere; they are in the trials themselves, and have no mask here.
+    * `published`: scores without their trials. Nothing is known of subsets; the ratio says nothing.
 
     `subset_ratio=1` puts every example in every trial: trials differ by their seeds only.
 
@@ -117,6 +118,21 @@ class Plan:
         object.__setattr__(self, "pool", tuple(sorted(int(i) for i in self.pool)))
 
     @property
+    def is_known(self) -> bool:
+        """Are the subsets a function of this plan? Not if they were drawn elsewhere."""
+        return self.kind not in ("imported", "published")
+
+    def __str__(self) -> str:
+        """For people.
+
+        >>> str(Plan(n=1000, subset_ratio=0.7))
+        'balanced subsets of ratio 0.7'
+        """
+        if self.kind == "published":
+            return "published scores without trials"
+        return f"{self.kind} subsets of ratio {self.subset_ratio:g}"
+
+    @property
     def block(self) -> int:
         """Trials per block: balance is exact after every whole block."""
         drawn_in_blocks = self.kind in ("balanced", "candidate-pool")
@@ -133,7 +149,7 @@ class Plan:
         """Which training examples are in the subset of `trial`: bool [N]."""
         if trial < 0:
             raise PlanError(f"trials are numbered from 0, got {trial}")
-        if self.kind == "imported":
+        if not self.is_known:
             raise PlanError("subsets of an imported fleet are in its trials only; it cannot grow")
         if self.subset_ratio == 1:
             return np.ones(self.n, bool)

@@ -34,6 +34,8 @@ from raymem.models import build_model
 from raymem.shards import ingest
 from raymem.shards.readers import read_shard
 
+pytestmark = pytest.mark.alone
+
 SIZE = 16
 
 

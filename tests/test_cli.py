@@ -18,6 +18,8 @@ from raymem.cli import main
 from raymem.errors import StoreError
 from raymem.job import absolute_store
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):

@@ -18,6 +18,8 @@ from processes import no_survivors, wait_until, workers_of
 
 from raymem import Store, verify
 
+pytestmark = pytest.mark.alone
+
 FOLDER = Path(__file__).parent / "cluster"
 TRIALS = 60
 

@@ -16,6 +16,8 @@ import pytest
 
 from raymem import Store, verify
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 SECTION = r"## Try it on this machine first\n(.*?)\n## "
 

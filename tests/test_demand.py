@@ -18,6 +18,8 @@ from raymem import Store
 FOLDER = Path(__file__).parent / "cluster"
 RAY = Path(sys.executable).parent / "ray"
 PORT = 27_479
+pytestmark = pytest.mark.alone
+
 # Prints the number of nodes that are alive beside the head, on request.
 COUNTING = """
 import ray, sys

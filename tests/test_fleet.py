@@ -24,7 +24,9 @@ from raymem import (
     verify,
 )
 
-TRIALS = 40
+pytestmark = pytest.mark.alone
+
+TRIALS = 24
 
 
 def done(store) -> int:
@@ -57,7 +59,7 @@ def test_killing_a_worker_and_then_the_driver_changes_nothing(tmp_path, undistur
         before = done(store)
         # The lane comes back by itself and goes on.
         wait_until(lambda: victim.pid not in {p.pid for p in workers_of(job.pid)})
-        wait_until(lambda: done(store) > before + 4)
+        wait_until(lambda: done(store) > before + 2)
         assert job.poll() is None
         family.update(psutil.Process(job.pid).children(recursive=True))
         os.kill(job.pid, signal.SIGKILL)
@@ -74,10 +76,6 @@ def test_killing_a_worker_and_then_the_driver_changes_nothing(tmp_path, undistur
     assert score_bytes(store) == undisturbed
     assert not Store(store).files.exists("driver.json")
     assert Store(store).failures() == []
-
-    third = run_job(store, "--trials", str(TRIALS))
-    assert third.returncode == 0
-    assert "trials trained" not in third.stdout
 
 
 def test_a_second_driver_is_refused_and_ctrl_c_lets_running_trials_finish(tmp_path, undisturbed):
@@ -99,6 +97,9 @@ def test_a_second_driver_is_refused_and_ctrl_c_lets_running_trials_finish(tmp_pa
     assert again.returncode == 0
     assert f"{TRIALS - stopped} trials trained" in again.stdout
     assert score_bytes(store) == undisturbed
+    third = run_job(store, "--trials", str(TRIALS), "--engine", "serial")
+    assert third.returncode == 0
+    assert "trials trained" not in third.stdout
 
 
 def study_of(model, store, **settings):

@@ -33,6 +33,8 @@ from raymem.shards.finish import _against
 from raymem.shards.splits import find_splits
 from raymem.store import DriverLock, Files
 
+pytestmark = pytest.mark.alone
+
 FORMS = ("folders", "tar", "parquet")
 SIZE = 16
 

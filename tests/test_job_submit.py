@@ -16,6 +16,8 @@ import pytest
 
 from raymem import Store, verify
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
 # Ports of our own, so that a cluster somebody else started is not the one we find and stop.

@@ -55,6 +55,8 @@ from raymem.shards.readers import read_shard
 from raymem.store import DriverLock, Files
 from raymem.store import files as files_module
 
+pytestmark = pytest.mark.alone
+
 INF = math.inf
 KEY = TrialKey(INF, 3)
 SCORES = ("examples", "folds", "influence")
@@ -726,7 +728,9 @@ def test_shards_on_s3_give_the_scores_of_shards_on_a_disk(shards, url, tmp_path,
     assert "curvature of net: " in raymem("status", url)
 
 
-@pytest.mark.parametrize("form", ["tar", "parquet", "folders"])
+@pytest.mark.parametrize(
+    "form", ["tar", *(pytest.param(f, marks=pytest.mark.slow) for f in ("parquet", "folders"))]
+)
 def test_a_faulty_network_is_no_damage_to_shards(s3, shards, url, tmp_path, quick, form):
     faults = (Refuse(), CutRequest(), CutAnswer(), CutAnswer(100))
     with s3.faulty(some(0.4, *faults, seed=5)):

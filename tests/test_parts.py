@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymem.store import Files, trials
@@ -39,6 +39,7 @@ def in_parts(cuts):
     return sink.getvalue().to_pybytes()
 
 
+@settings(deadline=None)
 @given(cuts=st.lists(st.integers(0, 500), max_size=6), group=st.sampled_from([1, 64, 100, 1000]))
 def test_parts_are_the_bytes_of_the_whole(cuts, group):
     cuts = [0, *sorted(cuts)]

@@ -14,6 +14,8 @@ from torch import nn
 from raymem import CurvatureRule, Images, Plan, Recipe, run_trial
 from raymem.training import ALONE, Ranks
 
+pytestmark = pytest.mark.alone
+
 N = 150
 PLAN = Plan(n=N, subset_ratio=0.7, seed=2)
 

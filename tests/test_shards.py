@@ -46,6 +46,8 @@ from raymem.shards.models import read_weights
 from raymem.shards.on_ray import actors
 from raymem.shards.readers import read_shard
 
+pytestmark = pytest.mark.alone
+
 N = 60
 INF = float("inf")
 ROOT = Path(__file__).parents[1]

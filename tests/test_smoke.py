@@ -13,6 +13,8 @@ import pytest
 
 from raymem import Cache, Store, verify
 
+pytestmark = pytest.mark.alone
+
 JOB = Path(__file__).parents[1] / "jobs" / "feldman_imagenet.py"
 
 

@@ -33,6 +33,8 @@ from raymem.store import DriverLock, Files
 from raymem.store import lock as lock_module
 from raymem.store.trials import digest, encode
 
+pytestmark = pytest.mark.alone
+
 KEY = TrialKey(math.inf, 3)
 
 

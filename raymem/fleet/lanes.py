@@ -326,6 +326,9 @@ def run_on_ray(
     lanes = Lanes(remote, actor, job, slots)
     patience = 0.0
     try:
+        if not ledger.progress().complete:
+            # Lanes start beside the ledger's actor, not after it.
+            lanes.tend(ledger.progress())
         while not (progress := remote.progress()).complete:
             watch(remote, progress)
             lanes.tend(progress)

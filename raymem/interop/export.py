@@ -177,7 +177,7 @@ def _hf(store: Store, path: Path, epsilon: float) -> None:
 def _card(store: Store) -> str:
     """The data set's card: what was run, what the columns mean, how to load it."""
     body = store.study()
-    plan, data = body["study"]["plan"], body["study"]["data"]
+    data = body["study"]["data"]
     trials = store.scores("trials").num_rows
     configs = "\n".join(
         f"- config_name: {name}\n  data_files: data/{name}.parquet" for name in TABLES
@@ -188,8 +188,8 @@ def _card(store: Store) -> str:
         "tags: [memorization, influence, data-quality, raymem]\n"
         f"configs:\n{configs}\n---\n\n# {body['data_name']}: what was memorized\n\n"
         f"Memorization and influence (Feldman & Zhang 2020) of {data['n_train']:,} training and "
-        f"{data['n_test']:,} test examples, from {trials:,} models on {plan['kind']} subsets of "
-        f"ratio {plan['subset_ratio']:g}; study `{body['hash'][:16]}`. No images are in it.\n\n"
+        f"{data['n_test']:,} test examples, from {trials:,} models on "
+        f"{store.plan()}; study `{body['hash'][:16]}`. No images are in it.\n\n"
         + (f"Made by `{command}`.\n\n" if command else "")
         + "```python\nfrom datasets import load_dataset\n\n"
         'examples = load_dataset("THIS_REPOSITORY", "examples", split="train")\n```\n\n'

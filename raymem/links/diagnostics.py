@@ -206,7 +206,7 @@ def _precision(here: pa.Table, scores: pa.Table, epsilon: float) -> list[Finding
 
 def _placebo(store: Store, plan: Plan, keys: Sequence[TrialKey]) -> list[Finding]:
     """Memorization where there is none: every trial's outcome with another trial's subset."""
-    if plan.kind == "imported" or plan.subset_ratio == 1 or len(keys) < 2 * plan.block:
+    if not plan.is_known or plan.subset_ratio == 1 or len(keys) < 2 * plan.block:
         return []
     keys = keys[: PLACEBO_TRIALS // plan.block * plan.block]
     rows = np.arange(0, plan.n, math.ceil(plan.n / PLACEBO_EXAMPLES))
@@ -246,7 +246,7 @@ def _placebo(store: Store, plan: Plan, keys: Sequence[TrialKey]) -> list[Finding
 
 def _classes(here: pa.Table, plan: Plan) -> list[Finding]:
     labels = floats(here, "label")
-    if plan.kind == "imported" or not np.isfinite(labels).all():
+    if not plan.is_known or not np.isfinite(labels).all():
         return []
     smallest = min(
         int(np.bincount(labels[plan.mask(t)].astype(int), minlength=int(labels.max()) + 1).min())
@@ -305,7 +305,7 @@ def _size_of_subsets(done: Sequence[dict[str, Any]], plan: Plan) -> list[Finding
     said = f"memorization is that at ratio {r:g}, not by leaving one out"
     size, out = _column(done, "subset_size"), _column(done, "accuracy_out")
     known = np.isfinite(out)
-    if plan.kind == "imported" or known.sum() < 10 or np.ptp(size[known]) == 0:
+    if not plan.is_known or known.sum() < 10 or np.ptp(size[known]) == 0:
         return [Finding(name=name, value=math.nan, text=f"not known; {said}")]
     fit = stats.linregress(size[known] / plan.n, out[known])
     half = float(stats.t.ppf(0.975, known.sum() - 2)) * float(fit.stderr)

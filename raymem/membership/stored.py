@@ -191,7 +191,7 @@ class _Fleet:
         if len(blocks) < 2:
             single = "a single trial" if len(self.keys) == 1 else "a single block of trials"
             more = f"train {2 * plan.block} trials or more, and score them"
-            if plan.kind == "imported":
+            if not plan.is_known:
                 more = "import a fleet of more trials, into another store"
             raise StoreError(
                 f"{store.url} has {single if self.keys else 'no trial'} scored at epsilon "
@@ -305,7 +305,7 @@ def _notes(here: Attacked, fleet: _Fleet) -> Iterator[str]:
             f"{here.others:,} scores of non-members: the rate there is a guess"
         )
     n_in = fleet.sums.n[IN]
-    if fleet.plan.kind == "imported" and np.ptp(n_in) == 0:
+    if not fleet.plan.is_known and np.ptp(n_in) == 0:
         yield (
             f"every example is in exactly {n_in[0]:,} of the {here.trials:,} imported trials, so "
             "the other trials tell a target's subset; with few trials that leaks into the attack"

@@ -12,6 +12,7 @@ from typing import Any
 
 from raymem.links import Finding, Links
 from raymem.membership import Attacked
+from raymem.plan import Plan
 from raymem.report.choose import Chosen, Row
 from raymem.report.compared import compared_section
 from raymem.report.figures import Figure
@@ -121,12 +122,12 @@ def _head(
     about: Mapping[str, Any], location: str, command: str, attacked: bool, compared: bool
 ) -> str:
     study = about["study"]
-    plan, recipe = study["plan"], study["recipe"]
+    plan, recipe = Plan.from_dict(study["plan"]), study["recipe"]
     privacy = ", ".join(f"{k} {_plain(v)}" for k, v in study.get("privacy", {}).items())
     rows = [
         ("data", f"{about['data_name']}: {study['data']['n_train']:,} training and "
                  f"{study['data']['n_test']:,} test examples, {len(about['classes']):,} classes"),
-        ("subsets", f"{plan['kind']}, ratio {plan['subset_ratio']:g}, seed {plan['seed']}"),
+        ("plan", f"{plan}, seed {plan.seed}" if plan.is_known else str(plan)),
         ("recipe", ", ".join(f"{k} {_plain(v)}" for k, v in recipe.items())),
         ("privacy", privacy or "none"),
         ("curvature", "measured" if "curvature" in study else "not measured"),

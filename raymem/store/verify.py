@@ -168,7 +168,7 @@ def check_trial(data: bytes, key: TrialKey, plan: Plan, study_hash: str) -> dict
         missing = sorted(set(columns.TRIAL) - set(table.column_names))
         raise DamagedObjectError(f"has no column {', '.join(missing)}")
     inside = table["in_subset"].drop_null().to_numpy(zero_copy_only=False)
-    if plan.kind != "imported" and not np.array_equal(inside, plan.mask(key.trial)):
+    if plan.is_known and not np.array_equal(inside, plan.mask(key.trial)):
         raise DamagedObjectError("its subset is not the plan's")
     named = (table["epsilon"][0].as_py(), table["trial"][0].as_py())
     if named != tuple(key):

@@ -22,11 +22,10 @@ def describe_store(store: Store) -> str:
     if streamed and not store.files.exists("study.json"):
         return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
     body, target, done = store.study(), store.target, store.done()
-    plan = store.plan()
     wanted = set(target.wanted())
     lines = [
-        f"{store.url}: {body['data_name']}, {plan.kind} subsets of ratio {plan.subset_ratio:g}, "
-        f"model {body['study']['recipe']['model']['name']}",
+        f"{store.url}: {body['data_name']}, {store.plan()}, model "
+        f"{body['study']['recipe']['model']['name']}",
         f"trials: {len(done & wanted):,} of {len(wanted):,} done"
         + (f", and {len(done - wanted):,} more" if done - wanted else ""),
     ]
@@ -107,7 +106,7 @@ def merge_text(summary: MergeSummary) -> str:
             f"drift: {s.drift:,} trials have two results, of other hardware or a GPU; the first "
             "store's stay"
         )
-    if Store(s.url).plan().kind == "imported":
+    if not Store(s.url).plan().is_known:
         then = f"import the file into it once more, which scores: raymem import npz FILE {s.url}"
     elif s.missing:
         then = f"run its job with --store {s.url}, which trains what is missing and scores"
