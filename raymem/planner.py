@@ -108,15 +108,17 @@ def _time(study: Study, where: Cluster, threads: int) -> list[str]:
         total += pilot.mean_seconds * len(alike)
         n_bytes = max(n_bytes, pilot.n_bytes)
         lines.append(_pilot_text(study, pilot, threads, alike[0]))
-    trials = study.trials * len(study.epsilons)
-    busy = total * study.trials / where.times_faster
+    trials = len(study.target.wanted())
+    each = trials // len(study.epsilons)
+    busy = total * each / where.times_faster
     hours = busy / slots / 3600
     there = "this machine" if where.machines == 1 else f"{where.machines:,} machines"
     faster = "" if where.times_faster == 1 else f", {where.times_faster:g} times as fast as here"
+    training = total / where.times_faster * math.ceil(each / slots)
     lines.append(
         f"time: {trials:,} trials on {there}, {at_once:,} at once on each{faster}, would take "
-        f"{duration(total / where.times_faster * math.ceil(study.trials / slots))}, half a minute "
-        f"to start; {busy / 3600:,.2g} hours of {'a GPU' if _on_gpu() else 'a core'} in all"
+        f"{duration(training) if training >= 60 else 'less than a minute'}, half a minute to "
+        f"start; {_busy(busy)} of {'a GPU' if _on_gpu() else 'a core'} in all"
     )
     if where.price is not None:
         lines.append(
@@ -125,6 +127,11 @@ def _time(study: Study, where: Cluster, threads: int) -> list[str]:
         )
     lines.append(f"disk: {n_bytes / 1e3:,.0f} kB per trial, {n_bytes * trials / 1e6:,.1f} MB")
     return lines
+
+
+def _busy(seconds: float) -> str:
+    """Hours are what machines are paid by."""
+    return duration(seconds) if seconds < 3600 else f"{seconds / 3600:,.3g} hours"
 
 
 def _pilot(study: Study, threads: int, epsilon: float) -> Pilot:
@@ -311,6 +318,9 @@ def _subsets(study: Study) -> str:
     if study.trials % plan.block and plan.kind != "fixed-size":
         whole = math.ceil(study.trials / plan.block) * plan.block
         text += f"; {study.trials:,} trials are not whole blocks, {whole:,} would be"
+    if study.target.part is not None:
+        n = len(study.target.wanted()) // len(study.epsilons)
+        text += f"; part {study.target.part} of {study.trials:,} trials: {n:,}"
     return f"{text}; the smallest class has {per_class.min()} examples in the first subset"
 
 
@@ -332,4 +342,8 @@ def _store(study: Study) -> str:
         return f"store: {store.url}, not made yet"
     study.open_store()  # refuses another study's
     wanted = set(study.target.wanted())
-    return f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} trials are done"
+    part = "" if study.target.part is None else f" of part {study.target.part}"
+    return (
+        f"store: {store.url}, {len(store.done() & wanted):,} of {len(wanted):,} trials{part} are "
+        "done"
+    )

@@ -30,7 +30,7 @@ from raymem.privacy import (
 )
 from raymem.scoring import EpsilonSummary, look, score
 from raymem.shards import StageSummary, list_shards, measure_kept
-from raymem.store import Store, Target, TrialKey
+from raymem.store import Part, Store, Target
 from raymem.training import Recipe, check_private_recipe
 
 
@@ -87,6 +87,9 @@ class Study:
     for later."""
     privacy: Privacy | None = None
     """How trials are made private; None: not at all, unless an epsilon is finite."""
+    part: tuple[int, int] | None = None
+    """(K, N): train only the Kth of N parts, whole blocks, as another cluster does the others; see
+    `merge`. None: all trials."""
     plan: Plan = field(init=False)
     """The subsets."""
 
@@ -105,6 +108,16 @@ class Study:
         object.__setattr__(self, "plan", plan)
         self._check_privacy()
         self._check_curvature_trials()
+        self._check_part()
+
+    def _check_part(self) -> None:
+        if self.target.wanted():
+            return
+        blocks = math.ceil(self.trials / self.plan.block)
+        raise PlanError(
+            f"part {self.target.part} has none of {self.trials:,} trials, which are {blocks} "
+            f"blocks of {self.plan.block}; take fewer parts or more trials"
+        )
 
     def _check_privacy(self) -> None:
         # As stores name them: a finer difference is none.
@@ -224,7 +237,10 @@ class Study:
     @property
     def target(self) -> Target:
         """What the store is to have."""
-        return Target(trials=self.trials, epsilons=self.epsilons)
+        part = None
+        if self.part is not None:
+            part = Part(number=self.part[0], of=self.part[1], block=self.plan.block)
+        return Target(trials=self.trials, epsilons=self.epsilons, part=part)
 
     def extras(self, store: Store | None = None) -> Extras:
         """What trials do beyond the recipe; epsilons that are new are fixed in `store`."""
@@ -245,6 +261,10 @@ class Study:
         Looks are at the ends of blocks only, at epsilon inf, or the largest there is. Each is told,
         and kept in the store for `raymem status`. `how` is what `train` takes.
         """
+        if self.part is not None:
+            raise PlanError(
+                "a stopping rule looks at all trials, and a part has some; give --until or --part"
+            )
         block, store = self.plan.block, self.open_store()
         epsilon = max(self.epsilons)
         done = sum(key.epsilon == epsilon for key in store.done())
@@ -301,10 +321,10 @@ class Study:
         data = self._curvature_source()
         assert data is not None  # __post_init__ refused it
         store = self.open_store()
-        measured = range(min(self._measured_trials, self.trials))
+        wanted = [key for key in self.target.wanted() if key.trial < self._measured_trials]
         return measure_kept(
             store,
-            [TrialKey(epsilon, trial) for epsilon in self.epsilons for trial in measured],
+            sorted(wanted, key=lambda key: (self.epsilons.index(key.epsilon), key.trial)),
             list_shards(data, self.examples.classes, n_classes=self.examples.n_classes),
             self.curvature,
             engine=engine,

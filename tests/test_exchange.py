@@ -26,10 +26,12 @@ from raymem import (
     score,
 )
 from raymem.cli import main
+from raymem.interop import layouts
 from raymem.interop.safe import array_of
 from raymem.links import correlations_across, find_links
 from raymem.report import write_report
 from raymem.store import verify
+from raymem.text.status import describe_store
 
 T, N, M, K = 30, 24, 9, 3
 
@@ -216,7 +218,7 @@ def test_datamodels_take_outcomes_of_completed_models(arrays, tmp_path):
     margins[4] = np.nan
     np.save(tmp_path / "masks.npy", arrays["masks"])
     np.save(tmp_path / "_completed.npy", done)
-    with pytest.raises(ImportFileError, match=r"no train_margins\.npy"):
+    with pytest.raises(ImportFileError, match=r"no train_margins\.npy: memorization"):
         import_fleet("datamodels", tmp_path, tmp_path / "store")
     np.save(tmp_path / "train_margins.npy", margins)
     np.save(tmp_path / "test_margins.npy", np.where(arrays["correct_test"], 1, -1))
@@ -230,6 +232,58 @@ def test_datamodels_take_outcomes_of_completed_models(arrays, tmp_path):
     np.save(tmp_path / "train_margins.npy", margins)
     with pytest.raises(ImportFileError, match="not finite"):
         import_fleet("datamodels", tmp_path, tmp_path / "other")
+    np.save(tmp_path / "_completed.npy", done[1:])
+    with pytest.raises(ImportFileError, match=r"_completed\.npy is \(29,\), but"):
+        import_fleet("datamodels", tmp_path, tmp_path / "other")
+
+
+def test_published_datamodels_have_names_of_their_own(arrays, data, tmp_path, monkeypatch):
+    source = tmp_path / "data"
+    source.mkdir()
+    with pytest.raises(ImportFileError, match=r"0 files of masks; the published ones are"):
+        import_fleet("datamodels", source, tmp_path / "store")
+    for share in (50, 75):
+        np.save(source / f"train_masks_{share}pct.npy", arrays["masks"] ^ (share == 75))
+        for split in ("train", "test"):
+            right = arrays[f"correct_{split}"]
+            margins = np.where(right, 1.5, -0.5).astype(np.float16)
+            np.save(source / f"{split}_margins_{share}pct.npy", margins)
+    with pytest.raises(ImportFileError, match=r"2 files of masks \(train_masks_50pct\.npy, train_"):
+        import_fleet("datamodels", source, tmp_path / "store")
+    masks = source / "train_masks_50pct.npy"
+    np.save(tmp_path / "labels.npy", data.y_train)
+    np.save(tmp_path / "tests.npy", np.array(data.test_ids))
+    monkeypatch.setattr(layouts, "ROWS_AT_ONCE", 7)
+    store = import_fleet(
+        "datamodels", masks, tmp_path / "store", data=data, labels=tmp_path / "labels.npy",
+        test_ids=tmp_path / "tests.npy", trials=20,
+    )  # fmt: skip
+    assert len(store.done()) == 20
+    score(store)
+    expected = memorization(arrays["masks"][:20], arrays["correct_train"][:20]).value
+    found = [mem(store)[name] for name in data.train_ids]
+    assert found == pytest.approx([None if np.isnan(v) else v for v in expected])
+    accuracy = {r["example_id"]: r["accuracy_out"] for r in store.scores().to_pylist()}
+    assert [accuracy[name] for name in data.test_ids] == pytest.approx(
+        list(arrays["correct_test"][:20].mean(0))
+    )
+    # 300,000 models of 60,000 examples are no matter of memory, but of what is taken of them.
+    room = layouts.psutil.virtual_memory()._replace(available=2 * 20 * (2 * N + M))
+    monkeypatch.setattr(layouts.psutil, "virtual_memory", lambda: room)
+    assert import_fleet("datamodels", masks, tmp_path / "some", trials=20)
+    with pytest.raises(ImportFileError, match="take the first models only, with --trials"):
+        import_fleet("datamodels", masks, tmp_path / "all")
+
+
+@pytest.mark.parametrize("format", ["npz", "fz", "lira"])
+def test_the_first_models_of_a_fleet_are_taken_if_so_asked(fleet, format, tmp_path):
+    path = export(format, fleet.url, tmp_path / ("out.npz" if format == "npz" else "out"))
+    labels = {"labels": path / "labels.npy"} if format == "lira" else {}
+    few = import_fleet(format, path, tmp_path / "few", trials=11, **labels)
+    all_ = import_fleet(format, path, tmp_path / "all", **labels)
+    assert (len(few.done()), len(all_.done())) == (11, T)
+    for key in few.done():
+        assert few.trial(key).equals(all_.trial(key))
 
 
 def published(tmp_path, data, order):
@@ -278,10 +332,55 @@ def test_published_scores_are_joined_by_their_names(data, fleet, tmp_path):
     loss = next(row for row in rows if row.measure == "p_wrong_out")
     assert loss.examples == N
     assert verify(store) == []
+    assert "published scores without trials, model published scores" in describe_store(store)
     # Without the names nothing but labels can be checked, and they are in another order.
     (tmp_path / "x_index.npz").unlink()
     with pytest.raises(ImportFileError, match="labels are not those"):
         import_scores(tmp_path / "x_infl_matrix.npz", tmp_path / "other", data=data)
+
+
+def test_published_pairs_are_checked_by_their_memorization(data, tmp_path):
+    """As for ImageNet, whose whole matrix hardly anyone has: index and pairs are two files."""
+    order = np.random.default_rng(4).permutation(N)
+    scores, found = published(tmp_path, data, order)
+    index = {name: found[name] for name in ("tr_mem", "tr_labels", "tt_labels")}
+    with np.load(tmp_path / "x_index.npz", allow_pickle=True) as names:
+        index |= dict(names)
+    folder = tmp_path / "two"
+    folder.mkdir()
+    np.savez(folder / "y_index.npz", **index)
+    train = np.flatnonzero(index["tr_mem"] >= 0.25)[:5]
+    pairs = {
+        "tr_idx": train, "tt_idx": np.arange(len(train)),
+        "infl": np.linspace(0.15, 0.6, len(train)), "mem": index["tr_mem"][train],
+    }  # fmt: skip
+    path = folder / "y_high_infl_pairs_infl0.15_mem0.25.npz"
+    np.savez(path, **pairs)
+    for start, name in ((path, "a"), (folder / "y_index.npz", "b")):
+        store = import_scores(start, tmp_path / name, data=data)
+        assert [mem(store)[i] for i in data.train_ids] == pytest.approx(list(scores))
+        rows = store.scores("influence").to_pylist()
+        assert [(r["train_id"], r["test_id"]) for r in rows] == [
+            (data.train_ids[order[i]], data.test_ids[j])
+            for i, j in zip(train[::-1], pairs["tt_idx"][::-1], strict=True)
+        ]
+        assert all(r["strong"] for r in rows)
+    np.savez(path, **{**pairs, "mem": pairs["mem"][::-1]})
+    with pytest.raises(ImportFileError, match="pairs have other memorization than tr_mem has"):
+        import_scores(path, tmp_path / "wrong", data=data)
+    np.savez(path, **{**pairs, "tt_idx": pairs["tt_idx"] + M})
+    with pytest.raises(ImportFileError, match="examples beyond 24 training and 9 test examples"):
+        import_scores(path, tmp_path / "wrong", data=data)
+    np.savez(path, **{**pairs, "infl": pairs["infl"][1:]})
+    with pytest.raises(ImportFileError, match="have other lengths"):
+        import_scores(path, tmp_path / "wrong", data=data)
+    np.savez(path, **pairs, tr_labels=index["tr_labels"][::-1])
+    with pytest.raises(ImportFileError, match=r"tr_labels of .* differ"):
+        import_scores(path, tmp_path / "wrong", data=data)
+    (folder / "y_index.npz").unlink()
+    np.savez(path, **pairs)
+    with pytest.raises(ImportFileError, match=r"pairs only, .*put the \*_index\.npz"):
+        import_scores(path, tmp_path / "wrong", data=data)
 
 
 def test_consistency_is_accuracy_of_models_without_the_example(data, fleet, tmp_path):

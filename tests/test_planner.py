@@ -89,6 +89,8 @@ def test_a_plan_says_what_it_costs_elsewhere(study):
     text = planned(study(), Cluster(machines=10, at_once=4, times_faster=8.0, price=3.0))
     assert "40 trials on 10 machines, 4 at once on each, 8 times as fast as here" in text
     assert "mean of 3; the process had" in text
+    assert "would take less than a minute, half a minute to start; " in text
+    assert " s of a core in all" in text
     assert "price: 0.0" in text
     assert "this  0.7    40 " in text
     # The store is not made by asking.

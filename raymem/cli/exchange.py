@@ -67,27 +67,38 @@ def _merging(line: ProgressLine) -> Callable[[int, int], None]:
 @click.option("--labels", help="File of class numbers of the training examples, in its order.")
 @click.option("--ids", help="File of ids, names or hashes of the training examples, in its order.")
 @click.option("--test-ids", help="The same of the test examples.")
+@click.option("--trials", type=click.IntRange(1), help="Of a fleet: the first so many models.")
 @debug_option
 def import_command(
-    format: str, path: str, store: str, data: str | None, debug: bool, **order: str | None
+    format: str,
+    path: str,
+    store: str,
+    data: str | None,
+    trials: int | None,
+    debug: bool,
+    **order: str | None,
 ) -> None:
     """Make a store of a fleet that was trained elsewhere and score it, or of published scores.
 
     npz: arrays masks and correct_train (bool [trials, train examples]) and, if you like,
     correct_test, margins_train, margins_test, y_train, y_test, train_ids, test_ids, classes.
     fz: Feldman & Zhang's runs (aux_arrays.npz). lira: keep.npy, logits, scores. datamodels:
-    masks.npy, train_margins.npy. fz-scores: *_infl_matrix.npz. c-scores: labels and scores.
+    masks.npy, train_margins.npy, or train_masks_50pct.npy and its like. fz-scores:
+    *_infl_matrix.npz, or *_index.npz with *_high_infl_pairs_*.npz beside it. c-scores: labels and
+    scores.
 
     Example: raymem import npz fleet.npz runs/imported
     """
     with command_errors(debug):
         examples = load_examples(data) if data else None
         if format not in SCORES:
-            made = import_fleet(format, path, store, data=examples, **order)
+            made = import_fleet(format, path, store, data=examples, trials=trials, **order)
             click.echo(summary_text(score(made)))
             return
-        if any(order.values()):
-            raise ImportFileError("published scores bring their labels and names: give --data only")
+        if any(order.values()) or trials:
+            raise ImportFileError(
+                "published scores have their own labels and names, and no trials: give --data only"
+            )
         made = import_scores(path, store, data=examples)
         click.echo(
             f"{made.scores().num_rows:,} scores, {made.scores('influence').num_rows:,} pairs"

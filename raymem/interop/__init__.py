@@ -35,13 +35,15 @@ def import_fleet(
     labels: str | os.PathLike[str] | None = None,
     ids: str | os.PathLike[str] | None = None,
     test_ids: str | os.PathLike[str] | None = None,
+    trials: int | None = None,
 ) -> Store:
     """A store of a fleet in one of FORMATS; `score` it next.
 
     `labels` is a file with the training examples' class numbers, `ids` and `test_ids` are files
     with an id, file name or content hash for each example, all in the order of the fleet (.npy, or
     lines of text). With `data` the fleet's rows are put in the order of that set, and checked:
-    by `ids`, or by labels that agree on every row.
+    by `ids`, or by labels that agree on every row. `trials` takes the first so many models only;
+    more of them later are another study.
 
     Raises ImportFileError for what is damaged or cannot be checked, StudyMismatchError if the store
     has another study.
@@ -52,7 +54,7 @@ def import_fleet(
     y = None if labels is None else labels_in(labels)
     if y is None and data is not None and ids is None:
         y = data.y_train
-    arrays = FORMATS[format](path, y)
+    arrays = FORMATS[format](path, y, trials)
     check_keys(arrays, path)
     if labels is not None and y is not None:
         arrays = with_labels(arrays, y)

@@ -55,7 +55,7 @@ def import_arrays(
         Store(store),
         sizes=(N, arrays["correct_test"].shape[1]),
         name=name,
-        subset_ratio=round(float(arrays["masks"].mean()), 4),
+        plan=Plan(n=N, subset_ratio=round(float(arrays["masks"].mean()), 4), kind="imported"),
         model="imported",
         outcomes=_digest(arrays),
     )
@@ -83,7 +83,7 @@ def make_study(
     *,
     sizes: tuple[int, int],
     name: str,
-    subset_ratio: float,
+    plan: Plan,
     model: str,
     outcomes: str,
 ) -> tuple[Store, pa.Table]:
@@ -101,7 +101,7 @@ def make_study(
             "n_train": N,
             "n_test": M,
         },
-        "plan": Plan(n=N, subset_ratio=subset_ratio, kind="imported").as_dict(),
+        "plan": plan.as_dict(),
         "recipe": {"model": {"name": model}},
         "outcomes": outcomes,
     }

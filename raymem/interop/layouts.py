@@ -2,7 +2,9 @@
 
 npz          an .npz file with those arrays
 fz           Feldman & Zhang's training runs: RATIO/RUN/aux_arrays.npz
-datamodels   masks.npy, train_margins.npy (and test_margins.npy), _completed.npy (Ilyas et al. 2022)
+datamodels   masks.npy, train_margins.npy (and test_margins.npy), _completed.npy, or the published
+             train_masks_50pct.npy, train_margins_50pct.npy, test_margins_50pct.npy (Ilyas et al.
+             2022)
 lira         a folder for each model: keep.npy, scores.npy, logits or correct.npy (Carlini et
              al. 2022)
 
@@ -17,25 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
-from raymem.interop.safe import array_of, arrays_of
+from raymem.interop.safe import array_of, arrays_of, mapped
 
 Arrays = dict[str, NDArray[Any]]
 AUX = "aux_arrays.npz"
+PER_TRIAL = ("masks", "correct_train", "correct_test", "margins_train", "margins_test")
 SHOWN = 5
+ROWS_AT_ONCE = 256
 
 
-def read_npz(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+def read_npz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -> Arrays:
     """An .npz file of masks [T, N], correct_train [T, N] and what else there is."""
     arrays = arrays_of(path)
     if "correct" in arrays and "correct_train" not in arrays:
         arrays["correct_train"] = arrays.pop("correct")
-    return arrays
+    return {name: a[:trials] if name in PER_TRIAL else a for name, a in arrays.items()}
 
 
-def read_fz(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+def read_fz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -> Arrays:
     """Runs of Feldman & Zhang: `correctness_{train,removed,test}` are scattered to where
     `index_{train,removed,test}` say. Runs of one subset ratio only."""
     runs = sorted(path.rglob(AUX), key=lambda p: _natural(p.parent))
@@ -47,6 +52,7 @@ def read_fz(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
             f"{path} has runs of {len(ratios)} subset ratios "
             f"({', '.join(sorted(p.name for p in ratios)[:SHOWN])}); import one of the folders"
         )
+    runs = runs[:trials]
     masks: list[NDArray[np.bool_]] = []
     train: list[NDArray[np.bool_]] = []
     test: list[NDArray[np.bool_]] = []
@@ -96,38 +102,92 @@ def _scattered(index: NDArray[Any], values: NDArray[Any], n: int) -> NDArray[np.
     return out
 
 
-def read_datamodels(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+def read_datamodels(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -> Arrays:
     """Right is a margin above 0 (the label's logit minus the largest other one, which is not the
-    margin that raymem keeps: only outcomes are taken). Models not completed are left out."""
-    masks = array_of(path / "masks.npy").astype(bool)
-    done = np.ones(len(masks), bool)
-    if (path / "_completed.npy").exists():
-        done = array_of(path / "_completed.npy").astype(bool)
-    train, test = path / "train_margins.npy", path / "test_margins.npy"
-    plain = path / "margins.npy"
-    if not train.exists() and plain.exists() and array_of(plain).shape[1] == masks.shape[1]:
+    margin that raymem keeps: only outcomes are taken). Models not completed are left out.
+
+    A folder with masks.npy, or with the published train_masks_50pct.npy; if it has those of several
+    shares, `path` is the masks' file of one. Only the models that are taken are read.
+    """
+    masks_path = _masks_of(path)
+    folder, share = masks_path.parent, masks_path.stem.removeprefix("train_").removeprefix("masks")
+    masks = mapped(masks_path)
+    if masks.ndim != 2:
+        raise ImportFileError(f"{masks_path} is {masks.shape}; masks are [models, train examples]")
+    done = np.arange(len(masks))
+    if (folder / "_completed.npy").exists():
+        completed = array_of(folder / "_completed.npy").astype(bool)
+        if completed.shape != done.shape:
+            raise ImportFileError(
+                f"{folder / '_completed.npy'} is {completed.shape}, but there are {len(done)} masks"
+            )
+        done = np.flatnonzero(completed)
+    done = done[:trials]
+    train, test = folder / f"train_margins{share}.npy", folder / f"test_margins{share}.npy"
+    plain = folder / "margins.npy"
+    if not train.exists() and plain.exists() and mapped(plain).shape[1:] == masks.shape[1:]:
         train = plain
     if not train.exists():
         raise ImportFileError(
-            f"{path} has no train_margins.npy: memorization is of training examples, and needs "
-            "their margins"
+            f"{folder} has no {train.name}: memorization is of training examples, and needs their "
+            "margins"
         )
-    arrays = {"masks": masks[done], "correct_train": _right(train, done)}
+    margins = {"correct_train": mapped(train)}
     if test.exists():
-        arrays["correct_test"] = _right(test, done)
-    return arrays
+        margins["correct_test"] = mapped(test)
+    width = masks.shape[1] + sum(m.shape[-1] for m in margins.values())
+    _check_room(len(done) * width, masks_path)
+    return {
+        "masks": np.array(masks[done]).astype(bool),
+        **{name: _right(m, done, len(masks), folder) for name, m in margins.items()},
+    }
 
 
-def _right(path: Path, done: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    margins = array_of(path)
-    if margins.ndim != 2 or len(margins) != len(done):
-        raise ImportFileError(f"{path} is {margins.shape}, but there are {len(done)} masks")
-    if not np.isfinite(margins[done]).all():
-        raise ImportFileError(f"{path} has margins that are not finite, of completed models")
-    return np.asarray(margins[done] > 0)
+def _masks_of(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = [path / "masks.npy", *sorted(path.glob("train_masks*.npy"))]
+    found = [file for file in found if file.exists()]
+    if len(found) != 1:
+        several = f" ({', '.join(file.name for file in found[:SHOWN])}); give one of them as PATH"
+        raise ImportFileError(
+            f"{path} has {len(found)} files of masks"
+            + (several if found else "; the published ones are train_masks_50pct.npy and the like")
+        )
+    return found[0]
 
 
-def read_lira(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
+def _right(
+    margins: NDArray[Any], done: NDArray[np.int64], models: int, folder: Path
+) -> NDArray[np.bool_]:
+    """Of the models `done`, read some at a time."""
+    if margins.ndim != 2 or len(margins) != models:
+        raise ImportFileError(
+            f"margins in {folder} are {margins.shape}, but there are {models} masks"
+        )
+    right = np.empty((len(done), margins.shape[1]), bool)
+    for start in range(0, len(done), ROWS_AT_ONCE):
+        part = np.array(margins[done[start : start + ROWS_AT_ONCE]])
+        if not np.isfinite(part).all():
+            raise ImportFileError(
+                f"margins in {folder} that are not finite, of completed models; copy them again, "
+                "or mark those models in _completed.npy"
+            )
+        right[start : start + ROWS_AT_ONCE] = part > 0
+    return right
+
+
+def _check_room(outcomes: int, path: Path) -> None:
+    """A byte for each outcome, and as much again while they are put in order."""
+    needed, there = 2 * outcomes, psutil.virtual_memory().available
+    if needed > there:
+        raise ImportFileError(
+            f"{path} and its margins need {needed / 1e9:.0f} GB of memory, {there / 1e9:.0f} GB "
+            "are free; take the first models only, with --trials 10000"
+        )
+
+
+def read_lira(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -> Arrays:
     """keep [N]; logits [N, K] or [N, queries, K], of which the first query counts; scores likewise.
 
     Labels are checked: the margins that logits and labels give must be the scores. Without logits
@@ -137,6 +197,7 @@ def read_lira(path: Path, labels: NDArray[np.int64] | None) -> Arrays:
     if not keeps:
         raise ImportFileError(f"{path} has no keep.npy in it; give the folder above the models'")
     masks, correct, margins = [], [], []
+    keeps = keeps[:trials]
     for keep in keeps:
         mask = array_of(keep).astype(bool)
         logits, scores = _lira_file(keep.parent, "logits"), _lira_file(keep.parent, "scores")
@@ -220,7 +281,8 @@ def _natural(path: Path) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
-FORMATS: dict[str, Callable[[Path, NDArray[np.int64] | None], Arrays]] = {
+# Of a path, labels if they are known, and how many of the first models are wanted (None: all).
+FORMATS: dict[str, Callable[[Path, NDArray[np.int64] | None, int | None], Arrays]] = {
     "npz": read_npz,
     "fz": read_fz,
     "datamodels": read_datamodels,

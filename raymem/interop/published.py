@@ -1,8 +1,9 @@
 """Published scores without a fleet -> a store whose scores and pairs can be read and joined.
 
 fz-scores   Feldman & Zhang's *_infl_matrix.npz (tr_mem, tr_labels, tt_labels, infl_matrix_class{K},
-            tr_classidx_{K}, tt_classidx_{K}), with their *_index.npz beside it if there is one, or
-            their *_high_infl_pairs_*.npz (tr_idx, tt_idx, infl, mem)
+            tr_classidx_{K}, tt_classidx_{K}), with their *_index.npz beside it if there is one; or
+            *_index.npz (tr_mem, tr_labels, tt_labels, tr_filenames, tt_filenames) with their
+            *_high_infl_pairs_*.npz (tr_idx, tt_idx, infl, mem) beside it if there is one
 c-scores    *-cscores-*.npz (labels, scores, filenames): Jiang et al. 2021's consistency, the
             accuracy on an example of models that did not see it: column accuracy_out
 
@@ -30,11 +31,14 @@ from raymem.interop.crosswalk import order_in
 from raymem.interop.fleets import make_study
 from raymem.interop.safe import arrays_of, as_text
 from raymem.memorization import PairRule
+from raymem.plan import Plan
 from raymem.store import Store, columns
 
 Arrays = dict[str, NDArray[Any]]
-# Feldman & Zhang's; C-scores are means over several, which a plan cannot say.
-PUBLISHED_RATIO = 0.7
+# What names of Feldman & Zhang's files of one set go on with.
+PARTS = ("_infl_matrix", "_index", "_high_infl_pairs")
+PAIRS = {"tr_idx", "tt_idx", "infl", "mem"}
+SAME = 1e-4
 
 
 def import_scores(
@@ -49,12 +53,13 @@ def import_scores(
     Raises ImportFileError for other files, and where rows cannot be joined.
     """
     path = Path(path)
-    arrays = _with_index(path)
-    if "tr_mem" in arrays:
+    arrays = _with_beside(path)
+    if {"tr_mem", "tr_labels"} <= set(arrays):
         found = _memorization(arrays, path)
-    elif {"tr_idx", "tt_idx", "infl", "mem"} <= set(arrays):
+    elif set(arrays) >= PAIRS:
         raise ImportFileError(
-            f"{path} has pairs only, with no labels to check them by; import the *_infl_matrix.npz"
+            f"{path} has pairs only, with no labels to check them by; put the *_index.npz or the "
+            "*_infl_matrix.npz of the same set beside it"
         )
     elif {"labels", "scores"} <= set(arrays):
         found = _consistency(arrays, path)
@@ -68,14 +73,29 @@ def import_scores(
     return _write(found, Store(store), path)
 
 
-def _with_index(path: Path) -> Arrays:
+def _with_beside(path: Path) -> Arrays:
+    """The file's arrays, and those of the other files of the same set beside it: what both have
+    must be the same."""
     arrays = arrays_of(path)
-    beside = path.with_name(path.name.replace("_infl_matrix", "_index"))
-    if beside != path and beside.exists():
-        more = arrays_of(beside)
+    stem = path.stem
+    for part in PARTS:
+        stem = stem.partition(part)[0]
+    if stem == path.stem:
+        return arrays
+    beside = [
+        file
+        for part in PARTS
+        for file in sorted(path.parent.glob(f"{stem}{part}*.npz"))
+        if file != path
+    ]
+    for file in beside:
+        more = arrays_of(file)
         for name in more.keys() & arrays.keys():
             if not np.array_equal(more[name], arrays[name]):
-                raise ImportFileError(f"{name} of {path.name} and {beside.name} differ")
+                raise ImportFileError(
+                    f"{name} of {path.name} and {file.name} differ; keep the files of one set only "
+                    "in a folder"
+                )
         arrays |= more
     return arrays
 
@@ -98,6 +118,8 @@ def _memorization(a: Arrays, path: Path) -> Arrays:
         if (a["tr_labels"][train] != int(k)).any() or (a["tt_labels"][test] != int(k)).any():
             raise ImportFileError(f"{path}: {name} is of examples whose label is not {k}")
         rows.append(_kept(a[name], train, test, a["tr_mem"]))
+    if not rows and set(a) >= PAIRS:
+        rows.append(_high_pairs(a, N, M, path))
     pairs = np.concatenate(rows) if rows else np.zeros((0, 4))
     order = np.lexsort((pairs[:, 0], pairs[:, 1], -pairs[:, 2]))
     return {
@@ -124,6 +146,29 @@ def _kept(
     keep &= strong | (matrix > 0)
     i, j = np.nonzero(keep)
     return np.stack([train[i], test[j], matrix[i, j], strong[i, j]], 1).astype(np.float64)
+
+
+def _high_pairs(a: Arrays, N: int, M: int, path: Path) -> NDArray[np.float64]:
+    """Rows as those of `_kept`, of pairs that were published by themselves. Their memorization
+    says if they are of these examples, in this order."""
+    train, test = (np.asarray(a[name], np.int64) for name in ("tr_idx", "tt_idx"))
+    if len({len(a[name]) for name in PAIRS}) > 1:
+        raise ImportFileError(f"{path}: tr_idx, tt_idx, infl and mem have other lengths")
+    if len(train) and not (
+        min(train.min(), test.min()) >= 0 and train.max() < N and test.max() < M
+    ):
+        raise ImportFileError(
+            f"{path}: pairs name examples beyond {N:,} training and {M:,} test examples"
+        )
+    wrong = int((np.abs(a["mem"] - a["tr_mem"][train]) > SAME).sum())
+    if wrong:
+        raise ImportFileError(
+            f"{path}: {wrong:,} of {len(train):,} pairs have other memorization than tr_mem has; "
+            "they are of another set or order"
+        )
+    rule = PairRule()
+    strong = (a["infl"] >= rule.min_influence) & (a["mem"] >= rule.min_memorization)
+    return np.stack([train, test, a["infl"], strong], 1).astype(np.float64)
 
 
 def _consistency(a: Arrays, path: Path) -> Arrays:
@@ -179,7 +224,7 @@ def _write(a: Arrays, store: Store, path: Path) -> Store:
         store,
         sizes=(N, M),
         name=path.stem,
-        subset_ratio=PUBLISHED_RATIO,
+        plan=Plan(n=N, kind="published"),
         model="published scores",
         outcomes=hashlib.sha256(value.tobytes() + a["pairs"].tobytes()).hexdigest(),
     )

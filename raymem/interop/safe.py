@@ -45,6 +45,22 @@ def array_of(path: Path) -> NDArray[Any]:
         ) from error
 
 
+def mapped(path: Path) -> NDArray[Any]:
+    """The array of an .npy file, of which only what is looked at is read. Raises as `array_of`."""
+    try:
+        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise ImportFileError(
+            f"{path} cannot be read ({error.strerror or error}); check the path"
+        ) from error
+    except (ValueError, EOFError) as error:
+        raise ImportFileError(
+            f"{path} is no array that is safe to read ({error}); save it anew with plain numbers, "
+            "without pickle, or copy it again"
+        ) from error
+    return found
+
+
 def arrays_of(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file. Raises ImportFileError as `array_of` does."""
     try:

@@ -36,6 +36,7 @@ class JobOptions:
     subset_ratio: float
     kind: Kind
     seed: int
+    part: tuple[int, int] | None = None
     recipe: Recipe | None = None
     """The one of --recipe, for jobs that have several."""
     curvature: CurvatureRule | None = None
@@ -88,6 +89,7 @@ class JobOptions:
             checkpoint_seconds=self.checkpoint_seconds,
             epsilons=self.epsilons,
             privacy=self.privacy,
+            part=self.part,
         )
 
 
@@ -112,6 +114,21 @@ def together(*options: Decorator) -> Decorator:
         return function
 
     return add
+
+
+class PartOf(click.ParamType[tuple[int, int]]):
+    """K/N."""
+
+    name = "K/N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """Raises click.BadParameter for what is none."""
+        if isinstance(value, tuple):
+            return value
+        number, slash, of = str(value).partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            self.fail(f"{value!r} is no part; give K/N with K from 1 to N, such as 1/2", param, ctx)
+        return int(number), int(of)
 
 
 def study_options(
@@ -139,6 +156,11 @@ def study_options(
             type=click.Choice(["balanced", "fixed-size"]),
             default="balanced",
             help="How subsets are drawn.",
+        ),
+        click.option(
+            "--part",
+            type=PartOf(),
+            help="Train only part K/N of the trials, such as 1/2; see `raymem merge`.",
         ),
         click.option("--seed", type=click.IntRange(0), default=seed, help="Start of all chance."),
         click.option(

@@ -22,7 +22,7 @@ from raymem.store.identity import study_hash
 from raymem.store.lock import DriverLock, is_alive, read_driver
 from raymem.store.merge import MergeSummary, merge
 from raymem.store.store import Store
-from raymem.store.target import Failure, Target
+from raymem.store.target import Failure, Part, Target
 from raymem.store.trials import TrialKey, trial_table
 from raymem.store.verify import Problem, verify
 
@@ -31,6 +31,7 @@ __all__ = [
     "Failure",
     "Files",
     "MergeSummary",
+    "Part",
     "Problem",
     "Store",
     "Target",

@@ -199,7 +199,12 @@ class _Merge:
         if targets:
             epsilons = sorted({epsilon for target in targets for epsilon in target.epsilons})
             trials = max(target.trials for target in targets)
-            self.out.target = Target(trials=trials, epsilons=tuple(epsilons))
+            parts = {target.part for target in targets}
+            self.out.target = Target(
+                trials=trials,
+                epsilons=tuple(epsilons),
+                part=parts.pop() if len(parts) == 1 else None,
+            )
 
     def _copy_trial(self, key: TrialKey) -> None:
         """Weights first: that the trial is there means that all of it is."""

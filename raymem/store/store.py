@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raymem.errors import (
     DamagedObjectError,
+    PlanError,
     ResultMismatchError,
     StoreError,
     StudyMismatchError,
@@ -24,7 +25,7 @@ from raymem.privacy import Mechanism
 from raymem.store import columns, trials
 from raymem.store.derived import FORMAT, SHOWN, Derived, as_json
 from raymem.store.identity import changed_examples, differences, study_hash
-from raymem.store.target import Failure, Target
+from raymem.store.target import Failure, Part, Target
 from raymem.store.trials import TrialKey
 from raymem.store.weights import decode_weights, encode_weights
 from raymem.version import VERSION
@@ -122,10 +123,11 @@ class Store(Derived):
         try:
             body = json.loads(self.files.read("target.json"))
             epsilons = tuple(float(epsilon) for epsilon in body["epsilons"])
-            return Target(trials=int(body["trials"]), epsilons=epsilons)
+            part = Part(**body["part"]) if "part" in body else None
+            return Target(trials=int(body["trials"]), epsilons=epsilons, part=part)
         except FileNotFoundError:
             return Target(trials=0)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, PlanError) as error:
             raise DamagedObjectError(
                 f"target.json is damaged ({error}); run `raymem verify STORE --repair`, then the "
                 "job"
@@ -136,7 +138,10 @@ class Store(Derived):
         if target == self.target and self.files.exists("target.json"):
             return
         epsilons = [f"{epsilon:.12g}" for epsilon in target.epsilons]
-        self.files.replace("target.json", as_json({"trials": target.trials, "epsilons": epsilons}))
+        body: dict[str, Any] = {"trials": target.trials, "epsilons": epsilons}
+        if target.part is not None:
+            body["part"] = vars(target.part)
+        self.files.replace("target.json", as_json(body))
 
     def mechanism(self, epsilon: float) -> Mechanism | None:
         """What private trials at `epsilon` do, all of them; None if that was not fixed yet."""

@@ -27,6 +27,7 @@ def describe_store(store: Store) -> str:
         f"{store.url}: {body['data_name']}, {store.plan()}, model "
         f"{body['study']['recipe']['model']['name']}",
         f"trials: {len(done & wanted):,} of {len(wanted):,} done"
+        + ("" if target.part is None else f" of part {target.part} of {target.trials:,} trials")
         + (f", and {len(done - wanted):,} more" if done - wanted else ""),
     ]
     failures = store.failures()
