@@ -53,7 +53,7 @@ SMOKE = Smoke(
     recipe=dataclasses.replace(
         QUICK,
         model="tiny-resnet",
-        epochs=20,
+        epochs=12,
         batch_size=16,
         learning_rate=0.1,
         crop_size=28,

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[1]
 ADDRESS = "203.0.113.7/32"
 # Ray's own steps of `ray up`: prepare, bootstrap, start a head and a GPU worker.

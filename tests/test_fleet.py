@@ -26,7 +26,7 @@ from raymem import (
 
 pytestmark = pytest.mark.alone
 
-TRIALS = 24
+TRIALS = 16
 
 
 def done(store) -> int:

@@ -104,11 +104,15 @@ def test_two_workers_train_a_trial_together_and_one_is_killed(tmp_path, gate, mo
         assert np.allclose(ours, alone, atol=2e-2)
 
 
-def test_several_workers_need_ray_and_room(tmp_path, gate):
+def test_several_workers_need_ray(tmp_path, gate):
     serial = slow(tmp_path / "a", "--engine", "serial", "--workers-per-trial", 2)
     ran = subprocess.run(serial, capture_output=True, text=True)
     assert ran.returncode == 1
     assert "several workers per trial need engine='ray'" in ran.stderr
+
+
+@pytest.mark.slow
+def test_a_trial_that_no_node_can_hold_is_refused(tmp_path, gate):
     crowd = slow(tmp_path / "b", "train", "--workers-per-trial", 100)
     ran = subprocess.run(crowd, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1

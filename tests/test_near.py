@@ -56,6 +56,7 @@ def test_too_large_sets_are_not_searched(monkeypatch):
     assert [g.tolist() for g in examples.near_duplicate_groups()] == [[0, 1]]
 
 
+@pytest.mark.slow
 def test_a_pair_of_copies_is_memorized_as_a_group(tmp_path, digits):
     """Mislabelled twins: each hides the other, the group does not."""
     x, y = digits.x_train[:300].copy(), digits.y_train[:300].copy()

@@ -47,12 +47,12 @@ def small(options):
 small.__module__ = __name__
 
 
-def run(capsys, *arguments, **settings):
+def run(capsys, *arguments, build=small, **settings):
     """What a job prints, and its exit code."""
     code = 0
     try:
         run_job(
-            small,
+            build,
             data="digits",
             store="memory://private-jobs",
             trials=2,
@@ -131,8 +131,15 @@ def test_what_is_refused(capsys, arguments, says, code):
 
 
 def test_grids_have_names(capsys):
-    out, _ = run(capsys, "plan", "--epsilons", "quick", "--accountant", "rdp")
-    assert all(f"epsilon {e} " in out for e in ("0.5", "2", "8"))
+    options = []
+
+    def seen(given):
+        options.append(given)
+        raise PrivacyError("only asked")
+
+    seen.__module__ = __name__
+    assert run(capsys, "plan", "--epsilons", "quick", build=seen)[1] == 1
+    assert options[0].epsilons == (0.5, 2, 8, math.inf)
 
 
 def test_a_store_tells_private_studies_from_others(capsys, tmp_path):

@@ -25,8 +25,9 @@ def run(*arguments):
     )  # fmt: skip
 
 
-def test_the_whole_chain_gives_one_joined_row_per_example(tmp_path):
-    done = run("--smoke", "--store", tmp_path / "store")
+@pytest.mark.parametrize("engine", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
+def test_the_whole_chain_gives_one_joined_row_per_example(tmp_path, engine):
+    done = run("--smoke", "--engine", engine, "--store", tmp_path / "store")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "smoke test passed: 160 examples, one row each" in done.stdout
     store, cache = Store(tmp_path / "store"), Cache(cache_of(done.stdout))

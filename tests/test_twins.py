@@ -49,6 +49,7 @@ def test_twins_are_found_with_the_memorization_of_both(tmp_path):
     assert "such as train-" in finding.text
 
 
+@pytest.mark.slow
 def test_chance_makes_no_twins(tmp_path):
     """60 examples, 3,540 pairs, in 8 fleets: by chance one fleet in twenty has a pair; three or
     more of eight with pairs have a probability below one in a hundred."""
