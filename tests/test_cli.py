@@ -296,3 +296,15 @@ def test_conditions_may_quote_the_word_and(store):
         raymem("scores", store, "--where", "example_id == 'a and b' and label == 1").count("\n")
         == 1
     )
+
+
+def test_an_example_is_told_in_words(store):
+    row = next(r for r in Store(store).scores().to_pylist() if r["memorization"] is not None)
+    text = raymem("example", store, row["example_id"])
+    right = [round(row[f"accuracy_{arm}"] * row[f"n_{arm}"]) for arm in ("in", "out")]
+    assert (
+        f"{right[0]} of {row['n_in']} models that trained on it get it right, {right[1]} of "
+        f"{row['n_out']} that did not"
+    ) in text
+    assert re.search(r"\n  loss_out +[\d.]+  mean cross entropy over out-trials\n", text)
+    assert re.search(r"\n  memorization +-?[\d.]+  accuracy_in - accuracy_out\n", text)

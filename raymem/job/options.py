@@ -226,7 +226,7 @@ plan_options = together(
         "--until",
         type=UntilTarget(),
         help="Train whole blocks until reliability=0.98, or ci-width=0.1 (of nine intervals in "
-        "ten), --trials at most.",
+        "ten), --trials at most; at the largest epsilon.",
     ),
     click.option(
         "--machines", type=click.IntRange(1), default=1, help="`plan` counts for so many."

@@ -95,7 +95,7 @@ SCORES_EXAMPLES: Columns = {
     "n_in": Column(pa.int32(), "trials that trained on the example; null for test examples"),
     "n_out": Column(pa.int32(), "trials that did not; for test examples, all trials"),
     "accuracy_in": Column(pa.float64(), "share of in-trials that get it right", "0..1"),
-    "accuracy_out": Column(pa.float64(), "share of out-trials that get it right", "0..1"),
+    "accuracy_out": Column(pa.float64(), "share of out-trials that get it right: C-score", "0..1"),
     "p_true_in": Column(pa.float64(), "mean probability of the label over in-trials", "0..1"),
     "p_true_out": Column(pa.float64(), "mean probability of the label over out-trials", "0..1"),
     "memorization": Column(

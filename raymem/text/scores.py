@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -145,11 +146,33 @@ def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
     if row["memorization"] is not None:
         above = pc.sum(pc.greater(train["memorization"], row["memorization"])).as_py() or 0
         lines.append(f"  rank {above + 1:,} of {train.num_rows:,} by memorization")
+        if row["n_in"] is not None:  # published scores have no models
+            lines.append(f"  {_in_words(row)}")
     skip = ("example_id", "index", "split", "label", "epsilon", "duplicate_group")
     shown = {k: v for k, v in row.items() if k not in (*skip, "near_duplicate_group")}
-    width = max(map(len, shown))
-    lines += [f"  {k.ljust(width)}  {_cell(v)}" for k, v in shown.items() if v is not None]
+    known = {name: _cell(value) for name, value in shown.items() if value is not None}
+    width, wide = max(map(len, known)), max(map(len, known.values()))
+    lines += [
+        f"  {name.ljust(width)}  {text.rjust(wide)}  {_meaning(train.schema.field(name))}".rstrip()
+        for name, text in known.items()
+    ]
     return lines
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    right = {arm: round(row[f"accuracy_{arm}"] * row[f"n_{arm}"]) for arm in ("in", "out")}
+    text = (
+        f"{right['in']:,} of {row['n_in']:,} models that trained on it get it right, "
+        f"{right['out']:,} of {row['n_out']:,} that did not"
+    )
+    return f"{text}: it is on the list of memorized examples" if row["memorized"] else text
+
+
+def _meaning(field: pa.Field) -> str:
+    """What a column says of itself, up to where it goes into detail."""
+    said = (field.metadata or {}).get(b"meaning", b"").decode()
+    first, _, rest = re.sub(r" ?\(.*?\)", "", said).partition(";")[0].partition(": ")
+    return f"{rest}, {first}" if rest and first.startswith("mean over") else first
 
 
 def as_text(table: pa.Table) -> str:
