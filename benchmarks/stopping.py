@@ -1,6 +1,7 @@
 """What a stopping rule does to the coverage of 95% intervals: simulated fleets.
 
-    python benchmarks/stopping.py
+    python benchmarks/stopping.py            # simulated fleets: coverage
+    python benchmarks/stopping.py STORE      # a real one: when targets were reached, and forecasts
 
 Each fleet has 2,000 examples whose accuracies without them are drawn from Beta(0.8, 0.6), with them
 near 1, in blocks of 20 at ratio 0.7. It grows as `Study.train_until` does. Compared with fleets of
@@ -9,9 +10,14 @@ the same number of trials that nobody looked at.
 
 from __future__ import annotations
 
+import math
+import sys
+
 import numpy as np
 
+from raymem import Store
 from raymem.memorization import Until, difference_of_proportions, reliability
+from raymem.scoring import look
 
 FLEETS, N, BLOCK, R, MOST = 60, 2000, 20, 0.7, 1000
 
@@ -61,5 +67,36 @@ def main() -> None:
         )
 
 
+def on_a_fleet(store: Store) -> None:
+    """Print when a finished fleet reached targets, and what was forecast on the way.
+
+    Targets are what the fleet had at a half and at three quarters of its trials; forecasts are from
+    its first two blocks on.
+    """
+    block = store.plan().block
+    keys = sorted(key for key in store.done() if math.isinf(key.epsilon))
+    looks = [look(store, keys[:n]) for n in range(2 * block, len(keys) + 1, block)]
+    print("target                reached  forecast / reached, by trials at the look")
+    for quantity in ("reliability", "ci-width"):
+        for share in (0.5, 0.75):
+            at = looks[round(share * (len(looks) - 1))]
+            value = at.reliability if quantity == "reliability" else at.width
+            until = Until(quantity=quantity, target=round(value, 3))  # type: ignore[arg-type]
+            seen = [
+                (one.trials, one.reliability if quantity == "reliability" else one.width)
+                for one in looks
+            ]
+            reached = next(t for t, v in seen if until.reached(v))
+            ratios = [
+                f"{t}: {(until.forecast(t, v) or math.nan) / reached:.2f}"
+                for t, v in seen
+                if t < reached
+            ]
+            print(f"{until!s:20}  {reached:7}  {', '.join(ratios)}")
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        on_a_fleet(Store(sys.argv[1]))
+    else:
+        main()
