@@ -73,7 +73,18 @@ def main() -> None:
             print(lines[-1], flush=True)
     if not arguments.only:
         page = "QUICK.md" if arguments.quick else "RESULTS.md"
-        (Path(__file__).parent / page).write_text("\n".join(lines) + "\n")
+        path = Path(__file__).parent / page
+        path.write_text("\n".join(lines) + "\n" + below_the_table(path))
+
+
+def below_the_table(path: Path) -> str:
+    """What a page says below its first table: results that other commands gave."""
+    if not path.exists():
+        return ""
+    lines = path.read_text().splitlines()
+    rows = [n for n, line in enumerate(lines) if line.startswith("|")]
+    end = next((n for n in rows if n + 1 not in rows), len(lines))
+    return "\n".join([*lines[end + 1 :], ""])
 
 
 if __name__ == "__main__":

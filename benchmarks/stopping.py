@@ -10,13 +10,14 @@ the same number of trials that nobody looked at.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
 import numpy as np
 
 from raymem import Store
-from raymem.memorization import Until, difference_of_proportions, reliability
+from raymem.memorization import Look, Until, difference_of_proportions, reliability
 from raymem.scoring import look
 
 FLEETS, N, BLOCK, R, MOST = 60, 2000, 20, 0.7, 1000
@@ -41,13 +42,13 @@ def grow(rng: np.random.Generator, until: Until | None, trials: int = 0) -> tupl
         covered = float(np.mean((found.low <= p_in - p_out) & (p_in - p_out <= found.high)))
         if until is None:
             return t, covered
-        if until.quantity == "reliability":
-            value = float(reliability(sums[0], counts * n_in, sums[1], counts * n_out))
-        else:
-            value = float(np.quantile(found.high - found.low, 0.9))
-        if until.reached(value) or t >= MOST:
+        known = float(reliability(sums[0], counts * n_in, sums[1], counts * n_out))
+        n = np.outer([b * n_in, b * n_out], np.ones(N))
+        right = np.stack([right_in[:b].sum(0), right_out[:b].sum(0)])
+        seen = Look(trials=t, reliability=known, right=right, n=n)
+        if until.reached(until.value(seen)) or t >= MOST:
             return t, covered
-        t = until.next_look(t, value, BLOCK, MOST)
+        t = until.next_look(seen, BLOCK, MOST)
 
 
 def main() -> None:
@@ -80,17 +81,13 @@ def on_a_fleet(store: Store) -> None:
     for quantity in ("reliability", "ci-width"):
         for share in (0.5, 0.75):
             at = looks[round(share * (len(looks) - 1))]
-            value = at.reliability if quantity == "reliability" else at.width
-            until = Until(quantity=quantity, target=round(value, 3))  # type: ignore[arg-type]
-            seen = [
-                (one.trials, one.reliability if quantity == "reliability" else one.width)
-                for one in looks
-            ]
-            reached = next(t for t, v in seen if until.reached(v))
+            rule = Until(quantity=quantity, target=0.5)  # type: ignore[arg-type]
+            until = dataclasses.replace(rule, target=round(rule.value(at), 3))
+            reached = next(one.trials for one in looks if until.reached(until.value(one)))
             ratios = [
-                f"{t}: {(until.forecast(t, v) or math.nan) / reached:.2f}"
-                for t, v in seen
-                if t < reached
+                f"{one.trials}: {(until.forecast(one) or math.nan) / reached:.2f}"
+                for one in looks
+                if one.trials < reached
             ]
             print(f"{until!s:20}  {reached:7}  {', '.join(ratios)}")
 

@@ -274,8 +274,7 @@ class Study:
             progress = dataclasses.replace(self, trials=trials).train(**how)
             keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)
             seen = look(store, keys)
-            value = seen.reliability if until.quantity == "reliability" else seen.width
-            forecast = until.forecast(trials, value)
+            value, forecast = until.value(seen), until.forecast(seen)
             known = None if math.isnan(value) else value
             looks.append({"trials": trials, "value": known, "forecast": forecast})
             store.write_note(
@@ -288,7 +287,7 @@ class Study:
             )
             if reached or trials >= self.trials or not progress.complete:
                 return progress
-            trials = until.next_look(trials, value, block, self.trials)
+            trials = until.next_look(seen, block, self.trials)
 
     def repeat(self, *, threads: int = 1) -> Repeat:
         """Train one committed trial again and compare; see `repeat_trial`."""

@@ -138,6 +138,7 @@ def test_a_study_without_curvature_compares_what_it_has(digits, tmp_path):
     assert links.verdicts[0] == "link 1: not known, curvature was not measured"
     assert (links.bins, links.costs) == ({}, {})
     text = links_text(links)
+    assert "\n".join(links.verdicts) in text
     assert "Memorization and what a fleet gives beside it" in text
     assert "curvature_" not in text
 

@@ -20,7 +20,9 @@ from raymem.links import (
     most_memorized,
     verdict,
 )
+from raymem.links.epsilons import Link2, Observed
 from raymem.links.fits import fit_curvature
+from raymem.links.together import verdict_on_link2
 from raymem.privacy import EPSILON_GRIDS, Privacy
 from raymem.store import Store
 from raymem.training import Recipe
@@ -375,3 +377,24 @@ def test_link2_reads_trials(scored):
         [(r["loss_in"] * k + r["loss_out"] * (40 - k)) / 40 for r, k in zip(rows, n, strict=True)]
     )
     assert found.observed[1].loss == pytest.approx(direct)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "stderr", "says"),
+    [
+        ([1.0, 2.0, 4.0], 0.1, "rises with epsilon, from 1 at 0.5 to 4 at inf"),
+        ([4.0, 2.0, 1.0], 0.1, "falls with epsilon"),
+        ([1.0, 1.1, 1.2], 0.1, "is not seen to change with epsilon"),
+        ([1.0, 5.0, 4.0], 0.1, "(standard error of the change 0.14), but is largest at 8 (5)"),
+        ([1.0, 2.0, 4.0], math.nan, "is not seen to change"),
+        ([1.0, 2.0, 4.0], math.nan, "not known, with one trial"),
+    ],
+)
+def test_the_verdict_on_link_2_knows_its_error(curvature, stderr, says):
+    observed = [
+        Observed(epsilon=e, trials=20, loss=1.0, loss_stderr=0.1, curvature=c,
+                 curvature_stderr=stderr)
+        for e, c in zip((0.5, 8, math.inf), curvature, strict=True)
+    ]  # fmt: skip
+    link = Link2(observed=observed, curvature_modes=[], intervals={}, fits=[], warnings=[])
+    assert says in verdict_on_link2(link)

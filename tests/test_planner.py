@@ -7,10 +7,13 @@ import math
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from scipy import stats
+from scipy.optimize import brentq
 
 from raymem import Recipe, Store, Study, run_job
 from raymem.cli import main
 from raymem.memorization import (
+    Look,
     Until,
     expected_stderr,
     expected_width,
@@ -126,7 +129,7 @@ def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
     assert last.reliability == pytest.approx(summary.reliability, abs=1e-9)
     table = asked.scores().filter(asked.scores()["split"].to_numpy() == "train")
     width = table["memorization_high"].to_numpy() - table["memorization_low"].to_numpy()
-    assert last.width == pytest.approx(np.quantile(width, 0.9))
+    assert last.width() == pytest.approx(np.quantile(width, 0.9))
     assert told[-1].endswith("reached")
     status = CliRunner().invoke(main, ["status", str(asked.store)]).output
     assert f"until reliability=0.65: {last.reliability:.3f} at {done} trials" in status
@@ -156,12 +159,35 @@ def test_other_targets_are_refused(text, capsys):
 
 def test_looks_come_where_the_target_is_forecast():
     rule = Until.parse("reliability=0.98")
-    assert rule.forecast(100, 0.95) == math.ceil(100 * 0.98 * 0.05 / (0.95 * 0.02))
-    assert rule.next_look(100, 0.95, 20, 10_000) == 160  # half as many more, whole blocks
-    assert rule.next_look(100, 0.979, 20, 10_000) == 120
-    assert rule.next_look(100, math.nan, 20, 10_000) == 160
-    assert rule.next_look(100, 0.95, 20, 130) == 130
-    width = Until.parse("ci-width=0.1")
-    assert width.next_look(680, 0.101, 20, 1000) == 700
-    assert not width.reached(math.nan)
+    assert rule.forecast(_seen(100, 0.95)) == math.ceil(100 * 0.98 * 0.05 / (0.95 * 0.02))
+    assert rule.next_look(_seen(100, 0.95), 20, 10_000) == 160  # half as many more, whole blocks
+    assert rule.next_look(_seen(100, 0.979), 20, 10_000) == 120
+    assert rule.next_look(_seen(100, math.nan), 20, 10_000) == 160
+    assert rule.next_look(_seen(100, 0.95), 20, 130) == 130
     assert not rule.reached(math.nan)
+
+
+def test_widths_are_forecast_from_the_examples_that_make_them():
+    """Always right with and never without: Newcombe's interval in closed form, which narrows as 1
+    over trials, not as 1 over their root."""
+    rule = Until.parse("ci-width=0.1")
+    z2 = stats.norm.ppf(0.975) ** 2
+    needed = brentq(lambda t: math.hypot(z2 / (0.7 * t + z2), z2 / (0.3 * t + z2)) - 0.1, 40, 1e4)
+    for trials in (40, 100):
+        assert rule.forecast(_seen(trials)) == pytest.approx(needed, rel=0.01)
+    assert rule.forecast(_seen(200)) == 200  # it is reached
+    assert rule.next_look(_seen(100), 20, 1000) == math.ceil(needed / 20) * 20
+    half = _seen(400, out=0.5)
+    assert rule.forecast(half) == pytest.approx(400 * (half.width() / 0.1) ** 2, rel=0.03)
+    assert Until.parse("ci-width=0.001").forecast(_seen(40, out=0.5)) is None  # too far to say
+    unknown = Look(
+        trials=40, reliability=0.5, right=np.zeros((2, 3)), n=np.array([[40] * 3, [0] * 3])
+    )
+    assert math.isnan(unknown.width())
+    assert rule.forecast(unknown) is None
+    assert not rule.reached(unknown.width())
+
+
+def _seen(trials: int, reliability: float = 0.5, out: float = 0.0) -> Look:
+    n = np.array([[0.7 * trials] * 9, [0.3 * trials] * 9])
+    return Look(trials=trials, reliability=reliability, right=n * [[1], [out]], n=n)

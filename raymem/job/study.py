@@ -328,5 +328,5 @@ def links_and_print(study: Study) -> None:
         return
     found = find_links(store)
     store.write_note("links", found.as_dict())
-    click.echo("\n" + links_text(found))
+    click.echo("\n" + links_text(found, brief=True))
     click.echo(f"\nlinks:   {store.files.path('links.json')}")

@@ -176,11 +176,20 @@ def verdict_on_link2(link: Link2) -> str:
     first, last = seen[0], seen[-1]
     assert first.curvature is not None
     assert last.curvature is not None
-    rises = "rises" if last.curvature > first.curvature else "does not rise"
+    error = math.hypot(first.curvature_stderr or 0, last.curvature_stderr or 0)
+    change = last.curvature - first.curvature
+    rises = "rises" if change > 0 else "falls"
+    if not abs(change) > 2 * error:
+        rises = "is not seen to change"
+    known = f"{error:.2g}" if math.isfinite(error) else "not known, with one trial"
     text = (
         f"link 2: mean curvature {rises} with epsilon, from {first.curvature:.3g} at "
-        f"{first.epsilon:g} to {last.curvature:.3g} at {last.epsilon:g}"
+        f"{first.epsilon:g} to {last.curvature:.3g} at {last.epsilon:g} (standard error of the "
+        f"change {known})"
     )
+    most = max(seen, key=lambda o: o.curvature or 0.0)
+    if most is not first and most is not last:
+        text += f", but is largest at {most.epsilon:g} ({most.curvature:.3g})"
     if link.fits:
         best = link.fits[0]
         theorem = next(fit for fit in link.fits if fit.law == "theorem")

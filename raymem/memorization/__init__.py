@@ -34,12 +34,13 @@ from raymem.memorization.power import (
     power_to_list,
     trials_for,
 )
-from raymem.memorization.stopping import Until
+from raymem.memorization.stopping import Look, Until
 
 __all__ = [
     "Bits",
     "Estimate",
     "InfluencePairs",
+    "Look",
     "Memorization",
     "PairRule",
     "Until",

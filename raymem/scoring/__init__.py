@@ -5,7 +5,7 @@ it takes the trials that are committed when it starts, and always writes one row
 example).
 """
 
-from raymem.scoring.look import Look, look
+from raymem.scoring.look import look
 from raymem.scoring.score import EpsilonSummary, score
 
-__all__ = ["EpsilonSummary", "Look", "look", "score"]
+__all__ = ["EpsilonSummary", "look", "score"]

@@ -7,25 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from raymem.memorization import difference_of_proportions, reliability
+from raymem.memorization import Look, reliability
 from raymem.scoring.sums import folds
 from raymem.store import Store, TrialKey, read_ahead
-
-
-@dataclass(frozen=True, kw_only=True)
-class Look:
-    """How well memorization (bit) is known at one moment."""
-
-    trials: int
-    reliability: float
-    """Split-half reliability over whole blocks; NaN with fewer than two."""
-    width: float
-    """90th percentile of the widths of the 95% intervals; NaN without trials in both arms."""
 
 
 def look(store: Store, keys: Sequence[TrialKey]) -> Look:
@@ -43,12 +31,4 @@ def look(store: Store, keys: Sequence[TrialKey]) -> Look:
     known = math.nan
     if n_folds > 1:
         known = reliability(right[0], n[0], right[1], n[1])
-    total_n, total_right = n.sum(1), right.sum(1)
-    interval = difference_of_proportions(total_right[0], total_n[0], total_right[1], total_n[1])
-    width = interval.high - interval.low
-    width = width[np.isfinite(width)]
-    return Look(
-        trials=len(keys),
-        reliability=float(known),
-        width=float(np.quantile(width, 0.9)) if len(width) else math.nan,
-    )
+    return Look(trials=len(keys), reliability=float(known), right=right.sum(1), n=n.sum(1))

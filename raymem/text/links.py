@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -24,20 +24,29 @@ from raymem.links import (
 )
 from raymem.text.scores import as_text, percent
 
+T = TypeVar("T")
 
-def links_text(links: Links) -> str:
-    """The three links of a store."""
+
+def links_text(links: Links, *, brief: bool = False) -> str:
+    """The three links of a store; `brief`: memorization's table at the largest epsilon only."""
     parts = []
     if links.correlations:
+        shown = list(links.correlations)[-1:] if brief else list(links.correlations)
         parts += [
-            correlations_text(links.correlations),
-            bins_text(links.bins),
-            f"{paper_bins_text(links.paper)}\n{costs_text(links.costs)}".strip(),
+            correlations_text(_at_these(links.correlations, shown)),
+            bins_text(_at_these(links.bins, shown)),
+            f"{paper_bins_text(_at_these(links.paper, shown))}\n"
+            f"{costs_text(_at_these(links.costs, shown))}".strip(),
         ]
+        if len(shown) < len(links.correlations):
+            others = ", ".join(f"{e:g}" for e in links.correlations if e not in shown)
+            parts.append(f"The same at epsilon {others}: raymem links shows it")
     if links.private_store is not None:
         parts.append(f"Links 2 and 3 are those of {links.private_store}")
     if len(links.memorization) > 1 or any(audit.mechanism for audit in links.memorization):
-        parts += [link2_text(links.curvature), link3_text(links.memorization), links.verdict]
+        parts += [link2_text(links.curvature), link3_text(links.memorization)]
+    if parts:
+        parts.append("\n".join(links.verdicts))
     for found in (links.diagnostics, links.private_diagnostics):
         parts += [red_text(found)] if red(found) else []
     nothing = "no links: the study measures no curvature, and is not private"
@@ -91,6 +100,10 @@ def red_text(found: Mapping[float, Sequence[Finding]]) -> str:
         for epsilon, finding in red(found)
     ]
     return "\n".join(lines)
+
+
+def _at_these(found: Mapping[float, T], epsilons: Sequence[float]) -> dict[float, T]:
+    return {epsilon: found[epsilon] for epsilon in epsilons if epsilon in found}
 
 
 def _at(epsilon: float) -> str:
