@@ -372,7 +372,11 @@ def test_a_notebook_opens_a_store(study):
     assert opened.examples.num_rows == 90
     assert opened.pairs.num_rows > 0
     assert opened.trials.num_rows == 40
-    assert opened.links().verdicts[0].startswith("link 1")
+    links = opened.links()
+    assert links.verdicts[0].startswith("link 1")
+    assert repr(links).splitlines() == links.verdicts
+    measures = sum(len(rows) for rows in links.correlations.values())
+    assert links._repr_html_().count("<tr>") == measures + 1
     assert (opened.pixels("test-00003") == study.examples.x_test[3]).all()
     assert opened.image("train-7\"'><b>").size == (8, 8)
     assert "40 trials" in repr(opened)

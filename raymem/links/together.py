@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from raymem.links.twins import Twins, find_twins
 from raymem.store import Store
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Links:
     """What one store says of the three links, or two: one for link 1, another's private trials."""
 
@@ -53,6 +54,22 @@ class Links:
     """Where links 2 and 3 are from, if not from the same store."""
     private_diagnostics: dict[float, list[Finding]] = field(default_factory=dict)
     """Whether to trust that one."""
+
+    def __repr__(self) -> str:
+        return "\n".join(self.verdicts)
+
+    def _repr_html_(self) -> str:
+        text = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in self.verdicts)
+        rows = [
+            (f"{epsilon:g}", c.measure, _shown(c.spearman), _shown(c.partial), f"{c.examples:,}")
+            for epsilon, found in self.correlations.items()
+            for c in found
+        ]
+        names = ("epsilon", "memorization against", "Spearman [95%]", "given loss", "examples")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        body = "".join(f"<tr>{''.join(f'<td>{v}</td>' for v in row)}</tr>" for row in rows)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f"<ul>{text}</ul>{table if rows else ''}"
 
     @property
     def verdict(self) -> str:
@@ -144,6 +161,10 @@ def _bins_as_dict(bins: PaperBins | Crossed) -> dict[str, Any]:
     lines = {k: plain(vars(v)) for k, v in values.items() if isinstance(v, Line)}
     crossed = {k: _bins_as_dict(v) for k, v in values.items() if isinstance(v, Crossed)}
     return {**values, **lines, **crossed}
+
+
+def _shown(c: Coefficient) -> str:
+    return "" if math.isnan(c.value) else f"{c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
 
 
 def verdict_on_link1(epsilon: float, rows: list[Correlation]) -> str:
