@@ -89,7 +89,9 @@ def test_a_lost_node_costs_its_own_lane_only(tmp_path, gate, monkeypatch, joins)
 @pytest.mark.slow
 def test_another_ray_on_the_machine_leaves_a_fleet_alone(tmp_path, gate):
     """Ray Train's watchdog once looked for its controller in the newest Ray, and ended the lane."""
-    job = subprocess.Popen(gated(tmp_path / "store", "--trials", 4), stdout=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        gated(tmp_path / "store", "train", "--trials", 4), stdout=subprocess.DEVNULL
+    )
     other = None
     with no_survivors(job):
         try:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
 # Ports of our own, so that a cluster somebody else started is not the one we find and stop.
-PORT, DASHBOARD, CLIENT = 27_379, 27_265, 27_001
+PORT, DASHBOARD, CLIENT, AGENT = 27_379, 27_265, 27_001, 27_365
 
 
 @pytest.fixture
@@ -36,7 +36,8 @@ def head():
         [
             RAY, "start", "--head", "--block", f"--port={PORT}", "--num-cpus=2",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={DASHBOARD}",
-            f"--ray-client-server-port={CLIENT}", "--node-ip-address=127.0.0.1",
+            f"--ray-client-server-port={CLIENT}", f"--dashboard-agent-listen-port={AGENT}",
+            "--node-ip-address=127.0.0.1",
             "--disable-usage-stats",
         ],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -65,7 +66,9 @@ def test_a_submitted_job_runs_whole_and_refuses_relative_stores(head, tmp_path):
             time.sleep(0.5)
     store = tmp_path / "store"
     done = submit(head, "--store", store, "--trials", "4")
-    if "No available agent" in done.stderr:  # the head answers before it can take jobs
+    for _ in range(6):
+        if "No available agent" not in done.stderr:  # the head answers before it can take jobs
+            break
         time.sleep(10)
         done = submit(head, "--store", store, "--trials", "4")
     assert done.returncode == 0, done.stdout + done.stderr

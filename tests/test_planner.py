@@ -179,7 +179,7 @@ def test_widths_are_forecast_from_the_examples_that_make_them():
     assert rule.next_look(_seen(100), 20, 1000) == math.ceil(needed / 20) * 20
     half = _seen(400, out=0.5)
     assert rule.forecast(half) == pytest.approx(400 * (half.width() / 0.1) ** 2, rel=0.03)
-    assert Until.parse("ci-width=0.001").forecast(_seen(40, out=0.5)) is None  # too far to say
+    assert Until.parse("ci-width=0.0001").forecast(_seen(40, out=0.5)) is None  # too far to say
     unknown = Look(
         trials=40, reliability=0.5, right=np.zeros((2, 3)), n=np.array([[40] * 3, [0] * 3])
     )

@@ -16,7 +16,7 @@ from raymem.memorization.estimates import difference_of_proportions, forecast_tr
 # The first look needs two blocks; between looks a fleet grows by no more than this.
 GROWTH = 1.5
 # Forecasts of widths end at so many times the trials.
-FURTHEST = 1000.0
+FURTHEST = 1e6
 Quantity = Literal["reliability", "ci-width"]
 
 

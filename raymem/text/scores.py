@@ -251,6 +251,8 @@ def _reliability(s: EpsilonSummary) -> str:
 
 
 def _pairs(s: EpsilonSummary) -> str:
+    if not s.pairs_considered:
+        return "influence: no pairs of a memorized training and a test example"
     text = (
         f"influence: {s.strong_pairs:,} strong pairs of {s.pairs_considered:,} (0.15 or more, and "
         f"{s.pairs_z:.1f} standard errors above zero), {s.pairs:,} kept"
