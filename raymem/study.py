@@ -275,6 +275,8 @@ class Study:
             keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)
             seen = look(store, keys)
             value, forecast = until.value(seen), until.forecast(seen)
+            if forecast is not None:  # it stops at the ends of blocks only
+                forecast = math.ceil(forecast / block) * block
             known = None if math.isnan(value) else value
             looks.append({"trials": trials, "value": known, "forecast": forecast})
             store.write_note(

@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from raymem import Recipe, Store, Study, flip_labels, load_examples
 from raymem.cli import main
+from raymem.errors import StoreError
 from raymem.links import label_errors
 from raymem.links.cleaning import rank
 
@@ -64,3 +65,11 @@ def test_average_precision_is_scikit_learns():
         assert found.average_precision == pytest.approx(average_precision_score(flipped, values))
     # All alike: chance.
     assert rank("x", np.zeros(200), flipped).precision == pytest.approx(flipped.mean())
+
+
+def test_an_epsilon_that_was_not_trained_is_no_clean_data_set(study):
+    with pytest.raises(StoreError, match="no scores at epsilon 3; there are inf"):
+        label_errors(Store(study.store), 3.0)
+    asked = CliRunner().invoke(main, ["errors", str(study.store), "--epsilon", "3"])
+    assert asked.exit_code == 1
+    assert "there are inf" in asked.output

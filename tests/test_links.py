@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,9 +16,10 @@ from raymem.links import (
     find_links,
     joined,
     paper_bins,
+    verdicts_on_link1,
 )
 from raymem.links.binned import crossed
-from raymem.links.curvature import MEASURES, correlate
+from raymem.links.curvature import MEASURES, Coefficient, correlate
 from raymem.links.sums import Sums
 from raymem.text import links_text
 
@@ -437,3 +439,20 @@ def test_bins_of_other_trials_have_the_true_slope():
         plain.append(crossed(second, second, values).line.slope)
     assert abs(np.mean(crossed_ones) - 3) < 4 * np.std(crossed_ones) / np.sqrt(30) + 0.02
     assert np.mean(plain) < 2.7
+
+
+@pytest.mark.parametrize(
+    ("beyond", "says"),
+    [((0.3, 0.1, 0.5), "says something"), ((0.1, -0.1, 0.3), "says nothing"),
+     ((-0.3, -0.5, -0.1), "goes the other way")],
+)  # fmt: skip
+def test_the_verdict_on_link_1_says_which_way(study, beyond, says):
+    (found,) = correlations(Store(study.store)).values()
+    value, low, high = beyond
+    rows = [
+        dataclasses.replace(row, partial=Coefficient(value=value, low=low, high=high))
+        if row.measure == "curvature_out" else row
+        for row in found
+    ]  # fmt: skip
+    (sentence,) = verdicts_on_link1({math.inf: rows})
+    assert f"it {says} ({value:.2f} [{low:.2f}, {high:.2f}])" in sentence

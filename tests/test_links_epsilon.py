@@ -218,6 +218,7 @@ def test_a_private_study_is_audited(scored):
     assert plain.one_run > 1.5
     assert private.one_run < 1
     assert "This does not prove privacy" in verdict([private, plain])
+    assert verdict([private, plain]).endswith(f"in one run saw {private.one_run:.2f} of 1")
 
 
 def test_scores_say_what_was_spent(scored):

@@ -132,6 +132,12 @@ def test_fleets_that_share_only_numbers_are_not_joined(tmp_path):
     y = np.arange(30) % 3
     one, two = imported(tmp_path, "ccc", y_train=y), imported(tmp_path, "dddd", y_train=y)
     assert set(correlations_across(one, two)) == {math.inf}
+    both = command("links", one.url, two.url).output
+    assert both.endswith("link 1: not known, curvature was not measured\n")
+    as_json = json.loads(command("links", one.url, two.url, "--json").output)
+    assert as_json["verdicts_against"] == {
+        two.url: ["link 1: not known, curvature was not measured"]
+    }
     twice = command("links", one.url, one.url)
     assert twice.exit_code == 1
     assert "given twice" in twice.output

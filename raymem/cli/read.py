@@ -21,6 +21,7 @@ from raymem.links import (
     correlations_as_dict,
     find_links,
     label_errors,
+    verdicts_on_link1,
 )
 from raymem.membership import membership
 from raymem.report import write_report
@@ -182,7 +183,8 @@ def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
                 click.echo(f"\n{url}\n")
             click.echo(links_text(links))
         for url, rows in across.items():
-            click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}")
+            click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n")
+            click.echo("\n".join(verdicts_on_link1(rows)))
 
 
 def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,6 +195,7 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
         "memorization_of_the_first_against": {
             url: correlations_as_dict(rows) for url, rows in across.items()
         },
+        "verdicts_against": {url: verdicts_on_link1(rows) for url, rows in across.items()},
     }
 
 

@@ -23,7 +23,7 @@ from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Link2, Observed, fit_link2, link2
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
-from raymem.links.together import Links, correlations_as_dict, find_links
+from raymem.links.together import Links, correlations_as_dict, find_links, verdicts_on_link1
 from raymem.links.twins import Twins, find_twins
 
 __all__ = [
@@ -67,4 +67,5 @@ __all__ = [
     "paper_bins",
     "red",
     "verdict",
+    "verdicts_on_link1",
 ]

@@ -323,8 +323,11 @@ def verdict(audits: Sequence[Audit]) -> str:
             + ": the mechanism is not what it claims, or trials are not independent"
         )
     useful = [a for a in private if (b := tightest([c.bound for c in a.bounds])) and not b.vacuous]
-    return (
+    text = (
         f"link 3: no example's memorization is above a bound that holds, at any of {len(private)} "
         f"epsilons; bounds say something at {len(useful)} of them. This does not prove privacy: "
-        f"these trials could have refuted at most epsilon {max(a.certifiable for a in private):.1f}"
+        "example by example these trials could have refuted at most epsilon "
+        f"{max(a.certifiable for a in private):.1f}"
     )
+    seen = [f"{a.one_run:.2f} of {a.epsilon:g}" for a in private if a.one_run is not None]
+    return text + (f"; the audit in one run saw {', '.join(seen)}" if seen else "")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymem.errors import StoreError
 from raymem.links.rows import Floats, floats, train_at
 from raymem.store import Store
 
@@ -64,8 +65,12 @@ class LabelErrors:
 
 
 def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
-    """Probable label errors of a scored store. Raises StoreError without scores."""
-    here = train_at(store.scores(), epsilon)
+    """Probable label errors of a scored store. Raises StoreError without scores at `epsilon`."""
+    scored = store.scores()
+    here = train_at(scored, epsilon)
+    if not here.num_rows:
+        known = ", ".join(f"{e:g}" for e in sorted(set(scored["epsilon"].to_pylist()))) or "none"
+        raise StoreError(f"{store.url} has no scores at epsilon {epsilon:g}; there are {known}")
     suspicion, believed = floats(here, "loss_out"), floats(here, "p_true_out")
     if not np.isfinite(suspicion).any():  # imported without margins
         believed = floats(here, "accuracy_out")

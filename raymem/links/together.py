@@ -79,10 +79,8 @@ class Links:
     @property
     def verdicts(self) -> list[str]:
         """The verdict of each claim in one sentence, with its numbers."""
-        curved = {e: rows for e, rows in self.correlations.items() if has_curvature(rows)}
-        found = [verdict_on_link1(e, rows) for e, rows in curved.items()]
-        unknown = ["link 1: not known, curvature was not measured"]
-        return [*(found or unknown), verdict_on_link2(self.curvature), self.verdict]
+        link1 = verdicts_on_link1(self.correlations)
+        return [*link1, verdict_on_link2(self.curvature), self.verdict]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: what links.json holds."""
@@ -167,6 +165,12 @@ def _shown(c: Coefficient) -> str:
     return "" if math.isnan(c.value) else f"{c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
 
 
+def verdicts_on_link1(found: Mapping[float, list[Correlation]]) -> list[str]:
+    """A sentence for each epsilon at which curvature was measured, or one that it was not."""
+    said = [verdict_on_link1(e, rows) for e, rows in found.items() if has_curvature(rows)]
+    return said or ["link 1: not known, curvature was not measured"]
+
+
 def verdict_on_link1(epsilon: float, rows: list[Correlation]) -> str:
     """Does curvature go with memorization, and better than the loss does?"""
     by_name = {row.measure: row for row in rows}
@@ -182,6 +186,8 @@ def verdict_on_link1(epsilon: float, rows: list[Correlation]) -> str:
     )
     if loss is not None and not math.isnan(beyond.value):
         says = "says something" if beyond.low > 0 else "says nothing"
+        if beyond.high < 0:
+            says = "goes the other way"
         text += (
             f"; beyond the loss ({loss.spearman.value:.2f}) it {says} "
             f"({beyond.value:.2f} [{beyond.low:.2f}, {beyond.high:.2f}])"

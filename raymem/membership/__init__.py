@@ -3,12 +3,12 @@
 `membership(store)` is all there is to call; `online`, `offline` and `scores` take plain arrays.
 """
 
+from raymem.membership.crossed import RankCorrelation
 from raymem.membership.lira import Moments, Sums, offline, online, scores, vulnerability
 from raymem.membership.roc import Attack, Rate, attack
 from raymem.membership.stored import (
     Attacked,
     Membership,
-    RankCorrelation,
     membership,
     read_membership,
 )

@@ -3,9 +3,9 @@
 In:  a scored store with margins. Out: `Membership`: what attacks reached at each epsilon, and how
      far apart each example's margins are with it and without.
 
-Trials are read one at a time, in two passes: sums over all of them, then for each target the sums
-of the trials whose subsets depend on its subset, which are left out. Memory is a few numbers per
-example, and 12 bytes per example and target.
+Trials are read one at a time, in three passes: sums over all of them; for each target the sums of
+the trials whose subsets depend on its subset, which are left out; sums over two halves. Memory is a
+few numbers per example, and 12 bytes per example and target.
 
 Shapes: N training and M test examples. Rows of a trial file are M test, then N train.
 """
@@ -15,18 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from scipy import stats
 
 from raymem.errors import DamagedObjectError, StoreError
+from raymem.membership.crossed import Half, RankCorrelation, crossed
 from raymem.membership.lira import IN, OUT, Floats, Sums, offline, online, vulnerability
 from raymem.membership.roc import LOW_FPR, Attack, attack, finite, number
-from raymem.memorization import correlation_interval
 from raymem.plan import Plan
 from raymem.store import Store, TrialKey, columns, read_ahead
 
@@ -35,22 +35,8 @@ ATTACKS = ("LiRA online", "LiRA offline", "loss threshold")
 TARGETS = 20
 MOST_VULNERABLE = 10
 AHEAD = 4
-# Of a bootstrap over examples; of more examples than this a random part does.
-REPLICATES, MOST_EXAMPLES = 200, 20_000
 # A rate at 0.1% that rests on fewer false positives is a guess.
 FEW_FALSE_POSITIVES = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankCorrelation:
-    """Spearman's between vulnerability and memorization, over training examples."""
-
-    value: float
-    low: float
-    """95%, from a bootstrap over examples alone: both come from the same trials, whose noise they
-    share, and which the interval takes as given."""
-    high: float
-    examples: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +266,7 @@ def _attacked(fleet: _Fleet, targets: int, table: pa.Table) -> Attacked:
         others=int((~who).sum()),
         own_variances=own / len(who),
         attacks=[attack(name, np.concatenate(found.pop(name)), who, of) for name in ATTACKS],
-        correlation=_correlation(table),
+        correlation=_correlation(fleet),
         most_vulnerable=_most_vulnerable(table),
         notes=[],
     )
@@ -342,27 +328,16 @@ def _most_vulnerable(table: pa.Table) -> list[dict[str, Any]]:
     return list(rows.select([*names, "n_in", "n_out"]).to_pylist())
 
 
-def _correlation(table: pa.Table) -> RankCorrelation:
-    """Spearman's, with the bootstrap's standard deviation of Fisher's z around the estimate."""
-    x, y = (
-        np.array(table[name].cast(pa.float64()).to_numpy(), np.float64)
-        for name in ("vulnerability", "memorization")
-    )
-    both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
-    n = len(x)
-    if n < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return RankCorrelation(value=math.nan, low=math.nan, high=math.nan, examples=n)
-    value = float(stats.spearmanr(x, y).statistic)
-    generator = np.random.default_rng(0)
-    size = min(n, MOST_EXAMPLES)
-    drawn = []
-    for _ in range(REPLICATES):
-        rows = generator.integers(n, size=size)
-        if np.ptp(x[rows]) and np.ptp(y[rows]):
-            drawn.append(float(stats.spearmanr(x[rows], y[rows]).statistic))
-    low, high = correlation_interval(value, drawn, scale=math.sqrt(size / n))
-    return RankCorrelation(value=value, low=low, high=high, examples=n)
+def _correlation(fleet: _Fleet) -> RankCorrelation:
+    """A third pass: every other group of trials is one half."""
+    halves = [Half(fleet.sums.first) for _ in range(2)]
+    place = {group: n for n, group in enumerate(sorted({fleet.group(k) for k in fleet.keys}))}
+    correct = partial(fleet.store.train_rows, names=["correct"])
+    rows = read_ahead(fleet.keys, correct, AHEAD)
+    for (key, margins, inside), (_, table) in zip(fleet.read(fleet.keys), rows, strict=True):
+        half = halves[place[fleet.group(key)] % 2]
+        half.add(margins, inside, table["correct"].to_numpy().astype(bool))
+    return crossed(*halves)
 
 
 def _name(epsilon: float) -> str:

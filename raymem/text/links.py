@@ -179,7 +179,7 @@ def link3_text(audits: Sequence[Audit]) -> str:
         f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs; upper "
         "bounds (- says nothing); examples above a bound that holds; the epsilon that the example "
         f"which says most certifies, of what it could:\n{as_text(table)}\n"
-        f"one-run audit: {audits[-1].one_run_about}"
+        f"one-run audit at epsilon {audits[-1].epsilon:g}: {audits[-1].one_run_about}"
     )
 
 

@@ -64,8 +64,8 @@ def correlation_text(here: Attacked) -> str:
     goes = known if rho.low > 0 or rho.high < 0 else "is not seen to go with"
     return (
         f"Vulnerability {goes} memorization{at}: rank correlation {rho.value:.3f} "
-        f"[{rho.low:.3f}, {rho.high:.3f}] over {rho.examples:,} training examples (95% bootstrap "
-        "over examples alone; both are from the same trials)."
+        f"[{rho.low:.3f}, {rho.high:.3f}] over {rho.examples:,} training examples "
+        "(95% bootstrap over examples; one from half of the trials, one from the other half)."
     )
 
 

@@ -150,7 +150,7 @@ def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
             lines.append(f"  {_in_words(row)}")
     skip = ("example_id", "index", "split", "label", "epsilon", "duplicate_group")
     shown = {k: v for k, v in row.items() if k not in (*skip, "near_duplicate_group")}
-    known = {name: _cell(value) for name, value in shown.items() if value is not None}
+    known = {name: _three_digits(value) for name, value in shown.items() if value is not None}
     width, wide = max(map(len, known)), max(map(len, known.values()))
     lines += [
         f"  {name.ljust(width)}  {text.rjust(wide)}  {_meaning(train.schema.field(name))}".rstrip()
@@ -271,3 +271,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return str(dict(value))
     return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _three_digits(value: Any) -> str:
+    """Small numbers with three digits of their own: curvatures are of any size."""
+    small = isinstance(value, float) and 0 < abs(value) < 0.01
+    return f"{value:.3g}" if small else _cell(value)

@@ -1,0 +1,86 @@
+"""Vulnerability against memorization, each from its own half of the trials.
+
+From the same trials both share the trials' noise: where nothing is memorized, as under strong
+privacy, they still agree (0.69 at epsilon 0.5 on digits, with a reliability of -0.04).
+
+Shapes: N training examples. Arms are rows: 0 out, 1 in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from raymem.membership.lira import IN, OUT, Floats, Sums, vulnerability
+from raymem.memorization import correlation_interval, ratio
+
+# Of a bootstrap over examples; of more examples than this a random part does.
+REPLICATES, MOST_EXAMPLES = 200, 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCorrelation:
+    """Spearman's between vulnerability from one half of the trials and memorization from the other,
+    the mean of both ways, over training examples."""
+
+    value: float
+    low: float
+    """95%, from a bootstrap over examples."""
+    high: float
+    examples: int
+
+
+class Half:
+    """Sums of one half of the trials."""
+
+    def __init__(self, first: Floats) -> None:
+        self.margins = Sums(first)
+        self.right = np.zeros((2, len(first)))
+
+    def add(self, margins: Floats, inside: NDArray[np.bool_], correct: NDArray[np.bool_]) -> None:
+        """Add one trial, [N] each."""
+        self.margins.add(margins, inside)
+        self.right[inside.astype(np.int64), np.arange(len(inside))] += correct
+
+    @property
+    def memorization(self) -> Floats:
+        """[N]; NaN without trials in both arms."""
+        accuracy = ratio(self.right, self.margins.n)
+        difference: Floats = accuracy[IN] - accuracy[OUT]
+        return difference
+
+    @property
+    def vulnerability(self) -> Floats:
+        """[N]; NaN where it is not known."""
+        return vulnerability(self.margins.moments())[0]
+
+
+def crossed(one: Half, other: Half, *, seed: int = 0) -> RankCorrelation:
+    """Of two halves of the trials. NaN if one of them does not vary.
+
+    The interval is the bootstrap's standard deviation of Fisher's z around the estimate.
+    """
+    columns = np.stack(
+        [one.vulnerability, other.memorization, other.vulnerability, one.memorization]
+    )
+    columns = columns[:, np.isfinite(columns).all(0)]
+    n = columns.shape[1]
+    value = _both_ways(columns)
+    if math.isnan(value):
+        return RankCorrelation(value=value, low=value, high=value, examples=n)
+    generator = np.random.default_rng(seed)
+    size = min(n, MOST_EXAMPLES)
+    drawn = [_both_ways(columns[:, generator.integers(n, size=size)]) for _ in range(REPLICATES)]
+    low, high = correlation_interval(value, drawn, scale=math.sqrt(size / n))
+    return RankCorrelation(value=value, low=low, high=high, examples=n)
+
+
+def _both_ways(columns: Floats) -> float:
+    if columns.shape[1] < 4 or (np.ptp(columns, axis=1) == 0).any():
+        return math.nan
+    there, back = (stats.spearmanr(x, y).statistic for x, y in (columns[:2], columns[2:]))
+    return float(there + back) / 2
