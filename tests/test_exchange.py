@@ -193,16 +193,69 @@ def test_lira_folders_and_their_labels(arrays, data, tmp_path):
     wrong = Examples(**{**vars_of(data), "y_train": np.roll(data.y_train, 1)})
     with pytest.raises(ImportFileError, match="the order of the labels is another one"):
         import_fleet("lira", source, tmp_path / "no", data=wrong)
-    with pytest.raises(ImportFileError, match="no labels; give --data, or --labels"):
+    with pytest.raises(ImportFileError, match=r"no y_train\.npy; give --data, or --labels"):
         import_fleet("lira", source, tmp_path / "no")
     np.save(tmp_path / "labels.npy", data.y_train)
     by_labels = import_fleet("lira", source, tmp_path / "by", labels=tmp_path / "labels.npy")
     score(by_labels)
     assert list(mem(by_labels).values()) == [mem(store)[n] for n in data.train_ids]
     out = export("lira", store.url, tmp_path / "out")
-    again = import_fleet("lira", out, tmp_path / "again", labels=out / "labels.npy")
+    assert (np.load(out / "y_train.npy") == data.y_train).all()
+    again = import_fleet("lira", out, tmp_path / "again")
     score(again)
     assert list(mem(again).values()) == list(mem(by_labels).values())
+
+
+def test_lira_labels_that_nothing_checks_are_not_assumed(arrays, data, tmp_path):
+    source = tmp_path / "lira"
+    source.mkdir()
+    lira_folder(source, arrays, data.y_train)
+    plain = {"data": data}
+    # The labels beside the models are theirs, and must be those of the set, row by row.
+    np.save(source / "y_train.npy", data.y_train)
+    ours = import_fleet("lira", source, tmp_path / "ours", **plain)
+    score(ours)
+    assert list(mem(ours)) == list(data.train_ids)
+    other = Examples(**{**vars_of(data), "y_train": np.roll(data.y_train, 1)})
+    with pytest.raises(ImportFileError, match="labels are not those of"):
+        import_fleet("lira", source, tmp_path / "no", data=other)
+    os.remove(source / "y_train.npy")
+    assert import_fleet("lira", source, tmp_path / "by-scores", **plain)
+    # Without scores the logits fit any labels; without logits nothing says what they are.
+    os.remove(source / "exp-3" / "scores.npy")
+    with pytest.raises(ImportFileError, match="nothing says which row is which"):
+        import_fleet("lira", source, tmp_path / "no", **plain)
+    for folder in source.iterdir():
+        np.save(folder / "correct.npy", arrays["correct_train"][int(folder.name[4:])])
+        os.remove(folder / "logits.npy")
+    with pytest.raises(ImportFileError, match="nothing says which row is which"):
+        import_fleet("lira", source, tmp_path / "no", **plain)
+    assert import_fleet("lira", source, tmp_path / "numbered")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("keep", lambda a: np.where(np.arange(len(a)) == 3, np.nan, a), "keep.npy must be true or"),
+        ("correct", lambda a: a + 0.5, "correct.npy must be true or false"),
+        ("correct", lambda a: a[:-1], "correct.npy has"),
+        ("keep", lambda a: a[:-1], "differ in size"),
+        ("scores", lambda a: a[:-1], "scores.npy has"),
+        ("keep", None, "exp-2 has no keep.npy"),
+    ],
+)
+def test_damaged_lira_folders_are_refused(arrays, data, tmp_path, name, change, says):
+    lira_folder(tmp_path, arrays, data.y_train)
+    for t in range(T):
+        os.remove(tmp_path / f"exp-{t}" / "logits.npy")
+        np.save(tmp_path / f"exp-{t}" / "correct.npy", arrays["correct_train"][t])
+    path = tmp_path / "exp-2" / f"{name}.npy"
+    array = np.load(path)
+    os.remove(path)
+    if change is not None:
+        np.save(path, change(array))
+    with pytest.raises(ImportFileError, match=says):
+        import_fleet("lira", tmp_path, tmp_path / "store")
 
 
 def vars_of(data):
@@ -278,9 +331,8 @@ def test_published_datamodels_have_names_of_their_own(arrays, data, tmp_path, mo
 @pytest.mark.parametrize("format", ["npz", "fz", "lira"])
 def test_the_first_models_of_a_fleet_are_taken_if_so_asked(fleet, format, tmp_path):
     path = export(format, fleet.url, tmp_path / ("out.npz" if format == "npz" else "out"))
-    labels = {"labels": path / "labels.npy"} if format == "lira" else {}
-    few = import_fleet(format, path, tmp_path / "few", trials=11, **labels)
-    all_ = import_fleet(format, path, tmp_path / "all", **labels)
+    few = import_fleet(format, path, tmp_path / "few", trials=11)
+    all_ = import_fleet(format, path, tmp_path / "all")
     assert (len(few.done()), len(all_.done())) == (11, T)
     for key in few.done():
         assert few.trial(key).equals(all_.trial(key))

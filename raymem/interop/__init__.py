@@ -58,9 +58,6 @@ def import_fleet(
     check_keys(arrays, path)
     if labels is not None and y is not None:
         arrays = with_labels(arrays, y)
-    elif format == "lira" and y is not None and "margins_train" in arrays:
-        # Its scores were compared with what these labels give.
-        arrays = with_labels(arrays, y)
     named = {split: names_in(file) for split, file in (("train", ids), ("test", test_ids)) if file}
     if data is not None:
         arrays = joined(arrays, data, named)

@@ -158,7 +158,7 @@ def _lira(store: Store, path: Path, epsilon: float) -> None:
             np.save(folder / "scores.npy", t["margins_train"].astype(np.float64))
     labels = _labels(_split(store)["train"])
     if labels is not None:
-        np.save(path / "labels.npy", labels)
+        np.save(path / "y_train.npy", labels)
 
 
 def _csv(store: Store, path: Path, epsilon: float) -> None:

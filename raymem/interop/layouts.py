@@ -23,7 +23,8 @@ import psutil
 from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
-from raymem.interop.safe import array_of, arrays_of, mapped
+from raymem.interop.crosswalk import labels_in
+from raymem.interop.safe import array_of, arrays_of, mapped, truths_in
 
 Arrays = dict[str, NDArray[Any]]
 AUX = "aux_arrays.npz"
@@ -82,11 +83,13 @@ def read_fz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) ->
             raise ImportFileError(f"{run}: subsample_idx is not index_train; which was trained on?")
         if masks and (len(masks[0]), len(test[0])) != (N, M):
             raise ImportFileError(f"{run} has {N} and {M} examples, other runs have not")
-        masks.append(_scattered(inside, np.ones(len(inside), bool), N))
+        masks.append(_scattered(inside, np.ones(len(inside), bool), N, run))
         train.append(
-            _scattered(both, np.concatenate([a["correctness_train"], a["correctness_removed"]]), N)
+            _scattered(
+                both, np.concatenate([a["correctness_train"], a["correctness_removed"]]), N, run
+            )
         )
-        test.append(_scattered(a["index_test"], a["correctness_test"], M))
+        test.append(_scattered(a["index_test"], a["correctness_test"], M, run))
     return {
         "masks": np.array(masks),
         "correct_train": np.array(train),
@@ -94,9 +97,9 @@ def read_fz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) ->
     }
 
 
-def _scattered(index: NDArray[Any], values: NDArray[Any], n: int) -> NDArray[np.bool_]:
+def _scattered(index: NDArray[Any], values: NDArray[Any], n: int, run: Path) -> NDArray[np.bool_]:
     if not np.isin(values, (0, 1)).all() or len(values) != len(index):
-        raise ImportFileError("correctness must be 0 or 1, one for each index")
+        raise ImportFileError(f"{run}: correctness must be 0 or 1, one for each index")
     out = np.zeros(n, bool)
     out[index] = values.astype(bool)
     return out
@@ -116,7 +119,7 @@ def read_datamodels(path: Path, labels: NDArray[np.int64] | None, trials: int | 
         raise ImportFileError(f"{masks_path} is {masks.shape}; masks are [models, train examples]")
     done = np.arange(len(masks))
     if (folder / "_completed.npy").exists():
-        completed = array_of(folder / "_completed.npy").astype(bool)
+        completed = truths_in(folder / "_completed.npy")
         if completed.shape != done.shape:
             raise ImportFileError(
                 f"{folder / '_completed.npy'} is {completed.shape}, but there are {len(done)} masks"
@@ -138,7 +141,7 @@ def read_datamodels(path: Path, labels: NDArray[np.int64] | None, trials: int | 
     width = masks.shape[1] + sum(m.shape[-1] for m in margins.values())
     _check_room(len(done) * width, masks_path)
     return {
-        "masks": np.array(masks[done]).astype(bool),
+        "masks": np.array(masks[done]),
         **{name: _right(m, done, len(masks), folder) for name, m in margins.items()},
     }
 
@@ -189,17 +192,22 @@ def _check_room(outcomes: int, path: Path) -> None:
 
 def read_lira(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -> Arrays:
     """keep [N]; logits [N, K] or [N, queries, K], of which the first query counts; scores likewise.
+    y_train.npy [N] beside the models' folders has the labels in their order.
 
-    Labels are checked: the margins that logits and labels give must be the scores. Without logits
-    correct.npy [N] says what was right.
+    Labels are the fleet's (`y_train` of what is returned) if they are from y_train.npy, or if with
+    `labels` the logits of all models give the scores. Without logits correct.npy [N] says what was
+    right.
     """
     keeps = sorted(path.rglob("keep.npy"), key=lambda p: _natural(p.parent))
     if not keeps:
         raise ImportFileError(f"{path} has no keep.npy in it; give the folder above the models'")
-    masks, correct, margins = [], [], []
-    keeps = keeps[:trials]
-    for keep in keeps:
-        mask = array_of(keep).astype(bool)
+    _check_keeps(path, {keep.parent for keep in keeps})
+    own = path / "y_train.npy"
+    known = own.exists()
+    labels = labels_in(own) if known else labels
+    masks, correct, margins, compared = [], [], [], []
+    for keep in keeps[:trials]:
+        mask = truths_in(keep)
         logits, scores = _lira_file(keep.parent, "logits"), _lira_file(keep.parent, "scores")
         right = keep.parent / "correct.npy"
         if logits is None and not right.exists():
@@ -208,27 +216,49 @@ def read_lira(path: Path, labels: NDArray[np.int64] | None, trials: int | None) 
                 "if the model was right"
             )
         found = None if scores is None else _first_query(array_of(scores), 1)
+        if found is not None:
+            _check_length(len(found), len(mask), str(scores))
         if logits is not None:
             if labels is None:
                 raise ImportFileError(
-                    f"{path} has logits but no labels; give --data, or --labels, in their order"
+                    f"{path} has logits but no y_train.npy; give --data, or --labels, in its order"
                 )
             z = _first_query(array_of(logits), 2).astype(np.float64)
-            _check_length(len(z), len(labels), logits)
-            hits, own = _margins(z, labels)
-            _check_scores(found, own, logits)
-            found = own
+            _check_length(len(z), len(mask), str(logits))
+            _check_length(len(labels), len(mask), "the labels")
+            hits, margin = _margins(z, labels)
+            compared.append(_check_scores(found, margin, logits))
+            found = margin
         else:
-            hits = array_of(right).astype(bool)
-        _check_length(len(mask), len(hits), keep)
+            hits = truths_in(right)
+        _check_length(len(hits), len(mask), str(right))
         masks.append(mask)
         correct.append(hits)
         if found is not None:
             margins.append(found)
-    arrays = {"masks": np.array(masks), "correct_train": np.array(correct)}
+    arrays: Arrays = {"masks": np.array(masks), "correct_train": np.array(correct)}
     if len(margins) == len(masks):
         arrays["margins_train"] = np.array(margins, np.float32)
+    if labels is not None and (known or (len(compared) == len(masks) and all(compared))):
+        arrays["y_train"] = labels
     return arrays
+
+
+def _check_keeps(path: Path, folders: set[Path]) -> None:
+    """Every model has its keep.npy, of as many examples."""
+    lost = sorted(
+        {file.parent for name in ("scores.npy", "correct.npy", "logits.npy")
+         for file in path.rglob(name)} - folders
+    )  # fmt: skip
+    if lost:
+        raise ImportFileError(
+            f"{lost[0]} has no keep.npy: nothing says what that model was trained on; copy it "
+            "again, or move the folder away"
+        )
+    sizes = {mapped(folder / "keep.npy").shape for folder in folders}
+    if len(sizes) > 1:
+        some = ", ".join(str(size) for size in sorted(sizes)[:SHOWN])
+        raise ImportFileError(f"keep.npy of the models in {path} differ in size: {some}")
 
 
 def _lira_file(folder: Path, name: str) -> Path | None:
@@ -257,11 +287,11 @@ def _margins(
     return logits.argmax(1) == labels, logits[rows, labels] - rest
 
 
-def _check_scores(scores: NDArray[Any] | None, own: NDArray[np.float64], path: Path) -> None:
+def _check_scores(scores: NDArray[Any] | None, own: NDArray[np.float64], path: Path) -> bool:
     """Are scores what these labels give? Published code adds a small number inside the logarithm,
-    so that only scores near 0 are compared."""
+    so that only scores near 0 are compared. False if there is none to compare."""
     if scores is None:
-        return
+        return False
     near = (np.abs(own) < 8) & (np.abs(scores) < 8)
     agree = np.abs(scores - own)[near] < 0.05
     if near.any() and agree.mean() < 0.99:
@@ -269,11 +299,12 @@ def _check_scores(scores: NDArray[Any] | None, own: NDArray[np.float64], path: P
             f"{path}: with these labels {100 * (1 - agree.mean()):.0f}% of the scores are not "
             "those of the logits; the order of the labels is another one"
         )
+    return bool(near.any())
 
 
-def _check_length(found: int, wanted: int, path: Path) -> None:
+def _check_length(found: int, wanted: int, what: str) -> None:
     if found != wanted:
-        raise ImportFileError(f"{path} has {found} examples, but there are {wanted} of the others")
+        raise ImportFileError(f"{what} has {found} examples, but there are {wanted} in keep.npy")
 
 
 def _natural(path: Path) -> list[Any]:

@@ -45,6 +45,14 @@ def array_of(path: Path) -> NDArray[Any]:
         ) from error
 
 
+def truths_in(path: Path) -> NDArray[np.bool_]:
+    """Of an .npy file of true and false, or 0 and 1. Raises ImportFileError for other values."""
+    found = array_of(path)
+    if found.dtype != bool and not np.isin(found, (0, 1)).all():
+        raise ImportFileError(f"{path} must be true or false, got other {found.dtype} values")
+    return found.astype(bool)
+
+
 def mapped(path: Path) -> NDArray[Any]:
     """The array of an .npy file, of which only what is looked at is read. Raises as `array_of`."""
     try:
