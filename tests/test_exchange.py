@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import pickle
 from pathlib import Path
@@ -433,6 +434,42 @@ def test_published_pairs_are_checked_by_their_memorization(data, tmp_path):
     np.savez(path, **pairs)
     with pytest.raises(ImportFileError, match=r"pairs only, .*put the \*_index\.npz"):
         import_scores(path, tmp_path / "wrong", data=data)
+
+
+def test_what_was_exported_is_read_as_published_scores(fleet, data, tmp_path):
+    """Ours have no set's name before theirs; pairs are found all the same."""
+    out = export("fz", fleet.url, tmp_path / "out")
+    store = import_scores(out / "index.npz", tmp_path / "store", data=data)
+    assert mem(store) == pytest.approx(mem(fleet))
+    strong = [r for r in fleet.scores("influence").to_pylist() if r["strong"]]
+    with np.load(next(out.glob("high_infl*.npz"))) as pairs:
+        assert len(pairs["infl"]) == len(strong) == store.scores("influence").num_rows
+    # Published memorization against that of a fleet, which is the same here.
+    ((row,),) = correlations_across(fleet, store).values()
+    assert row.measure == "memorization"
+    assert row.spearman.value == pytest.approx(1)
+    by_name = {r.measure: r for r in correlations_across(store, fleet)[math.inf]}
+    assert by_name["memorization"].pearson.value == pytest.approx(1)
+    assert by_name["memorization"].folds == 2
+
+    def command(*arguments):
+        found = CliRunner().invoke(main, list(arguments))
+        assert "Traceback" not in found.output
+        return found
+
+    assert command("scores", store.url).exit_code == 0
+    assert "memorization " in command("links", fleet.url, store.url).output
+    for name, says in (("errors", "neither losses nor"), ("membership", "without trials")):
+        refused = command(name, store.url)
+        assert refused.exit_code == 1
+        assert says in refused.output
+
+
+@pytest.mark.parametrize("labels", [np.full(N, np.nan), np.full(N, 0.5), np.full(N, -1)])
+def test_published_labels_are_class_numbers(labels, tmp_path):
+    np.savez(tmp_path / "x_index.npz", tr_mem=np.zeros(N), tr_labels=labels)
+    with pytest.raises(ImportFileError, match="tr_labels must be whole numbers from 0"):
+        import_scores(tmp_path / "x_index.npz", tmp_path / "store")
 
 
 def test_consistency_is_accuracy_of_models_without_the_example(data, fleet, tmp_path):

@@ -239,6 +239,11 @@ def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool
     """
     with command_errors(debug):
         found = label_errors(Store(store), epsilon)
+        if not found.known:
+            raise StoreError(
+                f"{store} has neither losses nor accuracies of models without the examples, which "
+                "say what is probably wrong; take a store of a fleet"
+            )
         if as_csv:
             write_csv(pa.Table.from_pylist(found.rows), sys.stdout.buffer)
         else:

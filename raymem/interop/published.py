@@ -3,7 +3,8 @@
 fz-scores   Feldman & Zhang's *_infl_matrix.npz (tr_mem, tr_labels, tt_labels, infl_matrix_class{K},
             tr_classidx_{K}, tt_classidx_{K}), with their *_index.npz beside it if there is one; or
             *_index.npz (tr_mem, tr_labels, tt_labels, tr_filenames, tt_filenames) with their
-            *_high_infl_pairs_*.npz (tr_idx, tt_idx, infl, mem) beside it if there is one
+            *_high_infl_pairs_*.npz (tr_idx, tt_idx, infl, mem) beside it if there is one. raymem's
+            own export has no * before the names
 c-scores    *-cscores-*.npz (labels, scores, filenames): Jiang et al. 2021's consistency, the
             accuracy on an example of models that did not see it: column accuracy_out
 
@@ -15,6 +16,7 @@ Shapes: N training and M test examples.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import math
 import os
@@ -35,8 +37,8 @@ from raymem.plan import Plan
 from raymem.store import Store, columns
 
 Arrays = dict[str, NDArray[Any]]
-# What names of Feldman & Zhang's files of one set go on with.
-PARTS = ("_infl_matrix", "_index", "_high_infl_pairs")
+# What names of Feldman & Zhang's files of one set have after the set's name.
+PARTS = ("infl_matrix", "index", "high_infl_pairs")
 PAIRS = {"tr_idx", "tt_idx", "infl", "mem"}
 SAME = 1e-4
 
@@ -77,15 +79,13 @@ def _with_beside(path: Path) -> Arrays:
     """The file's arrays, and those of the other files of the same set beside it: what both have
     must be the same."""
     arrays = arrays_of(path)
-    stem = path.stem
-    for part in PARTS:
-        stem = stem.partition(part)[0]
-    if stem == path.stem:
+    names = [path.stem.rpartition(part)[0] for part in PARTS if part in path.stem]
+    if not names:
         return arrays
     beside = [
         file
         for part in PARTS
-        for file in sorted(path.parent.glob(f"{stem}{part}*.npz"))
+        for file in sorted(path.parent.glob(f"{glob.escape(names[0])}{part}*.npz"))
         if file != path
     ]
     for file in beside:
@@ -124,8 +124,8 @@ def _memorization(a: Arrays, path: Path) -> Arrays:
     order = np.lexsort((pairs[:, 0], pairs[:, 1], -pairs[:, 2]))
     return {
         "memorization": np.clip(np.asarray(a["tr_mem"], np.float64), -1, 1),
-        "y_train": np.asarray(a["tr_labels"], np.int64),
-        "y_test": np.asarray(a.get("tt_labels", np.zeros(M)), np.int64),
+        "y_train": _whole_numbers(a["tr_labels"], "tr_labels", path),
+        "y_test": _whole_numbers(a.get("tt_labels", np.zeros(M)), "tt_labels", path),
         "train_ids": _names(a.get("tr_filenames"), "train", N),
         "test_ids": _names(a.get("tt_filenames"), "test", M),
         "named": np.array("tr_filenames" in a),
@@ -151,16 +151,18 @@ def _kept(
 def _high_pairs(a: Arrays, N: int, M: int, path: Path) -> NDArray[np.float64]:
     """Rows as those of `_kept`, of pairs that were published by themselves. Their memorization
     says if they are of these examples, in this order."""
-    train, test = (np.asarray(a[name], np.int64) for name in ("tr_idx", "tt_idx"))
+    train, test = (_whole_numbers(a[name], name, path) for name in ("tr_idx", "tt_idx"))
     if len({len(a[name]) for name in PAIRS}) > 1:
         raise ImportFileError(f"{path}: tr_idx, tt_idx, infl and mem have other lengths")
+    if not (np.abs(a["infl"]) <= 1 + 1e-6).all():
+        raise ImportFileError(f"{path}: infl must be numbers from -1 to 1")
     if len(train) and not (
         min(train.min(), test.min()) >= 0 and train.max() < N and test.max() < M
     ):
         raise ImportFileError(
             f"{path}: pairs name examples beyond {N:,} training and {M:,} test examples"
         )
-    wrong = int((np.abs(a["mem"] - a["tr_mem"][train]) > SAME).sum())
+    wrong = int((~(np.abs(a["mem"] - a["tr_mem"][train]) <= SAME)).sum())
     if wrong:
         raise ImportFileError(
             f"{path}: {wrong:,} of {len(train):,} pairs have other memorization than tr_mem has; "
@@ -177,13 +179,19 @@ def _consistency(a: Arrays, path: Path) -> Arrays:
         raise ImportFileError(f"{path}: scores must be {N} numbers from 0 to 1")
     return {
         "accuracy_out": np.asarray(a["scores"], np.float64),
-        "y_train": np.asarray(a["labels"], np.int64),
+        "y_train": _whole_numbers(a["labels"], "labels", path),
         "y_test": np.zeros(0, np.int64),
         "train_ids": _names(a.get("filenames"), "train", N),
         "test_ids": np.zeros(0, "U1"),
         "named": np.array("filenames" in a),
         "pairs": np.zeros((0, 4)),
     }
+
+
+def _whole_numbers(values: NDArray[Any], name: str, path: Path) -> NDArray[np.int64]:
+    if values.dtype.kind not in "iuf" or not ((values >= 0) & (values == np.floor(values))).all():
+        raise ImportFileError(f"{path}: {name} must be whole numbers from 0")
+    return values.astype(np.int64)
 
 
 def _names(values: NDArray[Any] | None, split: str, n: int) -> NDArray[Any]:

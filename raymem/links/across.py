@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.errors import StoreError
-from raymem.links.curvature import Correlation, correlate, known_measures
+from raymem.links.curvature import OTHER, Correlation, correlate, known_measures
 from raymem.links.rows import floats, train_at
 from raymem.links.sums import FixedSums, JoinedSums, Sums
 from raymem.store import Store
@@ -27,7 +27,7 @@ def correlations_across(
     first: Store, second: Store, *, seed: int = 0
 ) -> dict[float, list[Correlation]]:
     """Memorization at epsilon inf (or the largest) of `first` against measures of `second`, by the
-    epsilon of the latter.
+    epsilon of the latter, and against its memorization.
 
     Over the training examples of `first`, all of which must be training examples of `second`: as in
     studies of another model, or another budget, on the same set. Raises StoreError if they are not
@@ -44,10 +44,14 @@ def correlations_across(
     found = {}
     for other in sorted(set(others["epsilon"].to_pylist())):
         there = train_at(others, other)
-        all_values = known_measures(there)
-        its_sums: Sums = FixedSums(floats(there, "memorization"), all_values)
+        all_values, its_mem = known_measures(there), floats(there, OTHER)
+        its_sums: Sums
         if second.scored(other):
             its_sums = Sums(train_at(second.scores("folds"), other), list(all_values))
+        else:
+            its_sums = FixedSums(its_mem, {**all_values, OTHER: its_mem})
+        if np.isfinite(its_mem).any():
+            all_values[OTHER] = its_mem
         values = {name: v[places] for name, v in all_values.items()}
         sums = JoinedSums(mine_sums, its_sums, places)
         found[other] = correlate(mem, values, sums, np.random.default_rng(seed))

@@ -51,6 +51,9 @@ class LabelErrors:
     """Probable label errors at one epsilon."""
 
     epsilon: float
+    known: bool
+    """Is the loss or accuracy of models without the examples known? Published memorization alone
+    does not say what is wrong."""
     rows: list[dict[str, Any]]
     """Models that did not see them give their label less than 10%; the largest loss of these models
     first."""
@@ -89,6 +92,7 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
                 rankings.append(rank(name, values, flipped))
     return LabelErrors(
         epsilon=epsilon,
+        known=bool(np.isfinite(suspicion).any()),
         rows=rows.to_pylist(),
         planted=len(planted),
         precision=found / len(likely) if len(planted) and len(likely) else math.nan,

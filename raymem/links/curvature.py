@@ -30,6 +30,8 @@ MEASURES = (
     "loss_out", "loss_in", "p_wrong_out", "p_wrong_in", "gradient_norm_out", "gradient_norm_in",
     "cumulative_loss", "learning_epoch", "forgetting_count", "wrong_out",
 )  # fmt: skip
+# What another store's memorization is compared by, beside its measures.
+OTHER = "memorization"
 # Measures that are 1 - a share in the scores, by that share's name. 1 - accuracy_out is 1 - C-score
 # (Jiang et al. 2021) at one subset ratio.
 COMPLEMENTS = {"p_true": "p_wrong", "accuracy_out": "wrong_out"}
@@ -209,7 +211,7 @@ def correlate(
     else:
         chosen = np.arange(len(mem))
     mem, values = mem[chosen], {name: column[chosen] for name, column in values.items()}
-    names = [name for name in MEASURES if name in values]
+    names = [name for name in (*MEASURES, OTHER) if name in values]
     estimates = _all_kinds(mem, values)
     resamples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     slopes: dict[str, list[float]] = {name: [] for name in names}

@@ -50,6 +50,8 @@ class Sums:
 
     def folds_of(self, name: str) -> int:
         """In how many folds a measure was measured."""
+        if name == "memorization":
+            return self.n_folds
         return int((np.nan_to_num(self._sums[_count(name)]).sum(1) > 0).sum())
 
     @property
@@ -67,6 +69,8 @@ class Sums:
 
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """Of a measure, the same."""
+        if name == "memorization":
+            return self.memorization(weights, rows)
         # Folds without curvature have null sums and no count.
         total = weights @ np.nan_to_num(self._sums[_sum(name)][:, rows])
         mean = ratio(total, weights @ np.nan_to_num(self._sums[_count(name)][:, rows]))

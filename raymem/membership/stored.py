@@ -168,6 +168,11 @@ class _Fleet:
     def __init__(self, store: Store, plan: Plan, epsilon: float) -> None:
         self.store, self.plan, self.epsilon = store, plan, epsilon
         self.keys = store.scored(epsilon)
+        if plan.kind == "published":
+            raise StoreError(
+                f"{store.url} has published scores without trials, and membership inference needs "
+                "trials with margins"
+            )
         if plan.subset_ratio == 1:
             raise StoreError(
                 f"every example is in every trial of {store.url} (subset ratio 1), so no model is "

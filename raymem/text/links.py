@@ -199,6 +199,9 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
     parts = []
     for epsilon, rows in found.items():
         at = _at(epsilon)
+        if not rows:
+            parts.append(f"Nothing to compare memorization with{at}")
+            continue
         over = _over(rows)
         table = pa.table(
             {

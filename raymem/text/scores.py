@@ -33,7 +33,7 @@ def for_people(table: pa.Table, *more: str) -> pa.Table:
         "memorization": table["memorization"],
         "95% interval": [
             ""
-            if row["memorization"] is None
+            if row["memorization_low"] is None
             else f"[{row['memorization_low']:.3f}, {row['memorization_high']:.3f}]"
             for row in rows
         ],
