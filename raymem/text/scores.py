@@ -26,9 +26,14 @@ def for_people(table: pa.Table, *more: str) -> pa.Table:
     shown = {
         "example_id": table["example_id"],
         "label": table["label"],
-        "in/out": [f"{row['n_in'] or 0}/{row['n_out']}" for row in rows],
+        "in/out": [
+            "" if row["n_out"] is None else f"{row['n_in'] or 0}/{row['n_out']}" for row in rows
+        ],
         "accuracy in, out": [
-            f"{_cell(row['accuracy_in'])}, {_cell(row['accuracy_out'])}" for row in rows
+            ""
+            if row["accuracy_in"] is None and row["accuracy_out"] is None
+            else f"{_cell(row['accuracy_in'])}, {_cell(row['accuracy_out'])}"
+            for row in rows
         ],
         "memorization": table["memorization"],
         "95% interval": [
