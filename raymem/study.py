@@ -286,6 +286,7 @@ class Study:
             told(
                 f"{trials:,} trials: {until.quantity} {value:.3f}, wanted {until.target:g}; "
                 + ("reached" if reached else f"forecast: {forecast or '?'} trials")
+                + ("; not reached with --trials" if trials >= self.trials and not reached else "")
             )
             if reached or trials >= self.trials or not progress.complete:
                 return progress

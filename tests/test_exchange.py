@@ -541,3 +541,73 @@ def test_tables_and_a_card(fleet, tmp_path):
     )
     assert run.exit_code == 1
     assert "no trials at epsilon 2; there are inf" in run.output
+
+
+def changed(path, **arrays):
+    with np.load(path) as file:
+        whole = dict(file)
+    np.savez(path, **{**whole, **arrays})
+
+
+def test_outcomes_that_only_add_up_are_refused(fleet, tmp_path):
+    out = export("fz", fleet.url, tmp_path / "fz")
+    run = sorted(out.rglob("aux_arrays.npz"))[0]
+    with np.load(run) as a:
+        train, removed = a["correctness_train"], a["correctness_removed"]
+    changed(run, correctness_train=train[:-1], correctness_removed=np.append(removed, 1))
+    with pytest.raises(ImportFileError, match=r"correctness_train must be .* in index_train"):
+        import_fleet("fz", out, tmp_path / "store")
+    for index in (np.zeros((3, 2)), np.array(1), np.arange(len(train)) + 0.5):
+        changed(run, index_train=index)
+        with pytest.raises(ImportFileError, match="index_train"):
+            import_fleet("fz", out, tmp_path / "store")
+
+
+def test_lira_labels_that_are_no_classes_are_refused(arrays, data, tmp_path):
+    lira_folder(tmp_path, arrays, data.y_train)
+    for labels, says in (
+        (data.y_train + 0.5, "whole numbers"), (data.y_train + 1000, "classes; the labels must"),
+        (data.y_train - 5, "whole numbers"), (np.full(N, np.inf), "whole numbers"),
+        (data.y_train[:-1], "the labels has"),
+    ):  # fmt: skip
+        np.save(tmp_path / "y_train.npy", labels)
+        with pytest.raises(ImportFileError, match=says):
+            import_fleet("lira", tmp_path, tmp_path / "store")
+    np.save(tmp_path / "y_train.npy", data.y_train)
+    np.save(tmp_path / "exp-1" / "logits.npy", np.zeros(N))
+    with pytest.raises(ImportFileError, match=r"logits\.npy has .* numbers in 2 dimensions"):
+        import_fleet("lira", tmp_path, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda a: {"tr_classidx_0": a["tr_classidx_0"] - N}, "tr_classidx_0 must be whole"),
+        (lambda a: {"tr_classidx_0": a["tr_classidx_0"] + 0.5}, "tr_classidx_0 must be whole"),
+        (lambda a: {"tr_classidx_0": a["tr_classidx_0"] + 1000}, "numbers from 0 to 23"),
+        (lambda a: {"tr_classidx_0": np.repeat(a["tr_classidx_0"][:1], len(a["tr_classidx_0"]))},
+         "names examples twice"),
+        (lambda a: {"infl_matrix_class0": a["infl_matrix_class0"] * 100}, "from -1 to 1"),
+        (lambda a: {"infl_matrix_class0": a["infl_matrix_class0"] * np.nan}, "from -1 to 1"),
+        (lambda a: {"tr_mem": a["tr_mem"].astype(str)}, "tr_mem has"),
+        (lambda a: {"tr_labels": a["tr_labels"][:, None]}, "tr_labels has"),
+    ],
+)  # fmt: skip
+def test_damaged_published_influence_is_refused(data, tmp_path, change, says):
+    published(tmp_path, data, np.arange(N))
+    path = tmp_path / "x_infl_matrix.npz"
+    with np.load(path) as file:
+        changed(path, **change(dict(file)))
+    with pytest.raises(ImportFileError, match=says):
+        import_scores(path, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("format", "arrays"),
+    [("npz", {"masks": np.array(1), "correct_train": np.array(1)}),
+     ("npz", {"masks": np.zeros((2, 2), [("a", int)]), "correct_train": np.ones((2, 2))})],
+)  # fmt: skip
+def test_arrays_of_other_shapes_and_types_are_refused(format, arrays, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ImportFileError, match=r"masks|correct_train"):
+        import_fleet(format, tmp_path / "a.npz", tmp_path / "store")

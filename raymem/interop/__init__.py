@@ -21,6 +21,7 @@ from raymem.interop.export import EXPORTS, export
 from raymem.interop.fleets import check_keys, import_arrays
 from raymem.interop.layouts import FORMATS
 from raymem.interop.published import import_scores
+from raymem.interop.safe import laid_out
 from raymem.store import Store
 
 __all__ = ["EXPORTS", "FORMATS", "export", "import_fleet", "import_npz", "import_scores"]
@@ -54,7 +55,8 @@ def import_fleet(
     y = None if labels is None else labels_in(labels)
     if y is None and data is not None and ids is None:
         y = data.y_train
-    arrays = FORMATS[format](path, y, trials)
+    with laid_out(path, format):
+        arrays = FORMATS[format](path, y, trials)
     check_keys(arrays, path)
     if labels is not None and y is not None:
         arrays = with_labels(arrays, y)

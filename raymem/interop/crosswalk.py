@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
 from raymem.examples import Examples, example_id
-from raymem.interop.safe import array_of, as_text
+from raymem.interop.safe import array_of, as_text, whole_numbers
 
 Arrays = dict[str, NDArray[Any]]
 SHOWN = 5
@@ -43,9 +43,10 @@ def labels_in(path: str | os.PathLike[str]) -> NDArray[np.int64]:
     """Class numbers in a .npy file, or in lines of a text file. Raises ImportFileError."""
     values = names_in(path)
     try:
-        return np.array([int(float(value)) for value in values], np.int64)
+        found = np.array([float(value) for value in values])
     except ValueError as error:
         raise ImportFileError(f"{path} has labels that are no class numbers") from error
+    return whole_numbers(found, f"labels in {path}")
 
 
 def with_labels(arrays: Arrays, labels: NDArray[np.int64]) -> Arrays:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
 from raymem.interop.crosswalk import labels_in
-from raymem.interop.safe import array_of, arrays_of, mapped, truths_in
+from raymem.interop.safe import array_of, arrays_of, mapped, numbers, truths_in, whole_numbers
 
 Arrays = dict[str, NDArray[Any]]
 AUX = "aux_arrays.npz"
@@ -38,6 +38,8 @@ def read_npz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -
     arrays = arrays_of(path)
     if "correct" in arrays and "correct_train" not in arrays:
         arrays["correct_train"] = arrays.pop("correct")
+    for name in set(PER_TRIAL) & set(arrays):
+        numbers(arrays[name], 2, f"{path}: {name}")
     return {name: a[:trials] if name in PER_TRIAL else a for name, a in arrays.items()}
 
 
@@ -67,15 +69,19 @@ def read_fz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) ->
         ]
         if absent:
             raise ImportFileError(f"{run} lacks {', '.join(absent)}; it is no run of this layout")
-        inside, removed = a["index_train"], a["index_removed"]
-        N, M = len(inside) + len(removed), len(a["index_test"])
+        index = {
+            part: whole_numbers(a[f"index_{part}"], f"{run}: index_{part}")
+            for part in ("train", "removed", "test")
+        }
+        inside, removed = index["train"], index["removed"]
+        N, M = len(inside) + len(removed), len(index["test"])
         both = np.concatenate([inside, removed])
         if not np.array_equal(np.sort(both), np.arange(N)):
             raise ImportFileError(
                 f"{run}: index_train and index_removed are not each of 0..{N - 1} once; the run is "
                 "not whole"
             )
-        if not np.array_equal(np.sort(a["index_test"]), np.arange(M)):
+        if not np.array_equal(np.sort(index["test"]), np.arange(M)):
             raise ImportFileError(f"{run}: index_test is not each of 0..{M - 1} once")
         if "subsample_idx" in a and not np.array_equal(
             np.sort(a["subsample_idx"]), np.sort(inside)
@@ -83,13 +89,10 @@ def read_fz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) ->
             raise ImportFileError(f"{run}: subsample_idx is not index_train; which was trained on?")
         if masks and (len(masks[0]), len(test[0])) != (N, M):
             raise ImportFileError(f"{run} has {N} and {M} examples, other runs have not")
-        masks.append(_scattered(inside, np.ones(len(inside), bool), N, run))
-        train.append(
-            _scattered(
-                both, np.concatenate([a["correctness_train"], a["correctness_removed"]]), N, run
-            )
-        )
-        test.append(_scattered(a["index_test"], a["correctness_test"], M, run))
+        right = {part: _outcomes(a, part, len(index[part]), run) for part in index}
+        masks.append(_scattered(inside, np.ones(len(inside), bool), N))
+        train.append(_scattered(both, np.concatenate([right["train"], right["removed"]]), N))
+        test.append(_scattered(index["test"], right["test"], M))
     return {
         "masks": np.array(masks),
         "correct_train": np.array(train),
@@ -97,11 +100,18 @@ def read_fz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) ->
     }
 
 
-def _scattered(index: NDArray[Any], values: NDArray[Any], n: int, run: Path) -> NDArray[np.bool_]:
-    if not np.isin(values, (0, 1)).all() or len(values) != len(index):
-        raise ImportFileError(f"{run}: correctness must be 0 or 1, one for each index")
+def _outcomes(a: Arrays, part: str, n: int, run: Path) -> NDArray[np.bool_]:
+    values = numbers(a[f"correctness_{part}"], 1, f"{run}: correctness_{part}")
+    if not np.isin(values, (0, 1)).all() or len(values) != n:
+        raise ImportFileError(
+            f"{run}: correctness_{part} must be 0 or 1, one for each of the {n} in index_{part}"
+        )
+    return values.astype(bool)
+
+
+def _scattered(index: NDArray[Any], values: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
     out = np.zeros(n, bool)
-    out[index] = values.astype(bool)
+    out[index] = values
     return out
 
 
@@ -135,9 +145,9 @@ def read_datamodels(path: Path, labels: NDArray[np.int64] | None, trials: int | 
             f"{folder} has no {train.name}: memorization is of training examples, and needs their "
             "margins"
         )
-    margins = {"correct_train": mapped(train)}
+    margins = {"correct_train": numbers(mapped(train), 2, str(train))}
     if test.exists():
-        margins["correct_test"] = mapped(test)
+        margins["correct_test"] = numbers(mapped(test), 2, str(test))
     width = masks.shape[1] + sum(m.shape[-1] for m in margins.values())
     _check_room(len(done) * width, masks_path)
     return {
@@ -217,15 +227,16 @@ def read_lira(path: Path, labels: NDArray[np.int64] | None, trials: int | None) 
             )
         found = None if scores is None else _first_query(array_of(scores), 1)
         if found is not None:
-            _check_length(len(found), len(mask), str(scores))
+            _check_length(len(numbers(found, 1, str(scores))), len(mask), str(scores))
         if logits is not None:
             if labels is None:
                 raise ImportFileError(
                     f"{path} has logits but no y_train.npy; give --data, or --labels, in its order"
                 )
-            z = _first_query(array_of(logits), 2).astype(np.float64)
+            z = numbers(_first_query(array_of(logits), 2), 2, str(logits)).astype(np.float64)
             _check_length(len(z), len(mask), str(logits))
             _check_length(len(labels), len(mask), "the labels")
+            whole_numbers(labels, f"{logits} has {z.shape[1]} classes; the labels", z.shape[1])
             hits, margin = _margins(z, labels)
             compared.append(_check_scores(found, margin, logits))
             found = margin

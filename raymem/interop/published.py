@@ -31,7 +31,7 @@ from raymem.errors import ImportFileError
 from raymem.examples import Examples, example_id
 from raymem.interop.crosswalk import order_in
 from raymem.interop.fleets import make_study
-from raymem.interop.safe import arrays_of, as_text
+from raymem.interop.safe import arrays_of, as_text, laid_out, numbers, whole_numbers
 from raymem.memorization import PairRule
 from raymem.plan import Plan
 from raymem.store import Store, columns
@@ -57,7 +57,8 @@ def import_scores(
     path = Path(path)
     arrays = _with_beside(path)
     if {"tr_mem", "tr_labels"} <= set(arrays):
-        found = _memorization(arrays, path)
+        with laid_out(path, "published scores"):
+            found = _memorization(arrays, path)
     elif set(arrays) >= PAIRS:
         raise ImportFileError(
             f"{path} has pairs only, with no labels to check them by; put the *_index.npz or the "
@@ -101,21 +102,30 @@ def _with_beside(path: Path) -> Arrays:
 
 
 def _memorization(a: Arrays, path: Path) -> Arrays:
-    N, M = len(a["tr_labels"]), len(a.get("tt_labels", []))
-    if len(a["tr_mem"]) != N or not (np.abs(a["tr_mem"]) <= 1 + 1e-6).all():
+    labels = whole_numbers(a["tr_labels"], f"{path}: tr_labels")
+    tests = whole_numbers(a.get("tt_labels", np.zeros(0)), f"{path}: tt_labels")
+    N, M = len(labels), len(tests)
+    if (
+        len(numbers(a["tr_mem"], 1, f"{path}: tr_mem")) != N
+        or not (np.abs(a["tr_mem"]) <= 1 + 1e-6).all()
+    ):
         raise ImportFileError(f"{path}: tr_mem must be {N} numbers from -1 to 1")
     rows = []
     for name in a:
         if not name.startswith("infl_matrix_class"):
             continue
         k = name.removeprefix("infl_matrix_class")
-        train, test = (np.asarray(a.get(f"{side}_classidx_{k}", []), int) for side in ("tr", "tt"))
+        train, test = (
+            _places(a, f"{side}_classidx_{k}", n, path) for side, n in (("tr", N), ("tt", M))
+        )
+        if not (np.abs(numbers(a[name], 2, f"{path}: {name}")) <= 1 + 1e-6).all():
+            raise ImportFileError(f"{path}: {name} must be numbers from -1 to 1")
         if a[name].shape != (len(train), len(test)):
             raise ImportFileError(
                 f"{path}: {name} is {a[name].shape}, its index says {(len(train), len(test))} "
                 "[train, test]"
             )
-        if (a["tr_labels"][train] != int(k)).any() or (a["tt_labels"][test] != int(k)).any():
+        if not k.isdigit() or (labels[train] != int(k)).any() or (tests[test] != int(k)).any():
             raise ImportFileError(f"{path}: {name} is of examples whose label is not {k}")
         rows.append(_kept(a[name], train, test, a["tr_mem"]))
     if not rows and set(a) >= PAIRS:
@@ -124,13 +134,21 @@ def _memorization(a: Arrays, path: Path) -> Arrays:
     order = np.lexsort((pairs[:, 0], pairs[:, 1], -pairs[:, 2]))
     return {
         "memorization": np.clip(np.asarray(a["tr_mem"], np.float64), -1, 1),
-        "y_train": _whole_numbers(a["tr_labels"], "tr_labels", path),
-        "y_test": _whole_numbers(a.get("tt_labels", np.zeros(M)), "tt_labels", path),
+        "y_train": labels,
+        "y_test": tests,
         "train_ids": _names(a.get("tr_filenames"), "train", N),
         "test_ids": _names(a.get("tt_filenames"), "test", M),
         "named": np.array("tr_filenames" in a),
         "pairs": pairs[order],
     }
+
+
+def _places(a: Arrays, name: str, n: int, path: Path) -> NDArray[np.int64]:
+    """Which of `n` examples the rows of a class are, each once."""
+    found = whole_numbers(a.get(name, np.zeros(0)), f"{path}: {name}", n)
+    if len(np.unique(found)) < len(found):
+        raise ImportFileError(f"{path}: {name} names examples twice")
+    return found
 
 
 def _kept(
@@ -151,8 +169,8 @@ def _kept(
 def _high_pairs(a: Arrays, N: int, M: int, path: Path) -> NDArray[np.float64]:
     """Rows as those of `_kept`, of pairs that were published by themselves. Their memorization
     says if they are of these examples, in this order."""
-    train, test = (_whole_numbers(a[name], name, path) for name in ("tr_idx", "tt_idx"))
-    if len({len(a[name]) for name in PAIRS}) > 1:
+    train, test = (whole_numbers(a[name], f"{path}: {name}") for name in ("tr_idx", "tt_idx"))
+    if len({len(numbers(a[name], 1, f"{path}: {name}")) for name in PAIRS}) > 1:
         raise ImportFileError(f"{path}: tr_idx, tt_idx, infl and mem have other lengths")
     if not (np.abs(a["infl"]) <= 1 + 1e-6).all():
         raise ImportFileError(f"{path}: infl must be numbers from -1 to 1")
@@ -174,24 +192,23 @@ def _high_pairs(a: Arrays, N: int, M: int, path: Path) -> NDArray[np.float64]:
 
 
 def _consistency(a: Arrays, path: Path) -> Arrays:
-    N = len(a["labels"])
-    if len(a["scores"]) != N or not ((a["scores"] >= 0) & (a["scores"] <= 1)).all():
+    labels = whole_numbers(a["labels"], f"{path}: labels")
+    N = len(labels)
+    if (
+        len(numbers(a["scores"], 1, f"{path}: scores")) != N
+        or N == 0
+        or not ((a["scores"] >= 0) & (a["scores"] <= 1)).all()
+    ):
         raise ImportFileError(f"{path}: scores must be {N} numbers from 0 to 1")
     return {
         "accuracy_out": np.asarray(a["scores"], np.float64),
-        "y_train": _whole_numbers(a["labels"], "labels", path),
+        "y_train": labels,
         "y_test": np.zeros(0, np.int64),
         "train_ids": _names(a.get("filenames"), "train", N),
         "test_ids": np.zeros(0, "U1"),
         "named": np.array("filenames" in a),
         "pairs": np.zeros((0, 4)),
     }
-
-
-def _whole_numbers(values: NDArray[Any], name: str, path: Path) -> NDArray[np.int64]:
-    if values.dtype.kind not in "iuf" or not ((values >= 0) & (values == np.floor(values))).all():
-        raise ImportFileError(f"{path}: {name} must be whole numbers from 0")
-    return values.astype(np.int64)
 
 
 def _names(values: NDArray[Any] | None, split: str, n: int) -> NDArray[Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,9 +47,42 @@ def array_of(path: Path) -> NDArray[Any]:
         ) from error
 
 
+@contextmanager
+def laid_out(path: Path, format: str) -> Iterator[None]:
+    """What no check foresaw of a file in another layout is an ImportFileError all the same."""
+    try:
+        yield
+    except ImportFileError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ImportFileError(
+            f"{path} is not laid out as {format} files are ({type(error).__name__}: {error}); "
+            "check the format, or copy it again"
+        ) from error
+
+
+def numbers(array: NDArray[Any], ndim: int, what: str) -> NDArray[Any]:
+    """The array, if it has numbers in `ndim` dimensions. Raises ImportFileError."""
+    if array.dtype.kind not in "biuf" or array.ndim != ndim:
+        raise ImportFileError(
+            f"{what} has {array.dtype} of shape {array.shape}; it must be numbers in {ndim} "
+            f"dimension{'s' if ndim > 1 else ''}"
+        )
+    return array
+
+
+def whole_numbers(array: NDArray[Any], what: str, below: float = np.inf) -> NDArray[np.int64]:
+    """[n] whole numbers from 0, all less than `below`. Raises ImportFileError for others."""
+    a = numbers(array, 1, what)
+    if not ((a >= 0) & (a < below) & (a == np.floor(a))).all():
+        least = "" if np.isinf(below) else f" to {below - 1:,}"
+        raise ImportFileError(f"{what} must be whole numbers from 0{least}")
+    return a.astype(np.int64)
+
+
 def truths_in(path: Path) -> NDArray[np.bool_]:
     """Of an .npy file of true and false, or 0 and 1. Raises ImportFileError for other values."""
-    found = array_of(path)
+    found = numbers(array_of(path), 1, str(path))
     if found.dtype != bool and not np.isin(found, (0, 1)).all():
         raise ImportFileError(f"{path} must be true or false, got other {found.dtype} values")
     return found.astype(bool)
