@@ -605,9 +605,18 @@ def test_damaged_published_influence_is_refused(data, tmp_path, change, says):
 @pytest.mark.parametrize(
     ("format", "arrays"),
     [("npz", {"masks": np.array(1), "correct_train": np.array(1)}),
+     ("npz", {"masks": np.eye(2), "correct_train": np.eye(2), "hashes": np.arange(2)}),
      ("npz", {"masks": np.zeros((2, 2), [("a", int)]), "correct_train": np.ones((2, 2))})],
 )  # fmt: skip
 def test_arrays_of_other_shapes_and_types_are_refused(format, arrays, tmp_path):
     np.savez(tmp_path / "a.npz", **arrays)
-    with pytest.raises(ImportFileError, match=r"masks|correct_train"):
+    with pytest.raises(ImportFileError, match=r"masks|correct_train|hashes"):
         import_fleet(format, tmp_path / "a.npz", tmp_path / "store")
+
+
+def test_masks_the_other_way_round_are_noticed(tmp_path):
+    masks = np.random.default_rng(6).random((40, N)) < 0.5
+    for name, wrong in (("good", False), ("inverted", True)):
+        np.savez(tmp_path / f"{name}.npz", masks=masks ^ wrong, correct_train=masks)
+        asked = ["import", "npz", str(tmp_path / f"{name}.npz"), str(tmp_path / name)]
+        assert ("WARNING: models are less often" in CliRunner().invoke(main, asked).output) == wrong

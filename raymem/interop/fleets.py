@@ -141,6 +141,8 @@ def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
                 f"{path}: {name} is {arrays[name].shape}, but masks [T, N] of {(T, N)} and "
                 f"{M} test examples ask for {shape}"
             )
+    if "hashes" in arrays and arrays["hashes"].dtype.kind not in "US":
+        raise ImportFileError(f"{path}: hashes are {arrays['hashes'].dtype}; they must be text")
     if T == 0 or N == 0:
         raise ImportFileError(f"{path}: masks are {(T, N)}; there is no fleet in it")
     if not arrays["masks"].any():

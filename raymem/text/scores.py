@@ -18,6 +18,8 @@ from raymem.store import Store
 from raymem.tables import TableError, top
 
 SHOWN_REJECTS = 10
+# Of accuracy in against out: no training makes that.
+WORSE = 0.02
 
 
 def for_people(table: pa.Table, *more: str) -> pa.Table:
@@ -220,6 +222,11 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
             f"trained on, {percent(s.accuracy_out)} on held-out training examples, "
             f"{percent(s.accuracy_test)} on the test set"
         )
+        if s.accuracy_in < s.accuracy_out - WORSE:
+            lines.append(
+                f"{at}WARNING: models are less often right on what they trained on than on what "
+                "they did not: are masks or orders of an imported fleet others than they seem?"
+            )
         lines.append(_reliability(s))
         lines.append(
             f"list of those memorized above 0.25: {s.memorized:,} training examples "
