@@ -221,7 +221,7 @@ def test_lira_labels_that_nothing_checks_are_not_assumed(arrays, data, tmp_path)
     with pytest.raises(ImportFileError, match="labels are not those of"):
         import_fleet("lira", source, tmp_path / "no", data=other)
     os.remove(source / "y_train.npy")
-    assert import_fleet("lira", source, tmp_path / "by-scores", **plain)
+    assert len(import_fleet("lira", source, tmp_path / "by-scores", **plain).done()) == T
     # Without scores the logits fit any labels; without logits nothing says what they are.
     os.remove(source / "exp-3" / "scores.npy")
     with pytest.raises(ImportFileError, match="nothing says which row is which"):
@@ -231,7 +231,7 @@ def test_lira_labels_that_nothing_checks_are_not_assumed(arrays, data, tmp_path)
         os.remove(folder / "logits.npy")
     with pytest.raises(ImportFileError, match="nothing says which row is which"):
         import_fleet("lira", source, tmp_path / "no", **plain)
-    assert import_fleet("lira", source, tmp_path / "numbered")
+    assert len(import_fleet("lira", source, tmp_path / "numbered").done()) == T
 
 
 @pytest.mark.parametrize(

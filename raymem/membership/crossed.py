@@ -48,14 +48,15 @@ class Half:
 
     @property
     def memorization(self) -> Floats:
-        """[N]; NaN without trials in both arms."""
+        """Accuracy in minus accuracy out, [N]; NaN without trials in both arms."""
         accuracy = ratio(self.right, self.margins.n)
         difference: Floats = accuracy[IN] - accuracy[OUT]
         return difference
 
     @property
     def vulnerability(self) -> Floats:
-        """[N]; NaN where it is not known."""
+        """d' of each example's margins in and out, [N], in standard deviations; NaN where it is not
+        known."""
         return vulnerability(self.margins.moments())[0]
 
 
@@ -80,6 +81,7 @@ def crossed(one: Half, other: Half, *, seed: int = 0) -> RankCorrelation:
 
 
 def _both_ways(columns: Floats) -> float:
+    """Mean of Spearman's of rows 0 and 1, and 2 and 3, of [4, N]."""
     if columns.shape[1] < 4 or (np.ptp(columns, axis=1) == 0).any():
         return math.nan
     there, back = (stats.spearmanr(x, y).statistic for x, y in (columns[:2], columns[2:]))

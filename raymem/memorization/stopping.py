@@ -107,8 +107,11 @@ class Until:
 
     def _times_for_width(self, seen: Look) -> float:
         """How many times the trials have the width; inf if more than FURTHEST, NaN without one."""
-        if math.isnan(seen.width()) or self.reached(seen.width()):
-            return 1.0 if self.reached(seen.width()) else math.nan
+        now = seen.width()
+        if math.isnan(now):
+            return math.nan
+        if self.reached(now):
+            return 1.0
         if not self.reached(seen.width(FURTHEST)):
             return math.inf
         low, high = 1.0, FURTHEST

@@ -18,7 +18,8 @@ from raymem.store import Store
 from raymem.tables import TableError, top
 
 SHOWN_REJECTS = 10
-# Of accuracy in against out: no training makes that.
+# Of accuracy in against out: training makes the difference the other way, but for chance in few
+# models.
 WORSE = 0.02
 
 
