@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from raymem.errors import ImportFileError
 from raymem.examples import fingerprint_of, group_column
+from raymem.interop.safe import truths
 from raymem.plan import Plan
 from raymem.store import Store, Target, TrialKey, columns
 
@@ -121,7 +122,7 @@ def check_keys(arrays: dict[str, NDArray[Any]], path: Path) -> None:
 def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
     for name in ("masks", "correct_train", "correct_test"):
         if name in arrays:
-            arrays[name] = _truths(name, arrays[name], path)
+            arrays[name] = truths(arrays[name], 2, f"{path}: {name}")
     T, N = arrays["masks"].shape
     arrays.setdefault("correct_test", np.zeros((T, 0), bool))
     M = arrays["correct_test"].shape[1]
@@ -148,14 +149,6 @@ def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
     if not arrays["masks"].any():
         raise ImportFileError(f"{path}: masks are all false; true is an example in the subset")
     _check_margins(arrays, path)
-
-
-def _truths(name: str, array: NDArray[Any], path: Path) -> NDArray[np.bool_]:
-    if array.ndim != 2:
-        raise ImportFileError(f"{path}: {name} must be [T, examples], got shape {array.shape}")
-    if array.dtype != bool and not np.isin(array, (0, 1)).all():
-        raise ImportFileError(f"{path}: {name} must be true or false, got {array.dtype} values")
-    return array.astype(bool)
 
 
 def _check_margins(arrays: dict[str, NDArray[Any]], path: Path) -> None:

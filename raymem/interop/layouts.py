@@ -38,9 +38,7 @@ def read_npz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -
     arrays = arrays_of(path)
     if "correct" in arrays and "correct_train" not in arrays:
         arrays["correct_train"] = arrays.pop("correct")
-    for name in set(PER_TRIAL) & set(arrays):
-        numbers(arrays[name], 2, f"{path}: {name}")
-    return {name: a[:trials] if name in PER_TRIAL else a for name, a in arrays.items()}
+    return {name: a[:trials] if name in PER_TRIAL and a.ndim else a for name, a in arrays.items()}
 
 
 def read_fz(path: Path, labels: NDArray[np.int64] | None, trials: int | None) -> Arrays:

@@ -80,12 +80,17 @@ def whole_numbers(array: NDArray[Any], what: str, below: float = np.inf) -> NDAr
     return a.astype(np.int64)
 
 
+def truths(array: NDArray[Any], ndim: int, what: str) -> NDArray[np.bool_]:
+    """True and false, or 0 and 1, in `ndim` dimensions. Raises ImportFileError for others."""
+    found = numbers(array, ndim, what)
+    if found.dtype != bool and not np.isin(found, (0, 1)).all():
+        raise ImportFileError(f"{what} must be true or false, got other {found.dtype} values")
+    return found.astype(bool)
+
+
 def truths_in(path: Path) -> NDArray[np.bool_]:
     """Of an .npy file of true and false, or 0 and 1. Raises ImportFileError for other values."""
-    found = numbers(array_of(path), 1, str(path))
-    if found.dtype != bool and not np.isin(found, (0, 1)).all():
-        raise ImportFileError(f"{path} must be true or false, got other {found.dtype} values")
-    return found.astype(bool)
+    return truths(array_of(path), 1, str(path))
 
 
 def mapped(path: Path) -> NDArray[Any]:
