@@ -54,6 +54,16 @@ class Coefficient:
     low: float
     high: float
 
+    def shown(self, digits: int) -> str:
+        """For people; empty if it is not known.
+
+        >>> Coefficient(value=0.557, low=0.516, high=0.595).shown(2)
+        '0.56 [0.52, 0.59]'
+        """
+        if math.isnan(self.value):
+            return ""
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:

@@ -61,7 +61,7 @@ class Links:
     def _repr_html_(self) -> str:
         text = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in self.verdicts)
         rows = [
-            (f"{epsilon:g}", c.measure, _shown(c.spearman), _shown(c.partial), f"{c.examples:,}")
+            (f"{epsilon:g}", c.measure, c.spearman.shown(2), c.partial.shown(2), f"{c.examples:,}")
             for epsilon, found in self.correlations.items()
             for c in found
         ]
@@ -161,10 +161,6 @@ def _bins_as_dict(bins: PaperBins | Crossed) -> dict[str, Any]:
     return {**values, **lines, **crossed}
 
 
-def _shown(c: Coefficient) -> str:
-    return "" if math.isnan(c.value) else f"{c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
-
-
 def verdicts_on_link1(found: Mapping[float, list[Correlation]]) -> list[str]:
     """A sentence for each epsilon at which curvature was measured, or one that it was not."""
     said = [verdict_on_link1(e, rows) for e, rows in found.items() if has_curvature(rows)]
@@ -180,18 +176,12 @@ def verdict_on_link1(epsilon: float, rows: list[Correlation]) -> str:
         return f"link 1{at}: not known, curvature of out-models was not measured"
     rho, beyond = curved.spearman, curved.partial
     goes = "goes with" if rho.low > 0 else "is not seen to go with"
-    text = (
-        f"link 1{at}: curvature {goes} memorization (rank correlation {rho.value:.2f} "
-        f"[{rho.low:.2f}, {rho.high:.2f}])"
-    )
+    text = f"link 1{at}: curvature {goes} memorization (rank correlation {rho.shown(2)})"
     if loss is not None and not math.isnan(beyond.value):
         says = "says something" if beyond.low > 0 else "says nothing"
         if beyond.high < 0:
             says = "goes the other way"
-        text += (
-            f"; beyond the loss ({loss.spearman.value:.2f}) it {says} "
-            f"({beyond.value:.2f} [{beyond.low:.2f}, {beyond.high:.2f}])"
-        )
+        text += f"; beyond the loss ({loss.spearman.value:.2f}) it {says} ({beyond.shown(2)})"
     return text
 
 

@@ -37,7 +37,7 @@ def compared_section(
     `stale` says that the attacks are of other trials than the scores: then they are left out.
     """
     cells = [
-        (row.measure, _interval(row.spearman), _interval(row.partial), f"{row.examples:,}")
+        (row.measure, row.spearman.shown(2), row.partial.shown(2), f"{row.examples:,}")
         for row in sorted(rows, key=lambda row: -_order(row.spearman))
     ]
     cells += [
@@ -74,10 +74,6 @@ def compared_section(
 
 def _order(c: Coefficient) -> float:
     return -2.0 if math.isnan(c.value) else c.value
-
-
-def _interval(c: Coefficient) -> str:
-    return "" if math.isnan(c.value) else f"{c.value:.2f} [{c.low:.2f}, {c.high:.2f}]"
 
 
 def _t(value: object) -> str:

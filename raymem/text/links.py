@@ -11,7 +11,6 @@ import pyarrow as pa
 from raymem.fleet import duration
 from raymem.links import (
     Audit,
-    Coefficient,
     Correlation,
     Costs,
     Finding,
@@ -206,10 +205,10 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
         table = pa.table(
             {
                 "memorization against": [row.measure for row in rows],
-                "Spearman": [_coefficient(row.spearman) for row in rows],
+                "Spearman": [row.spearman.shown(3) for row in rows],
                 "without noise": [_number(row.disattenuated[0]) for row in rows],
-                "given loss": [_coefficient(row.partial) for row in rows],
-                "Pearson": [_coefficient(row.pearson) for row in rows],
+                "given loss": [row.partial.shown(3) for row in rows],
+                "Pearson": [row.pearson.shown(3) for row in rows],
                 "cosine (shuffled)": [
                     f"{row.cosine.value:.3f} ({row.cosine_null:.3f})" for row in rows
                 ],
@@ -313,7 +312,3 @@ def bins_text(found: Mapping[float, pa.Table]) -> str:
 
 def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def _coefficient(c: Coefficient) -> str:
-    return "" if math.isnan(c.value) else f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]"
