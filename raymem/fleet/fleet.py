@@ -84,7 +84,7 @@ def run_fleet(
         )
     extras = extras or Extras()
     if extras.mechanisms:
-        check_private(model)
+        check_private(model, examples.image_shape)
         check_private_recipe(recipe, workers_per_trial)
     line = ProgressLine()
     latest: dict[str, Any] = {}
