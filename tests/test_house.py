@@ -15,8 +15,8 @@ from raymem.cli import main
 from raymem.store import columns
 
 ROOT = Path(__file__).parents[1]
-# A module imports from its own layer and from those to its left. data.shards and curvature.streaming
-# use the store and the fleet, so they come later than the packages that they belong to.
+# A module imports from its own layer and from those to its left. data.shards and
+# curvature.streaming use the store and the fleet: they come later than their parent packages.
 LAYERS = [
     "version", "errors", "retry", "data", "plan", "models", "curvature", "privacy", "training",
     "store", "fleet", "scores", "links", "data.shards", "curvature.streaming", "interop", "study",
