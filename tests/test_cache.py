@@ -30,8 +30,8 @@ from raymem import (
     stream_curvature,
 )
 from raymem.data import Cache, CachedExamples
+from raymem.data import duplicates as near
 from raymem.data import local_copy as local
-from raymem.data import near_duplicates as near
 from raymem.data.shards import ingest
 from raymem.data.shards.shard_readers import read_shard
 from raymem.models import build_model

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raymem import Examples, Recipe, Study
+from raymem.data import duplicates as near_module
 from raymem.data import near_duplicates
-from raymem.data import near_duplicates as near_module
 
 
 def every_pair(x, rms):
