@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from raymem.data import Examples
 from raymem.errors import (
     FleetError,
     RaymemError,
@@ -19,7 +20,6 @@ from raymem.errors import (
     StoreFullError,
     StoreHeldError,
 )
-from raymem.examples import Examples
 from raymem.fleet.ledger import Ledger, Lost, Progress
 from raymem.fleet.report import ProgressLine
 from raymem.fleet.work import Extras, Job, work

@@ -7,15 +7,6 @@ Out: a `Mechanism`, the same for all trials of that epsilon; `PrivateSteps` that
 opacus is imported here and nowhere else.
 """
 
-from raymem.privacy.audit import (
-    best_guesses,
-    certified_epsilon,
-    clopper_pearson,
-    largest_certifiable,
-    lower_limit_of_difference,
-    one_run_epsilon,
-    one_run_p_value,
-)
 from raymem.privacy.bounds import (
     Bound,
     bounds_on_memorization,
@@ -24,6 +15,15 @@ from raymem.privacy.bounds import (
     paper_bound,
     sharp_bound,
     tightest,
+)
+from raymem.privacy.empirical_epsilon import (
+    best_guesses,
+    certified_epsilon,
+    clopper_pearson,
+    largest_certifiable,
+    lower_limit_of_difference,
+    one_run_epsilon,
+    one_run_p_value,
 )
 from raymem.privacy.mechanism import (
     EPSILON_GRIDS,
