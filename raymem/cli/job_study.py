@@ -27,19 +27,10 @@ from raymem.cli.job_options import (
 from raymem.cli.smoke import Smoke, check_rows
 from raymem.curvature import CurvatureRule, PaperRule
 from raymem.fleet import duration
-from raymem.links import find_links
 from raymem.privacy import Privacy
 from raymem.scores import PairRule, Until
-from raymem.show import (
-    as_text,
-    for_people,
-    links_text,
-    pairs_for_people,
-    summary_text,
-    write_report,
-)
+from raymem.show import as_text, for_people, pairs_for_people, summary_text, top, where
 from raymem.show.dry_run import Cluster, planned
-from raymem.show.tables import top, where
 from raymem.store import Store
 from raymem.study import Study
 from raymem.training import Recipe
@@ -242,6 +233,8 @@ def run_stages(study: Study, stage: str, way: Way, private: Study | None = None)
         click.echo("\nThe same examples under differential privacy:")
         _run(private, stage, dataclasses.replace(way, until=None))
     if stage in ("all", "report"):
+        from raymem.show import write_report
+
         for each, other in ((private, None), (study, private)):
             if each is not None:
                 where = write_report(
@@ -325,6 +318,10 @@ def links_and_print(study: Study) -> None:
     store = study.open_store()
     if study.curvature is None and study.privacy is None:
         return
+    # Not at the top: training would start seconds later.
+    from raymem.links import find_links
+    from raymem.show import links_text
+
     found = find_links(store)
     store.write_note("links", found.as_dict())
     click.echo("\n" + links_text(found, brief=True))

@@ -12,44 +12,50 @@ at any time, also while the fleet runs:
     membership   scores/membership.parquet: who was in a model's subset, told from its margins
 """
 
-from raymem.scores.bits import Bits
-from raymem.scores.estimates import (
-    Estimate,
-    Memorization,
-    correlation_interval,
-    difference_of_means,
-    difference_of_proportions,
-    forecast_trials,
-    mean_and_stderr,
-    memorization,
-    ratio,
-    reliability,
-)
-from raymem.scores.influence_pairs import (
-    InfluencePairs,
-    PairRule,
-    find_pairs,
-    influence,
-    join_pairs,
-    of_one_class,
-    pairs_per_class,
-    pairs_work,
-)
-from raymem.scores.lists import list_with_fdr, probability_above
-from raymem.scores.membership_inference import Attacked, Membership, membership, read_membership
-from raymem.scores.power import (
-    expected_stderr,
-    expected_width,
-    power_of_pairs,
-    power_to_list,
-    trials_for,
-)
-from raymem.scores.roc import Attack, Rate, attack
-from raymem.scores.running_sums import look
-from raymem.scores.scoring import EpsilonSummary, score
-from raymem.scores.stopping import Look, Until
-from raymem.scores.streamed_curvature import join_curvature
-from raymem.scores.vulnerability_correlation import RankCorrelation
+from typing import TYPE_CHECKING
+
+from raymem.lazy import exports
+
+if TYPE_CHECKING:
+    from raymem.scores.bits import Bits
+    from raymem.scores.estimates import (
+        Estimate,
+        Memorization,
+        correlation_interval,
+        difference_of_means,
+        difference_of_proportions,
+        forecast_trials,
+        mean_and_stderr,
+        memorization,
+        ratio,
+        reliability,
+    )
+    from raymem.scores.influence_pairs import (
+        InfluencePairs,
+        PairRule,
+        find_pairs,
+        influence,
+        join_pairs,
+        of_one_class,
+        pairs_per_class,
+        pairs_work,
+    )
+    from raymem.scores.lists import list_with_fdr, probability_above
+    from raymem.scores.membership_inference import Attacked, Membership, membership, read_membership
+    from raymem.scores.power import (
+        expected_stderr,
+        expected_width,
+        power_of_pairs,
+        power_to_list,
+        trials_for,
+    )
+    from raymem.scores.roc import Attack, Rate, attack
+    from raymem.scores.running_sums import look
+    from raymem.scores.scoring import EpsilonSummary, score
+    from raymem.scores.stopping import Look, Until
+    from raymem.scores.streamed_curvature import join_curvature
+    from raymem.scores.vulnerability_correlation import RankCorrelation
+
 
 __all__ = [
     "Attack",
@@ -93,3 +99,5 @@ __all__ = [
     "score",
     "trials_for",
 ]
+
+__getattr__ = exports(__name__, __file__)

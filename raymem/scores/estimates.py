@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -158,7 +158,7 @@ def difference_of_means(
     stderr = np.sqrt(variance)
     with np.errstate(invalid="ignore"):
         freedom = np.where(variance > 0, ratio(variance**2, freedoms[0] + freedoms[1]), 1.0)
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * stderr
+        half = special.stdtrit(freedom, (1 + CONFIDENCE) / 2) * stderr
     return Estimate(
         value=value,
         stderr=stderr,
@@ -256,7 +256,7 @@ def correlation_interval(
     if math.isnan(value) or len(drawn) < 2:
         return math.nan, math.nan
     z, *others = np.arctanh(np.clip([value, *drawn], -1 + 1e-12, 1 - 1e-12))
-    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2) * np.std(others, ddof=1)) * scale
+    half = float(special.ndtri((1 + CONFIDENCE) / 2) * np.std(others, ddof=1)) * scale
     return math.tanh(z - half), math.tanh(z + half)
 
 
@@ -274,7 +274,7 @@ def _difference(right_in: Floats, n_in: Floats, right_out: Floats, n_out: Floats
 
 def _wilson(p: Floats, n: Floats) -> tuple[Floats, Floats]:
     """Wilson's interval of a proportion; NaN goes through."""
-    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    z = float(special.ndtri((1 + CONFIDENCE) / 2))
     n = np.maximum(n, 1)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 from raymem.scores.bits import Bits, Ints
 from raymem.scores.estimates import Floats, _booleans, ratio
@@ -235,7 +235,7 @@ class _Search:
         self.is_strong = np.isfinite(self.per_right) & (self.mem >= rule.min_memorization)
         self.considered = self._count_considered()
         expected = 1 / max(self.considered, 2)
-        self.z = float(stats.norm.isf(expected)) if rule.z is None else rule.z
+        self.z = -float(special.ndtri(expected)) if rule.z is None else rule.z
 
     def _count_considered(self) -> int:
         if not self.same_class:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from raymem.scores.estimates import difference_of_proportions
 from raymem.scores.lists import probability_above
@@ -83,9 +83,9 @@ def power_of_pairs(influence: float, p_out: float, trials: int, ratio: float, pa
         return 0.0
     p = p_out + ratio * influence
     null = math.sqrt(p * (1 - p) / (ratio * (1 - ratio) * trials))
-    needed = max(0.15, float(stats.norm.isf(1 / max(2, pairs))) * null)
+    needed = max(0.15, -float(special.ndtri(1 / max(2, pairs))) * null)
     p_in = min(1.0, p_out + influence)
-    return float(stats.norm.sf((needed - influence) / expected_stderr(p_in, p_out, trials, ratio)))
+    return float(special.ndtr((influence - needed) / expected_stderr(p_in, p_out, trials, ratio)))
 
 
 def trials_for(reached: Callable[[int], bool], block: int) -> int | None:

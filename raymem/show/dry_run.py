@@ -18,8 +18,7 @@ import pyarrow as pa
 from raymem.data import CachedExamples
 from raymem.errors import StoreError
 from raymem.fleet import duration, estimated_trial, timed_trial
-from raymem.links.audit import ALPHA
-from raymem.privacy import bounds_on_memorization, largest_certifiable, tightest
+from raymem.privacy import bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,
     expected_stderr,
@@ -270,6 +269,9 @@ def warnings(study: Study) -> list[str]:
 
 def _certifiable(study: Study) -> float:
     """The epsilon that the audit of link 3 could refute at best, of each example by itself."""
+    from raymem.links.audit import ALPHA
+    from raymem.privacy import largest_certifiable
+
     n_in = round(study.subset_ratio * study.trials)
     drawn = study.plan.n if study.pool is None else len(study.pool)
     steps_apart = 2 if study.kind == "fixed-size" else 1

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymem.data.shards import IngestSummary
 from raymem.errors import StoreError
 from raymem.fleet import duration
-from raymem.scores import EpsilonSummary
 from raymem.show.tables import TableError, top
 from raymem.store import Store
+
+if TYPE_CHECKING:
+    from raymem.data.shards import IngestSummary
+    from raymem.scores import EpsilonSummary
 
 SHOWN_REJECTS = 10
 # Of accuracy in against out: training makes the difference the other way, but for chance in few

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from torch import Tensor
 
 from raymem.data import Examples, group_column
 from raymem.errors import (
@@ -27,8 +26,10 @@ from raymem.store.derived import FORMAT, SHOWN, Derived, as_json
 from raymem.store.identity import changed_examples, differences, study_hash
 from raymem.store.target import Failure, Part, Target
 from raymem.store.trials import TrialKey
-from raymem.store.weights import decode_weights, encode_weights
 from raymem.version import VERSION
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 READERS = 8
 
@@ -215,6 +216,8 @@ class Store(Derived):
         self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]
     ) -> None:
         """Keep a trial's weights, before it is committed with their digest."""
+        from raymem.store.weights import encode_weights  # torch, which readers of tables never need
+
         self.files.replace(key.weights_key, encode_weights(weights, provenance))
 
     def kept(self) -> set[TrialKey]:
@@ -224,6 +227,8 @@ class Store(Derived):
 
     def weights(self, key: TrialKey) -> dict[str, Tensor]:
         """A trial's state dict. Raises StoreError if it was not kept."""
+        from raymem.store.weights import decode_weights
+
         try:
             data = self.files.read(key.weights_key)
         except (FileNotFoundError, NotADirectoryError) as error:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from raymem.errors import DamagedObjectError
 from raymem.store import columns
-from raymem.training import TrialResult
+
+if TYPE_CHECKING:
+    from raymem.training import TrialResult
 
 KEY = re.compile(
     r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
