@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow.parquet as _  # noqa: F401
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 from raymem.version import VERSION as __version__
 
 if TYPE_CHECKING:
@@ -163,4 +163,4 @@ __all__ = [
     "verify",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

@@ -2,12 +2,12 @@
 
 torch takes seconds to import, and most commands never need it. A package lists what it exports in
 the import statements of its `if TYPE_CHECKING:` block, once: type checkers read them, and so does
-`exports`.
+`lazy_attributes`.
 
     if TYPE_CHECKING:
         from raymem.show.report import write_report
 
-    __getattr__ = exports(__name__, __file__)
+    __getattr__ = lazy_attributes(__name__, __file__)
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 
-def exports(package: str, file: str) -> Callable[[str], Any]:
+def lazy_attributes(package: str, file: str) -> Callable[[str], Any]:
     """The `__getattr__` of `package`, whose source is `file`: imports what is asked for, once.
 
     >>> import raymem.privacy
-    >>> attribute_of = exports("raymem.privacy", raymem.privacy.__file__)
+    >>> attribute_of = lazy_attributes("raymem.privacy", raymem.privacy.__file__)
     >>> attribute_of("Mechanism").__module__
     'raymem.privacy.mechanism'
     """

@@ -13,7 +13,7 @@ import pytest
 
 import raymem
 from raymem import Plan, import_npz, score
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 ROOT = Path(raymem.__file__).parent
 HEAVY = {"torch", "ray", "scipy", "timm", "sklearn", "opacus", "matplotlib", "torchvision"}
@@ -107,11 +107,11 @@ assert a.trace.tolist() == b.trace.tolist() == c.trace.tolist()""")
 
 
 def test_what_type_checkers_see_is_what_is_exported():
-    lazy = [p for p in ROOT.rglob("__init__.py") if "exports(__name__" in p.read_text()]
+    lazy = [p for p in ROOT.rglob("__init__.py") if "lazy_attributes(__name__" in p.read_text()]
     assert len(lazy) >= 8
     for init in lazy:
         package = ".".join(init.parent.relative_to(ROOT.parent).parts)
-        attribute_of = exports(package, str(init))
+        attribute_of = lazy_attributes(package, str(init))
         for node in ast.parse(init.read_text()).body:
             if isinstance(node, ast.If):
                 for alias in (alias for found in node.body for alias in found.names):

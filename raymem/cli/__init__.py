@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from raymem.cli import exchange, read
 from raymem.cli.base import absolute_store, command_errors, main
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.cli.job_curvature import run_curvature_job
@@ -33,4 +33,4 @@ __all__ = [
     "score_and_print",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

@@ -6,7 +6,7 @@ Out: trial objects in the store. `run_fleet` is all there is to call; rerunning 
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
@@ -33,4 +33,4 @@ __all__ = [
     "timed_trial",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

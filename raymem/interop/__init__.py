@@ -9,7 +9,7 @@ No pickled object of a file is ever run; orders are never assumed.
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.interop.exports import EXPORTS, export
@@ -19,4 +19,4 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPORTS", "FORMATS", "export", "import_fleet", "import_npz", "import_scores"]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

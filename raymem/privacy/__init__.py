@@ -9,7 +9,7 @@ opacus is imported here and nowhere else.
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.privacy.bounds import (
@@ -77,4 +77,4 @@ __all__ = [
     "tightest",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

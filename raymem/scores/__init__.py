@@ -14,7 +14,7 @@ at any time, also while the fleet runs:
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.scores.bits import Bits
@@ -100,4 +100,4 @@ __all__ = [
     "trials_for",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

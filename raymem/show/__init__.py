@@ -8,7 +8,7 @@ planned        what a study would take and tell, before it is paid for (`show.dr
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.show.build_report import write_report
@@ -48,4 +48,4 @@ __all__ = [
     "write_report",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

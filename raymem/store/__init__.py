@@ -17,7 +17,7 @@ Trial objects are created if absent, derived objects are replaced whole, nothing
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.store.files import Files, read_ahead
@@ -49,4 +49,4 @@ __all__ = [
     "verify",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

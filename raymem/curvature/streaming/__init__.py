@@ -11,7 +11,7 @@ this: it uses the store, and the fleet's progress line and signals.
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.curvature.streaming.gather import BadImage, StreamSummary
@@ -29,4 +29,4 @@ __all__ = [
     "stream_curvature",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)

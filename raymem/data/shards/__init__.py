@@ -11,7 +11,7 @@ it.
 
 from typing import TYPE_CHECKING
 
-from raymem.lazy import exports
+from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.data.shards.finish_cache import IngestSummary
@@ -31,4 +31,4 @@ __all__ = [
     "read_shard",
 ]
 
-__getattr__ = exports(__name__, __file__)
+__getattr__ = lazy_attributes(__name__, __file__)
