@@ -59,8 +59,9 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def content_hash(image: NDArray[np.uint8]) -> str:
     """128 bits of SHA-256 over an image's shape (H, W, C) and pixels, as hexadecimal digits."""
-    header = repr(tuple(int(side) for side in image.shape)).encode()
-    return hashlib.sha256(header + np.ascontiguousarray(image).tobytes()).hexdigest()[:32]
+    digest = hashlib.sha256(repr(tuple(int(side) for side in image.shape)).encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()[:32]
 
 
 def example_id(path: str) -> str:

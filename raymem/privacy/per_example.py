@@ -29,8 +29,8 @@ BATCH_SIZES = (2, 5)
 # Relative to the largest logit: equal batch sizes take equal kernels and round equally, others may
 # not.
 SAME_SIZE, OTHER_SIZE = 1e-6, 1e-4
-# Relative to the longest gradient: opacus takes losses in float32 and adds 1e-6 to norms. In float32
-# an activation that rounds to the other side of a ReLU's kink was seen to move a gradient by 0.4%.
+# Relative to the longest gradient: opacus takes losses in float32 and adds 1e-6 to norms. With
+# float32 weights, rounding at a ReLU's kink was seen to move a gradient by 0.4%.
 GRADIENT = {torch.float64: 1e-5, torch.float32: 2e-2}
 # Weights that start at zero (a residual branch's last scale) would hide what is behind them.
 LEAST_JITTER = 0.1
@@ -270,8 +270,7 @@ def _others_moved(a: Tensor, b: Tensor, place: int) -> bool:
 def exact_modes(net: nn.Module, image_shape: tuple[int, int, int]) -> Iterator[PerExample]:
     """The model's modes in which clipped sums are those of gradients taken alone, cheapest first.
 
-    `net` is in train mode, and its gradients are reset. Raises PrivacyError, with the last mode's
-    reason, if there is none.
+    `net` is in train mode, and its gradients are reset. Raises PrivacyError if there is none.
     """
     B = 4
     x = torch.rand(B, *_channels_first(image_shape))
@@ -291,7 +290,12 @@ def exact_modes(net: nn.Module, image_shape: tuple[int, int, int]) -> Iterator[P
             else:
                 yield mode
     if len(problems) == len(modes):
-        raise problems[0]
+        # Hooks see each parameter by itself, and say which one it is, where they can run at all.
+        raise problems[0] if isinstance(problems[-1], _CannotRunError) else problems[-1]
+
+
+class _CannotRunError(PrivacyError):
+    """opacus cannot take per-example gradients in some mode."""
 
 
 def _in_double(net: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
@@ -339,7 +343,7 @@ def clipped_sum(
     except PrivacyError:
         raise
     except Exception as error:  # opacus refuses in many ways, some only in the backward pass
-        raise PrivacyError(
+        raise _CannotRunError(
             f"opacus cannot take per-example gradients of this model ({first_line(error)}); take "
             "another model"
         ) from error
