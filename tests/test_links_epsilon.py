@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -24,7 +25,7 @@ from raymem.links.epsilons import Link2, Observed
 from raymem.links.fits import fit_curvature
 from raymem.links.together import verdict_on_link2
 from raymem.privacy import EPSILON_GRIDS, Privacy
-from raymem.store import Store
+from raymem.store import Store, TrialKey
 from raymem.training import Recipe
 
 EPSILONS = np.array(EPSILON_GRIDS["default"])
@@ -242,6 +243,23 @@ def test_links_are_json(scored):
     text = json.dumps(links, allow_nan=False)
     assert json.loads(text) == links
     assert links["link_3_memorization_and_epsilon"][0]["epsilon"] == 1.0
+
+
+def test_epsilons_equal_in_six_digits_keep_their_own_results(scored):
+    """The store tells them apart by twelve digits; so must links.json."""
+    close = (2.0000001, 2.0000002)
+    assert len({TrialKey(epsilon, 0).object_key for epsilon in close}) == 2
+    found = find_links(Store(scored.store))
+    per_epsilon = {
+        field.name: dict.fromkeys(close, value[1.0])
+        for field in dataclasses.fields(found)
+        if isinstance(value := getattr(found, field.name), dict) and 1.0 in value
+    }
+    assert "diagnostics" in per_epsilon
+    written = dataclasses.replace(found, **per_epsilon).as_dict()
+    for name in ("diagnostics", "twins", "link_1_memorization_and_curvature", "link_1_bins"):
+        if written.get(name):
+            assert list(written[name]) == ["2.0000001", "2.0000002"], name
 
 
 def test_pool_means_are_those_of_a_direct_computation(scored):

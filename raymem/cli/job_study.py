@@ -27,6 +27,7 @@ from raymem.cli.job_options import (
 from raymem.cli.smoke import Smoke, check_rows
 from raymem.curvature import CurvatureRule, PaperRule
 from raymem.fleet import duration
+from raymem.plan import epsilon_name
 from raymem.privacy import Privacy
 from raymem.scores import PairRule, Until
 from raymem.show import as_text, for_people, pairs_for_people, summary_text, top, where
@@ -178,8 +179,8 @@ def private_option(private: PrivateStudy | None) -> Callable[[Any], Any]:
         type=click.IntRange(0),
         default=private.trials,
         help="Models at each epsilon "
-        f"({', '.join(f'{e:g}' for e in private.epsilons)}) of the private study in STORE_private; "
-        "0: none.",
+        f"({', '.join(map(epsilon_name, private.epsilons))}) of the private study in "
+        "STORE_private; 0: none.",
     )
 
 

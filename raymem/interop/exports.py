@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pyarrow.csv import write_csv
 
 from raymem.errors import ImportFileError, StoreError
+from raymem.plan import epsilon_name
 from raymem.store import Store, TrialKey
 from raymem.store.columns import as_markdown
 
@@ -63,8 +64,8 @@ def _keys(store: Store, epsilon: float) -> list[TrialKey]:
     if not keys:
         known = sorted({key.epsilon for key in store.done()})
         raise StoreError(
-            f"{store.url} has no trials at epsilon {epsilon:g}; there are "
-            f"{', '.join(f'{e:g}' for e in known) or 'none'}: see --epsilon"
+            f"{store.url} has no trials at epsilon {epsilon_name(epsilon)}; there are "
+            f"{', '.join(map(epsilon_name, known)) or 'none'}: see --epsilon"
         )
     return keys
 

@@ -20,7 +20,7 @@ from scipy import stats
 from raymem.links.epsilons import plain
 from raymem.links.rows import Floats, floats, train_at
 from raymem.links.twins import Twins, find_twins
-from raymem.plan import Plan
+from raymem.plan import Plan, epsilon_name
 from raymem.scores import ratio
 from raymem.store import Store, TrialKey
 from raymem.store.trials import metadata_of
@@ -180,7 +180,9 @@ def _counts(here: pa.Table) -> list[Finding]:
 def _precision(here: pa.Table, scores: pa.Table, epsilon: float) -> list[Finding]:
     width = floats(here, "memorization_high") - floats(here, "memorization_low")
     width = width[np.isfinite(width)]
-    summary = metadata_of(scores, "scores/examples.parquet")["summary"][f"eps-{epsilon:.12g}"]
+    summary = metadata_of(scores, "scores/examples.parquet")["summary"][
+        f"eps-{epsilon_name(epsilon)}"
+    ]
     reliability = math.nan if summary["reliability"] is None else float(summary["reliability"])
     return [
         Finding(

@@ -26,6 +26,7 @@ from raymem.links.curvature import (
 from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain
 from raymem.links.twins import Twins, find_twins
+from raymem.plan import epsilon_name
 from raymem.store import Store
 
 
@@ -133,7 +134,7 @@ def _findings_as_dict(found: Mapping[float, Sequence[Finding]]) -> dict[str, Any
 
 
 def _name(epsilon: float) -> str:
-    return "inf" if math.isinf(epsilon) else f"{epsilon:g}"
+    return epsilon_name(epsilon)
 
 
 def correlations_as_dict(found: Mapping[float, Sequence[Correlation]]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ Shapes: N training and M test examples. Rows of a trial file are M test, then N 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.errors import DamagedObjectError, StoreError
-from raymem.plan import Plan
+from raymem.plan import Plan, epsilon_name
 from raymem.scores.lira import IN, OUT, Floats, Sums, offline, online, vulnerability
 from raymem.scores.roc import LOW_FPR, Attack, attack, finite, number
 from raymem.scores.vulnerability_correlation import Half, RankCorrelation, crossed
@@ -71,7 +70,7 @@ class Attacked:
         """JSON-ready; undefined numbers are null, epsilon inf is the word."""
         return {
             **vars(self),
-            "epsilon": _name(self.epsilon),
+            "epsilon": epsilon_name(self.epsilon),
             "attacks": [found.as_dict() for found in self.attacks],
             "correlation": {
                 name: finite(value) if isinstance(value, float) else value
@@ -107,7 +106,7 @@ class Membership:
         """membership.json."""
         return {
             "epsilons": [found.as_dict() for found in self.attacked.values()],
-            "not_attacked": {_name(epsilon): why for epsilon, why in self.refused.items()},
+            "not_attacked": {epsilon_name(epsilon): why for epsilon, why in self.refused.items()},
         }
 
     def write(self, store: Store) -> None:
@@ -186,8 +185,8 @@ class _Fleet:
                 more = "import a fleet of more trials, into another store"
             raise StoreError(
                 f"{store.url} has {single if self.keys else 'no trial'} scored at epsilon "
-                f"{epsilon:g}, whose subsets depend on each other, so none can be attacked with "
-                f"the others; {more}"
+                f"{epsilon_name(epsilon)}, whose subsets depend on each other, so none can be "
+                f"attacked with the others; {more}"
             )
         self.sums = self.sum(self.keys)
 
@@ -257,8 +256,8 @@ def _attacked(fleet: _Fleet, targets: int, table: pa.Table) -> Attacked:
     who = np.concatenate(members)
     if who.all() or not who.any():
         raise StoreError(
-            f"{store.url} has no training example at epsilon {fleet.epsilon:g} that trials of "
-            "several blocks saw and others did not; train more trials, and score them"
+            f"{store.url} has no training example at epsilon {epsilon_name(fleet.epsilon)} that "
+            "trials of several blocks saw and others did not; train more trials, and score them"
         )
     of = np.repeat(np.arange(len(members)), [len(inside) for inside in members])
     here = Attacked(
@@ -343,7 +342,3 @@ def _correlation(fleet: _Fleet) -> RankCorrelation:
         half = halves[place[fleet.group(key)] % 2]
         half.add(margins, inside, table["correct"].to_numpy().astype(bool))
     return crossed(*halves)
-
-
-def _name(epsilon: float) -> str:
-    return "inf" if math.isinf(epsilon) else f"{epsilon:.12g}"

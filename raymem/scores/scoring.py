@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raymem.plan import Plan
+from raymem.plan import Plan, epsilon_name
 from raymem.scores.copy_groups import Copies, copies_in, group_columns
 from raymem.scores.estimates import (
     difference_of_means,
@@ -106,7 +106,7 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
         trial_rows += _unfinished(store, done)
         about = {
             "study_hash": body["hash"],
-            "summary": {f"eps-{s.epsilon:.12g}": _as_json(s) for s in summaries},
+            "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_json(s) for s in summaries},
         }
         private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
         trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})

@@ -44,7 +44,7 @@ class StreamedCurvature:
 
         Raises StoreError if that was another model's.
         """
-        name = f"{key.folder}-{key.trial:06d}"
+        name = key.name
         if "curvature" in table.column_names or name not in self._there:
             return table, about
         record = json.loads(self._store.files.read(f"curvature/{name}/_about.json"))

@@ -18,6 +18,7 @@ import pyarrow as pa
 from raymem.data import CachedExamples
 from raymem.errors import StoreError
 from raymem.fleet import duration, estimated_trial, timed_trial
+from raymem.plan import epsilon_name
 from raymem.privacy import bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,
@@ -262,7 +263,7 @@ def warnings(study: Study) -> list[str]:
         if above:
             found.append(
                 f"the audit by examples could refute at most epsilon {most:.1f} with {t:,} trials: "
-                f"of {', '.join(f'{e:g}' for e in above)} it can say nothing"
+                f"of {', '.join(map(epsilon_name, above))} it can say nothing"
             )
     return found
 
@@ -298,8 +299,8 @@ def _privacy(study: Study) -> list[str]:
         bound = tightest(bounds_on_memorization(m, study.kind))
         assert bound is not None
         lines.append(
-            f"epsilon {m.epsilon:g} (spends {m.spent_epsilon:.3f} at delta {m.delta:g}, by "
-            f"{m.accountant}): noise {m.noise_multiplier:.3f} x {m.max_grad_norm:g}, "
+            f"epsilon {epsilon_name(m.epsilon)} (spends {m.spent_epsilon:.3f} at delta "
+            f"{m.delta:g}, by {m.accountant}): noise {m.noise_multiplier:.3f} x {m.max_grad_norm:g}, "
             f"{m.steps:,} steps, rate {m.sample_rate:.4f}; memorization at most "
             f"{bound.value:.3f}"
         )

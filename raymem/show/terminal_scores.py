@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from raymem.errors import StoreError
 from raymem.fleet import duration
+from raymem.plan import epsilon_name
 from raymem.show.tables import TableError, top
 from raymem.store import Store
 
@@ -118,7 +119,7 @@ def example_text(store: Store, example_id: str, n: int) -> str:
     train = scores.filter(pc.equal(scores["split"], "train"))
     for row in scores.filter(pc.equal(scores["example_id"], example_id)).to_pylist():
         same = train.filter(pc.equal(train["epsilon"], row["epsilon"]))
-        lines += ["", f"epsilon {row['epsilon']:g}:", *_score_lines(row, same)]
+        lines += ["", f"epsilon {epsilon_name(row['epsilon'])}:", *_score_lines(row, same)]
     try:
         pairs = store.scores("influence")
     except StoreError as error:
@@ -216,7 +217,7 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
     """What the trials at each epsilon say together, a few lines each."""
     lines = []
     for s in summaries:
-        at = "" if len(summaries) == 1 else f"epsilon {s.epsilon:g}: "
+        at = "" if len(summaries) == 1 else f"epsilon {epsilon_name(s.epsilon)}: "
         if s.trials == 0:
             lines.append(f"{at}no trial is done yet")
             continue

@@ -19,7 +19,7 @@ from raymem.errors import (
     StoreError,
     StudyMismatchError,
 )
-from raymem.plan import Plan
+from raymem.plan import Plan, epsilon_name
 from raymem.privacy import Mechanism
 from raymem.store import columns, trials
 from raymem.store.derived import FORMAT, SHOWN, Derived, as_json
@@ -138,7 +138,7 @@ class Store(Derived):
     def target(self, target: Target) -> None:
         if target == self.target and self.files.exists("target.json"):
             return
-        epsilons = [f"{epsilon:.12g}" for epsilon in target.epsilons]
+        epsilons = [epsilon_name(epsilon) for epsilon in target.epsilons]
         body: dict[str, Any] = {"trials": target.trials, "epsilons": epsilons}
         if target.part is not None:
             body["part"] = vars(target.part)

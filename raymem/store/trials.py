@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raymem.errors import DamagedObjectError
+from raymem.plan import epsilon_name
 from raymem.store import columns
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ class TrialKey(NamedTuple):
     @property
     def folder(self) -> str:
         """The folder of its epsilon."""
-        return f"eps-{self.epsilon:.12g}"
+        return f"eps-{epsilon_name(self.epsilon)}"
+
+    @property
+    def name(self) -> str:
+        """Its name where trials of all epsilons are in one folder: eps-inf-000017."""
+        return f"{self.folder}-{self.trial:06d}"
 
     @property
     def object_key(self) -> str:
@@ -86,7 +92,7 @@ class TrialKey(NamedTuple):
         return found if key in (*own, failed) else None
 
     def __str__(self) -> str:
-        at = "" if math.isinf(self.epsilon) else f" at epsilon {self.epsilon:g}"
+        at = "" if math.isinf(self.epsilon) else f" at epsilon {epsilon_name(self.epsilon)}"
         return f"trial {self.trial}{at}"
 
 
