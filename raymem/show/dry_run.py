@@ -300,9 +300,9 @@ def _privacy(study: Study) -> list[str]:
         assert bound is not None
         lines.append(
             f"epsilon {epsilon_name(m.epsilon)} (spends {m.spent_epsilon:.3f} at delta "
-            f"{m.delta:g}, by {m.accountant}): noise {m.noise_multiplier:.3f} x {m.max_grad_norm:g}, "
-            f"{m.steps:,} steps, rate {m.sample_rate:.4f}; memorization at most "
-            f"{bound.value:.3f}"
+            f"{m.delta:g}, by {m.accountant}): noise {m.noise_multiplier:.3f} x "
+            f"{m.max_grad_norm:g}, {m.steps:,} steps, rate {m.sample_rate:.4f}; memorization at "
+            f"most {bound.value:.3f}"
         )
     return lines
 
