@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import ray
@@ -113,18 +113,21 @@ class Placements:
         """The placement groups of this fleet that are not removed, and the worker groups' names."""
         start = f"!in({self._fleet}."
         held = []
-        for row in _all_placement_groups():
-            mark = row.bundles[0].label_selector.get(MARK, "") if row.bundles else ""
-            if mark.startswith(start) and row.state != row.REMOVED:
-                group = PlacementGroup(ray.PlacementGroupID(row.placement_group_id))
+        for mark, group_id in _marked():
+            if mark.startswith(start):
+                group = PlacementGroup(ray.PlacementGroupID(group_id))
                 held.append((mark.removeprefix(start).removesuffix(")"), group))
         return held
 
 
-def _all_placement_groups() -> list[Any]:
+def _marked() -> Iterator[tuple[str, bytes]]:
+    """The marks and ids of all placement groups that have a mark and are not removed."""
     # The public table, ray.util.placement_group_table(), has no selectors and tells not whose.
     try:
         rows = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
-        return [PlacementGroupTableData.FromString(row) for row in rows]
-    except AttributeError:
-        return []
+        for row in map(PlacementGroupTableData.FromString, rows):
+            mark = row.bundles[0].label_selector.get(MARK) if row.bundles else None
+            if mark and row.state != row.REMOVED:
+                yield mark, row.placement_group_id
+    except AttributeError:  # a later Ray: they are free when the driver ends
+        return
