@@ -28,9 +28,9 @@ from raymem import JobOptions
 
 
 def groups() -> dict[str, int]:
-    """How many placement groups there are in each state."""
-    states = Counter(group["state"] for group in placement_group_table().values())
-    return dict(states - Counter(REMOVED=states["REMOVED"]))
+    """How many placement groups there are in each state, but for those that ask for more nodes."""
+    states = [group["state"] for group in placement_group_table().values()]
+    return dict(Counter(state for state in states if state not in ("REMOVED", "PENDING")))
 
 
 def actors() -> list[str]:
@@ -64,7 +64,7 @@ def main(store: str, gate: Path, trials: int) -> None:
         subset_ratio=0.7, kind="balanced", seed=0,
     )  # fmt: skip
     progress = []
-    fleet = threading.Thread(target=lambda: progress.append(study(options).train()))
+    fleet = threading.Thread(target=lambda: progress.append(study(options).train()), daemon=True)
     fleet.start()
     wait_until(lambda: len(started()) == 2, "a trial on each of two nodes")
     seen: dict[str, object] = {"before": groups(), "actors": actors()}
