@@ -8,9 +8,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 
-import numpy as np
 import pytest
-from PIL import Image
 
 ray = pytest.importorskip("ray")
 
@@ -24,10 +22,9 @@ from schedulers import (  # noqa: E402
     tasks,
 )
 
-from raymem.fleet.cluster import CPU_NODE, connected, on_cpu_nodes  # noqa: E402
+from raymem.fleet.cluster import CPU_NODE, connected  # noqa: E402
 from raymem.fleet.demand import AHEAD, Demand  # noqa: E402
 from raymem.fleet.placement import Placements  # noqa: E402
-from raymem.shards import ingest  # noqa: E402
 
 pytestmark = pytest.mark.alone
 GPU_NODES, CPU_NODES = 32, 4
@@ -156,38 +153,3 @@ def test_decoding_starts_no_gpu_node():
             started = schedule(cluster(file), tasks({"CPU": 1.0, CPU_NODE: 0.001}, n), [])
             most = -(-n // int(kinds[cpu_kind]["resources"]["CPU"]))
             assert started == Counter({cpu_kind: min(most, CPU_NODES)}), (file, version, n)
-
-
-def test_ingest_decodes_on_cpu_nodes_where_there_are_such(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in "ab":
-            folder = tmp_path / "set" / split / label
-            folder.mkdir(parents=True)
-            for i in range(3):
-                Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(
-                    folder / f"{split}{label}{i}.png"
-                )
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    for resources, held in (({CPU_NODE: 1}, {"CPU": 1.0, CPU_NODE: 0.001}), ({}, {"CPU": 1.0})):
-        log, cache = tmp_path / f"log{len(held)}", tmp_path / f"cache{len(held)}"
-
-        def noted(batch, log=log):
-            from raymem.shards.ingest import decode_on_ray
-
-            with log.open("a") as file:
-                file.write(f"{ray.get_runtime_context().get_assigned_resources()}\n")
-            return decode_on_ray(batch)
-
-        with monkeypatch.context() as patch:
-            patch.setattr("raymem.shards.ingest.decode_on_ray", noted)
-            ray.init(
-                address="local", num_cpus=2, resources=resources, include_dashboard=False,
-                object_store_memory=150_000_000, log_to_driver=False, logging_level="ERROR",
-            )  # fmt: skip
-            try:
-                assert on_cpu_nodes() == ({"resources": {CPU_NODE: 0.001}} if resources else {})
-                assert ingest(tmp_path / "set", cache, size=16).images == 12
-            finally:
-                ray.shutdown()
-        assert set(log.read_text().splitlines()) == {str(held)}
