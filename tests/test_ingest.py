@@ -759,7 +759,8 @@ def test_decoding_takes_cpu_nodes_where_there_are_such(
     finally:
         ray.shutdown()
     seen = [ast.literal_eval(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert seen == [held] * 4
+    # Ray Data adds the memory it has seen tasks take.
+    assert [{name: n for name, n in row.items() if name != "memory"} for row in seen] == [held] * 4
 
 
 @pytest.mark.slow
