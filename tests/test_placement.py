@@ -22,7 +22,7 @@ from ray.train import ScalingConfig  # noqa: E402
 from ray.util import placement_group_table  # noqa: E402
 
 from raymem.fleet.cluster import connected  # noqa: E402
-from raymem.fleet.placement import GroupTrainer, Placements  # noqa: E402
+from raymem.fleet.placement import GroupTrainer, Placements, _silent_policy  # noqa: E402
 
 pytestmark = pytest.mark.alone
 FOLDER = Path(__file__).parent / "cluster"
@@ -83,6 +83,8 @@ def test_the_installed_ray_lets_us_clean_up():
     made = [type(callback).__name__ for callback in trainer._create_default_callbacks()]
     assert "BackendSetupCallback" in made
     assert "PlacementGroupCleanerCallback" not in made
+    # Sent by value: Ray Train's controller does not import this package.
+    assert "<locals>" in type(_silent_policy(trainer.scaling_config)).__qualname__
 
 
 @pytest.fixture
