@@ -729,6 +729,7 @@ def test_ray_gives_what_this_process_gives(small, tmp_path):
         assert (tmp_path / "here" / key).read_bytes() == (tmp_path / "there" / key).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Data's own settings
 @pytest.mark.parametrize(
     ("resources", "held"),
     [({CPU_NODE: 1}, {"CPU": 1.0, CPU_NODE: 0.001}), ({}, {"CPU": 1.0})],
