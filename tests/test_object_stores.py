@@ -47,7 +47,8 @@ from raymem import (
     verify,
 )
 from raymem.cli import main
-from raymem.fleet.ledger import STORE_FAILURES_IN_A_ROW, Ledger
+from raymem.fleet.blame import STORE_FAILURES_IN_A_ROW
+from raymem.fleet.ledger import Ledger
 from raymem.models import build_model
 from raymem.shards import Transform
 from raymem.shards.models import read_weights
@@ -618,10 +619,12 @@ def test_one_worker_without_a_network_does_not_end_a_fleet():
     for _ in range(STORE_FAILURES_IN_A_ROW):
         ledger.finish("bad", ledger.lease("bad").key, "store", "no answer")
         ledger.finish("good", ledger.lease("good").key, "committed")
-    assert ledger.progress().fatal is None
+    assert ledger.lease("bad") is None
+    assert ledger.progress().workers_retired == 1
+    # Where the only worker left cannot reach the store, nobody can.
     for _ in range(STORE_FAILURES_IN_A_ROW):
         assert ledger.progress().fatal is None
-        ledger.finish("bad", ledger.lease("bad").key, "store", "no answer")
+        ledger.finish("good", ledger.lease("good").key, "store", "no answer")
     assert (ledger.progress().fatal, ledger.progress().fatal_kind) == ("no answer", "store")
 
 
