@@ -161,6 +161,17 @@ def test_workers_that_start_are_waited_for_and_not_for_ever():
     assert ledger.progress().fatal == "error of n0/0"
 
 
+def test_the_only_large_node_may_be_bad():
+    """Eight of ten workers fail, all on one of three nodes."""
+    ledger = Ledger([key(t) for t in range(60)], clock=Clock())
+    names = [*(f"n0/{rank}" for rank in range(8)), "n1/0", "n2/0"]
+    for name in names:
+        ledger.register(name, name[:2], int(name[-1]))
+    committed = run(ledger, names, lambda name, *_: "error" if "n0" in name else "committed")
+    assert committed == dict.fromkeys(range(60), 1)
+    assert ledger.progress().retired_nodes == ("n0",)
+
+
 def test_a_store_that_nobody_reaches_any_more_ends_the_fleet():
     ledger, names = fleet(200, 4, 2)
     for name in names:

@@ -11,7 +11,7 @@ most workers fail (`why_all_fail`).
 | WORKER_FAILURES_ALLOWED trials in a row            | suspended until others have tried these    |
 | the same, and another worker committed one of them | retired; its failures count no more        |
 | the same, and proven workers fail on them too      | the trials are to blame; it goes on        |
-| as do most workers, before the first commit        | the study is to blame: the fleet ends      |
+| as do most, on most nodes, before the first commit | the study is to blame: the fleet ends      |
 | as do most, FAILURES_IN_A_ROW without a commit     | the same                                   |
 
 A worker is a place in a lane: the process that takes the place of a dead one inherits its failures.
@@ -122,6 +122,19 @@ class _Node:
         return len(set(self.retired_seats)) >= max(2, self.most_workers / 2)
 
 
+def _is_failing(outcomes: list[str]) -> bool:
+    """One divergence says nothing of a worker."""
+    return len(outcomes) > 1 or _has_error(outcomes)
+
+
+def _has_error(outcomes: list[str]) -> bool:
+    return any(outcome != "diverged" for outcome in outcomes)
+
+
+def _missed_the_store(outcomes: list[str]) -> bool:
+    return outcomes[-1:] == ["store"]
+
+
 class Blame:
     """Keeps what failed where, and decides who is to blame.
 
@@ -195,15 +208,18 @@ class Blame:
             if not record.retired and not self._nodes[record.home.node].retired:
                 yield place, record
 
-    def _starting(self) -> int:
-        """Workers of lanes that start and have not arrived."""
+    def _starting(self) -> list[int]:
+        """Workers that have not arrived, of each lane that starts."""
+        if not self._expected:
+            return []
         now = self._clock()
         arrived = Counter(place.lane for place in self._records)
-        return sum(
-            max(0, workers - arrived[lane])
+        self._expected = {
+            lane: (workers, until)
             for lane, (workers, until) in self._expected.items()
-            if now < until
-        )
+            if now < until and arrived[lane] < workers
+        }
+        return [workers - arrived[lane] for lane, (workers, _) in self._expected.items()]
 
     # What became of trials
 
@@ -286,7 +302,7 @@ class Blame:
         others = sum(failure.outcome != "diverged" for failure in failures)
         if not diverges and others < FAILURES_ALLOWED:
             return False
-        there = sum(1 for _ in self._working()) + self._starting()
+        there = sum(1 for _ in self._working()) + sum(self._starting())
         proven = {failure.place for failure in failures if failure.by_proven}
         enough = min(WORKERS_THAT_DIVERGE if diverges else FAILURES_ALLOWED, there)
         return len(proven) >= enough or len({failure.place for failure in failures}) > there / 2
@@ -294,10 +310,10 @@ class Blame:
     def why_all_fail(self, outcome: str, message: str) -> tuple[str, str] | None:
         """Kind and message of what ends the fleet, after a failure; None while it can go on."""
         kind = "store" if outcome == "store" else "error"
-        if not self._committed and outcome != "diverged" and self._most_fail(but="diverged"):
+        if not self._committed and outcome != "diverged" and self._most_fail(_has_error):
             return kind, message
         many = self._in_a_row >= STORE_FAILURES_IN_A_ROW
-        if kind == "store" and many and self._most_fail(only="store"):
+        if kind == "store" and many and self._most_fail(_missed_the_store):
             return kind, message
         if self._in_a_row >= FAILURES_IN_A_ROW and self._most_fail():
             return "error", f"{self._in_a_row} trials in a row failed, the last because: {message}"
@@ -315,20 +331,21 @@ class Blame:
 
     # Inside
 
-    def _most_fail(self, only: str = "", but: str = "") -> bool:
-        """Do most workers fail, of those at work or starting?
+    def _most_fail(self, fails: Callable[[list[str]], bool] = _is_failing) -> bool:
+        """Do most workers fail, on most nodes, of those at work or starting?
 
-        With `only`, the last outcome of a worker must be that; with `but`, it must have another.
+        Whether a worker `fails`, the outcomes say that it had since its last commit.
         """
-        failing = there = 0
-        for _, record in self._working():
-            there += 1
-            outcomes = list(record.streak.values())
-            if only:
-                failing += outcomes[-1:] == [only]
-            else:
-                failing += any(outcome != but for outcome in outcomes)
-        return failing > (there + self._starting()) / 2
+        nodes: defaultdict[str, list[bool]] = defaultdict(list)
+        for place, record in self._working():
+            nodes[record.home.node or place.lane].append(fails(list(record.streak.values())))
+        starting = self._starting()
+        failing, there = sum(map(sum, nodes.values())), sum(map(len, nodes.values()))
+        failing_nodes = sum(sum(node) >= len(node) / 2 for node in nodes.values())
+        return (
+            failing > (there + sum(starting)) / 2
+            and failing_nodes > (len(nodes) + len(starting)) / 2
+        )
 
     def _able(self) -> Iterator[tuple[Place, _Record]]:
         """Workers that may be leased trials now."""
@@ -382,7 +399,10 @@ class Blame:
         return self._forget(gone)
 
     def _others_work(self, node: str) -> bool:
-        return any(record.home.node != node and not record.streak for _, record in self._working())
+        return any(
+            record.home.node != node and not _is_failing(list(record.streak.values()))
+            for _, record in self._working()
+        )
 
     def _forget(self, places: set[Place]) -> list[TrialKey]:
         """Failures of these workers are not held against the trials, which are returned."""
