@@ -58,4 +58,4 @@ def test_an_error_of_one_of_two_workers_of_a_trial_is_told(tmp_path, gate, monke
     monkeypatch.setenv("RAYMEM_TEST_ALL_BAD", "1")
     ran = train(tmp_path / "store", "--trials", 2, "--workers-per-trial", 2)
     assert ran.returncode == 1
-    assert "error: eps-inf/000000 failed: RuntimeError: CUDA error: uncorrectable" in ran.stderr
+    assert "error: trial 0 failed: RuntimeError: CUDA error: uncorrectable" in ran.stderr
