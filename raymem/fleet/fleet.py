@@ -30,6 +30,8 @@ from raymem.store import DriverLock, Store
 from raymem.training import Recipe, check_private_recipe, default_device
 
 Engine = Literal["ray", "serial"]
+# In driver.json, for `raymem status`.
+NOTICES_SHOWN = 10
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
@@ -95,7 +97,7 @@ def run_fleet(
             store.delete_checkpoint(key)
         pending = [key for key in wanted if key not in done]
         ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
-        told = [False]
+        told, notices_said = [False], [0]
 
         def watch(watched: _Watched, progress: Progress) -> None:
             latest.update(
@@ -104,7 +106,11 @@ def run_fleet(
                 running=progress.running,
                 rate=progress.rate,
                 seconds_left=progress.seconds_left,
+                notices=progress.notices[-NOTICES_SHOWN:],
             )
+            for notice in progress.notices[notices_said[0] :]:
+                line.say(notice)
+            notices_said[0] = len(progress.notices)
             for lost in watched.take_lost():
                 store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
             line.show(progress)

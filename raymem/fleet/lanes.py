@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -23,18 +24,18 @@ from typing import Any
 import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from raymem.errors import FleetError
+from raymem.fleet.blame import Home
 from raymem.fleet.cluster import draining_nodes, is_private, on_head
-from raymem.fleet.demand import Demand
+from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.ledger import Ledger, Progress
 from raymem.fleet.metrics import FleetMetrics, image_counter
+from raymem.fleet.placement import RUNNER_ENVIRONMENT, GroupTrainer, Placements
 from raymem.fleet.remote import RemoteLedger
 from raymem.fleet.work import Job, work
 from raymem.training import ALONE, Ranks
 
-NODE_LABEL = "ray.io/node-id"
 BEAT_SECONDS = 5.0
 POLL_SECONDS = 0.5
 # fit() that does not come back when all is done is ended after this.
@@ -101,9 +102,11 @@ def lane_worker(config: dict[str, Any]) -> None:
     worker = f"{config['lane']}/{rank}/{uuid.uuid4().hex[:8]}"
     ranks = Ranks.of_process_group() if config["together"] else ALONE
     if ranks.rank == 0:
-        ledger.register(worker, config["lane"], rank)
+        ledger.register(worker, config["lane"], rank, _home(config, rank))
     device = ray.train.torch.get_device() if config["gpu"] else torch.device("cpu")
     job: Job = ray.get(config["job"][0])
+    # Any rank may have to say what went wrong, in the name of the first.
+    worker = ranks.share(worker)
     hurry = threading.Event()
     with _beating(ledger, worker, hurry) if ranks.rank == 0 else contextlib.nullcontext():
         work(
@@ -115,6 +118,19 @@ def lane_worker(config: dict[str, Any]) -> None:
             hurry=hurry,
             count_images=image_counter(job.study_hash),
         )
+
+
+def _home(config: dict[str, Any], rank: int) -> Home:
+    """Where this worker runs, as the ledger blames nodes and devices."""
+    devices = ray.get_gpu_ids()
+    # Lanes of several workers have no fixed slot on their node's CPUs.
+    slot = config["lane"] if config["together"] else f"slot {rank}"
+    node = ray.get_runtime_context().get_node_id()
+    return Home(
+        node="" if config["spans"] else node,
+        host=f"{socket.gethostname()} ({node[:8]})",
+        seat=f"GPU {devices[0]}" if devices else slot,
+    )
 
 
 @contextlib.contextmanager
@@ -139,20 +155,22 @@ def _beating(ledger: RemoteLedger, worker: str, hurry: threading.Event) -> Itera
 class LaneRunner:
     """Hosts one lane's fit(); its node's death is the lane's."""
 
-    def run(self, config: dict[str, Any], node_id: str, workers: int, slots: Slots) -> None:
-        """Returns when all workers of the lane have gone home. Without a node they are anywhere."""
+    def run(
+        self, config: dict[str, Any], selector: dict[str, str], workers: int, slots: Slots
+    ) -> None:
+        """Returns when all workers have exited; they are on nodes that `selector` selects."""
         # A notice that some node will go would restart lanes on nodes that stay.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         with tempfile.TemporaryDirectory(prefix="raymem-lane-") as folder:
-            TorchTrainer(
+            GroupTrainer(
                 lane_worker,
                 train_loop_config=config,
                 scaling_config=ScalingConfig(
                     num_workers=workers,
                     use_gpu=slots.gpus_per_trial > 0,
                     resources_per_worker=slots.bundle,
-                    label_selector={NODE_LABEL: node_id} if node_id else None,
+                    label_selector=selector,
                 ),
                 run_config=RunConfig(
                     name=config["lane"],
@@ -186,6 +204,7 @@ class Lanes:
             "together": slots.workers_per_trial > 1,
         }
         self._demand = None if is_private() else Demand(slots.bundle)
+        self._placements = Placements()
         self._lanes: list[_Lane] = []
         self._deaths: dict[str, int] = {}
         self._started = 0
@@ -197,15 +216,17 @@ class Lanes:
         Raises FleetError if no lane can run.
         """
         self._drop_ended()
+        self._placements.free([lane.name for lane in self._lanes])
         going = draining_nodes()
         for lane in self._lanes:
             if lane.node_id in going or (going and not lane.node_id):
                 self._ledger.drain(lane.name)
         wanted = self._wanted(progress)
+        alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = {
             node["NodeID"]: self._slots.on(node["Resources"])
-            for node in ray.nodes()
-            if node["Alive"] and node["NodeID"] not in going
+            for node in alive
+            if node["NodeID"] not in {*going, *progress.retired_nodes}
         }
         for node_id, fit in nodes.items():
             dead_too_often = self._deaths.get(node_id, 0) >= RUNNER_DEATHS_ALLOWED
@@ -214,8 +235,9 @@ class Lanes:
                 self._fill(node_id, fit, left)
         self._span(nodes, wanted)
         if self._demand is not None:
-            # What lanes hold is asked for by Ray Train.
-            self._demand.ask(max(0, wanted - sum(lane.workers for lane in self._lanes)))
+            at_work = self._room(nodes)
+            known = [node["NodeID"] for node in alive]
+            self._demand.ask(max(0, wanted - at_work), known=known, at_work=at_work)
         self._check_patience(progress)
 
     def _wanted(self, progress: Progress) -> int:
@@ -245,6 +267,14 @@ class Lanes:
         for _ in range(fit - len(self._lanes)):
             self._start("", each)
 
+    def _room(self, nodes: dict[str, int]) -> int:
+        """Workers that lanes have room for, or will have together with nodes that are to come."""
+        at_work = sum(lane.workers for lane in self._lanes)
+        each = self._slots.workers_per_trial
+        if each > 1 and nodes and max(nodes.values()) < each:
+            return max(at_work, sum(nodes.values()))
+        return at_work
+
     def _check_patience(self, progress: Progress) -> None:
         if self._lanes or progress.complete:
             self._waiting_since = time.monotonic()
@@ -254,6 +284,11 @@ class Lanes:
                 "--engine serial to see why"
             )
         elif time.monotonic() - self._waiting_since > self._patience():
+            if progress.retired_nodes:
+                raise FleetError(
+                    f"{len(progress.retired_nodes)} nodes are retired, and no other has room: "
+                    f"{progress.notices[-1]}; then run the same command again"
+                )
             slots = self._slots
             need = f"{slots.cpus_per_trial} CPUs and {slots.gpus_per_trial:g} GPUs"
             if slots.workers_per_trial > 1:
@@ -267,14 +302,13 @@ class Lanes:
     def _start(self, node_id: str, workers: int) -> None:
         name = f"lane-{self._started:03d}"
         self._started += 1
-        # Ray Train's watchdog asks the newest Ray of the machine whether its controller lives, and
-        # ends the lane if that is another Ray. Nobody answers here: then it leaves the lane alone,
-        # and a lane's placement group goes with its runner anyway. Children inherit this.
-        where = {"env_vars": {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}}
+        where = {"env_vars": RUNNER_ENVIRONMENT}
         place = {"label_selector": {NODE_LABEL: node_id}} if node_id else on_head()
         runner = ray.remote(LaneRunner).options(num_cpus=0, runtime_env=where, **place).remote()
-        config = {**self._config, "lane": name}
-        future = runner.run.remote(config, node_id, workers, self._slots)
+        config = {**self._config, "lane": name, "spans": not node_id}
+        selector = self._placements.selector(name, node_id)
+        self._ledger.expect(name, 1 if config["together"] else workers)
+        future = runner.run.remote(config, selector, workers, self._slots)
         self._lanes.append(_Lane(name, node_id, workers, runner, future))
 
     def _drop_ended(self) -> None:
@@ -305,7 +339,8 @@ class Lanes:
             ray.kill(lane.runner)
         self._lanes = []
         if self._demand is not None:
-            self._demand.ask(0)
+            self._demand.ask(0, known=())
+            self._placements.close()
 
 
 def run_on_ray(

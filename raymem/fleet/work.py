@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -170,9 +170,9 @@ def work(
 ) -> None:
     """Train trials until the ledger has none left.
 
-    Of several `ranks` that train each trial together, rank 0 leases and commits. `hurry` is set
-    when the node is about to go. Raises FleetError if one of several failed: the others may be
-    waiting for it, and only starting all of them anew helps.
+    Of several `ranks` that train each trial together, rank 0 leases and commits, all with the name
+    of its `worker`. `hurry` is set when the node is about to go. Raises FleetError if one of
+    several failed: the others may be waiting for it, and only starting all of them anew helps.
     """
     images, store = job.images(device), Store(job.store_url)
     worker_of = Attempt(job, images, store, ranks, hurry or threading.Event(), count_images)
@@ -181,10 +181,10 @@ def work(
             time.sleep(lease.wait)
             continue
         outcome, message = worker_of(lease)
-        if not ranks.alone and outcome == "error":
-            # Most likely another of them died: that is for the ledger to find out.
+        if outcome == "peer":
+            # Another of them failed, and says so; or it died, which the ledger finds out.
             raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
-        if ranks.rank == 0:
+        if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
             ledger.finish(worker, lease.key, outcome, message)
         if not ranks.alone and outcome not in (*COMMITTED, "diverged"):
             raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
@@ -202,8 +202,8 @@ class Attempt:
     hurry: threading.Event
     count_images: Callable[[int], None]
 
-    def __call__(self, lease: Lease) -> tuple[Outcome, str]:
-        """What became of the trial, and why."""
+    def __call__(self, lease: Lease) -> tuple[Outcome | Literal["peer"], str]:
+        """What became of the trial, and why; "peer" if another rank failed and this one not."""
         key = lease.key
         assert key is not None
         try:
@@ -223,7 +223,8 @@ class Attempt:
         except Exception as error:  # the user's model can raise anything; the ledger decides
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename}:{where.lineno}"
-            return "error", f"{key} failed: {type(error).__name__}: {error} ({place})"
+            outcome: Literal["peer", "error"] = "peer" if self.ranks.lost_a_peer(error) else "error"
+            return outcome, f"{key} failed: {type(error).__name__}: {error} ({place})"
 
     def _train(self, key: TrialKey, lease: Lease) -> Outcome:
         job, mask = self.job, self.job.plan.mask(key.trial)
