@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from learners import memorizes_everything, memorizes_nothing, numbered_examples, recipe
@@ -218,12 +219,28 @@ def test_trial_files_have_the_columns_and_the_words(trained):
     assert {field.name: str(field.type) for field in schema} == expected
     assert all(field.metadata[b"meaning"] for field in schema)
     table = store.trial(KEY)
-    assert table["split"].to_pylist() == ["test"] * 20 + ["train"] * 60
-    assert table["index"].to_pylist() == [*range(20), *range(60)]
+    assert table["split"].to_pylist() == ["train"] * 60 + ["test"] * 20
+    assert table["index"].to_pylist() == [*range(60), *range(20)]
     inside = table["in_subset"].to_pylist()
-    assert inside == [None] * 20 + trained.plan.mask(3).tolist()
+    assert inside == trained.plan.mask(3).tolist() + [None] * 20
+    assert table.select(["split", "index"]).equals(store.examples().select(["split", "index"]))
     assert [v is None for v in table["cumulative_loss"].to_pylist()] == [not i for i in inside]
     assert set(table["epsilon"].to_pylist()) == {math.inf}
+
+
+def test_trials_whose_test_rows_come_first_are_damage(trained):
+    """By position they would be taken for training examples."""
+    store = Store(trained.store)
+    table, about = store.trial(KEY), store.provenance(KEY)
+    n_train = trained.plan.n
+    turned = pa.concat_tables([table.slice(n_train), table.slice(0, n_train)])
+    store.files.delete(KEY.object_key)
+    store.commit(KEY, turned, about)
+    with pytest.raises(DamagedObjectError, match="test rows among its training rows"):
+        trained.score()
+    with pytest.raises(DamagedObjectError, match="test rows among its training rows"):
+        store.train_rows(KEY, ["correct"])
+    assert problems_of(store) == {("damaged", KEY.object_key)}
 
 
 def test_all_trials_scan_as_one_table(trained):
@@ -263,8 +280,6 @@ def test_a_commit_is_once_and_a_different_result_is_noticed(trained):
 def test_the_digest_sees_values_nulls_and_names(trained):
     table = Store(trained.store).trial(KEY)
     same = encode(table, {"seconds": 1})
-    import pyarrow as pa
-
     assert digest(pq.read_table(pa.BufferReader(same))) == digest(table)
     first = table["cumulative_loss"].null_count
     assert first > 0

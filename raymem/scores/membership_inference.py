@@ -7,7 +7,7 @@ Trials are read one at a time, in three passes: sums over all of them; for each 
 the trials whose subsets depend on its subset, which are left out; sums over two halves. Memory is a
 few numbers per example, and 12 bytes per example and target.
 
-Shapes: N training and M test examples. Rows of a trial file are M test, then N train.
+Shapes: N training and M test examples. Rows of a trial are N train, then M test.
 """
 
 from __future__ import annotations

@@ -158,11 +158,10 @@ class _Scorer:
         return _summary(epsilon, rows, table, sampled, pairs), rows
 
     def _kept(self, epsilon: float, folds: Iterable[Sums], sampled: list[Sums]) -> Iterator[Sums]:
-        """The folds, train first, kept for their table, and what split halves need of them."""
+        """The folds, kept for their table, and what split halves need of them."""
         N = self.plan.n
         train = slice(0, N, math.ceil(N / EXAMPLES_FOR_RELIABILITY))
-        for number, raw in enumerate(folds):
-            sums = _train_first(raw, N)
+        for number, sums in enumerate(folds):
             self.folds.add(epsilon, number, sums)
             sampled.append({name: sums[name][train].copy() for name in FOR_RELIABILITY})
             yield sums
@@ -316,11 +315,6 @@ def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
         }
         for failure in last.values()
     ]
-
-
-def _train_first(sums: Sums, n_train: int) -> Sums:
-    """Trial files have test rows first, score tables train rows first."""
-    return {name: np.concatenate([v[-n_train:], v[:-n_train]]) for name, v in sums.items()}
 
 
 def _as_table(index: pa.Table, values: dict[str, Any], of: columns.Columns) -> pa.Table:

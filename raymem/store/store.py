@@ -282,13 +282,13 @@ class Store(Derived):
         return trials.decode(data, key.object_key, None if names is None else list(names))
 
     def train_rows(self, key: TrialKey, names: Sequence[str]) -> pa.Table:
-        """Columns of one trial's N training examples, in their order; test rows come before them.
+        """Columns of one trial's N training examples, in their order.
 
         Memorization, twins and attacks are of training examples only.
         """
         asked = [*names, *([] if "in_subset" in names else ["in_subset"])]
         table = self.trial(key, asked)
-        return table.slice(table["in_subset"].null_count).select(list(names))
+        return trials.train_part(table, key).select(list(names))
 
     def provenance(self, key: TrialKey) -> dict[str, Any]:
         """What is recorded of how one trial came about; reads the object's footer only."""
