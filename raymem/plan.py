@@ -31,15 +31,6 @@ TILE = 65_536
 STREAM_BALANCED, STREAM_FIXED_SIZE = 1, 2
 
 
-def epsilon_name(epsilon: float) -> str:
-    """The name of an epsilon in file names, keys and text: twelve digits, "inf" if not private.
-
-    >>> epsilon_name(2.0), epsilon_name(0.1 + 0.2), epsilon_name(2.0000001), epsilon_name(math.inf)
-    ('2', '0.3', '2.0000001', 'inf')
-    """
-    return f"{epsilon:.12g}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Seeds:
     """The random seeds of one trial, each below 2**63.

@@ -12,9 +12,9 @@ from raymem.cli.base import absolute_store, command_errors
 from raymem.curvature import CurvatureRule, PaperRule
 from raymem.curvature.streaming import ScoringModel, StreamSummary, stream_curvature
 from raymem.data.shards import list_shards
+from raymem.encoding import epsilon_name
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, duration
-from raymem.plan import epsilon_name
 from raymem.store import Store, TrialKey
 
 SHOWN = 10

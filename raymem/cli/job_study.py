@@ -26,8 +26,8 @@ from raymem.cli.job_options import (
 )
 from raymem.cli.smoke import Smoke, check_rows
 from raymem.curvature import CurvatureRule, PaperRule
+from raymem.encoding import epsilon_name
 from raymem.fleet import duration
-from raymem.plan import epsilon_name
 from raymem.privacy import Privacy
 from raymem.scores import PairRule, Until
 from raymem.show import as_text, for_people, pairs_for_people, summary_text, top, where

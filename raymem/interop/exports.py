@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow.csv import write_csv
 
+from raymem.encoding import epsilon_name
 from raymem.errors import ImportFileError, StoreError
-from raymem.plan import epsilon_name
 from raymem.store import Store, TrialKey
 from raymem.store.columns import as_markdown
 

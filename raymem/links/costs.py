@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raymem.encoding import epsilon_name
 from raymem.links.curvature import Correlation
-from raymem.plan import epsilon_name
 from raymem.scores import forecast_trials
 from raymem.store import Store
 from raymem.store.trials import metadata_of

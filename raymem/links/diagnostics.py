@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
+from raymem.encoding import epsilon_name
 from raymem.links.epsilons import plain
 from raymem.links.rows import Floats, floats, train_at
 from raymem.links.twins import Twins, find_twins
-from raymem.plan import Plan, epsilon_name
+from raymem.plan import Plan
 from raymem.scores import ratio
 from raymem.store import Store, TrialKey
 from raymem.store.trials import metadata_of

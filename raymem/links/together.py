@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymem.encoding import epsilon_name
 from raymem.links.across import joined
 from raymem.links.audit import Audit, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins
@@ -26,7 +27,6 @@ from raymem.links.curvature import (
 from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain
 from raymem.links.twins import Twins, find_twins
-from raymem.plan import epsilon_name
 from raymem.store import Store
 
 

@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raymem.encoding import epsilon_name, from_json, json_ready
 from raymem.errors import DamagedObjectError, StoreError
-from raymem.plan import Plan, epsilon_name
+from raymem.plan import Plan
 from raymem.scores.lira import IN, OUT, Floats, Sums, offline, online, vulnerability
-from raymem.scores.roc import LOW_FPR, Attack, attack, finite, number
+from raymem.scores.roc import LOW_FPR, Attack, attack
 from raymem.scores.vulnerability_correlation import Half, RankCorrelation, crossed
 from raymem.store import Store, TrialKey, columns, read_ahead
 
@@ -72,17 +73,14 @@ class Attacked:
             **vars(self),
             "epsilon": epsilon_name(self.epsilon),
             "attacks": [found.as_dict() for found in self.attacks],
-            "correlation": {
-                name: finite(value) if isinstance(value, float) else value
-                for name, value in vars(self.correlation).items()
-            },
+            "correlation": json_ready(vars(self.correlation)),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Attacked:
         """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for other data."""
         rho = data["correlation"]
-        values = {name: number(rho[name]) for name in ("value", "low", "high")}
+        values = {name: from_json(rho[name]) for name in ("value", "low", "high")}
         return cls(**{
             **data,
             "epsilon": float(data["epsilon"]),

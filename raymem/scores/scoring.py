@@ -9,7 +9,6 @@ Shapes: N training and M test examples, F folds.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -21,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raymem.plan import Plan, epsilon_name
+from raymem.encoding import epsilon_name, json_ready
+from raymem.plan import Plan
 from raymem.scores.copy_groups import Copies, copies_in, group_columns
 from raymem.scores.estimates import (
     difference_of_means,
@@ -106,7 +106,7 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
         trial_rows += _unfinished(store, done)
         about = {
             "study_hash": body["hash"],
-            "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_json(s) for s in summaries},
+            "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
         }
         private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
         trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
@@ -320,17 +320,10 @@ def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
 def _as_table(index: pa.Table, values: dict[str, Any], of: columns.Columns) -> pa.Table:
     """The columns of `of` from `values` or the index; NaN becomes null."""
     arrays = {
-        name: pa.array(values[name], from_pandas=True) if name in values else _from(index, name)
+        name: pa.array(values[name], from_pandas=True) if name in values else index[name]
         for name in of
     }
     return pa.Table.from_pydict(arrays).cast(columns.schema(of))
-
-
-def _from(index: pa.Table, name: str) -> pa.ChunkedArray:
-    """A column of the index; indices made before near duplicates were looked for lack that one."""
-    if name == "near_duplicate_group" and name not in index.column_names:
-        name = "duplicate_group"
-    return index[name]
 
 
 def _with_more(of: columns.Columns, more: columns.Columns, names: Set[str]) -> columns.Columns:
@@ -353,12 +346,5 @@ def _mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _as_json(summary: EpsilonSummary) -> dict[str, Any]:
-    data = json.loads(json.dumps(vars(summary)))  # a copy; NaN and inf become null below
-    return {key: _finite(value) for key, value in data.items() if key != "epsilon"}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _as_dict(summary: EpsilonSummary) -> dict[str, Any]:
+    return {key: json_ready(value) for key, value in vars(summary).items() if key != "epsilon"}

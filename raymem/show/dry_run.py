@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from raymem.data import CachedExamples
+from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.fleet import duration, estimated_trial, timed_trial
-from raymem.plan import epsilon_name
 from raymem.privacy import bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,

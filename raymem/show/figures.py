@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from raymem.encoding import epsilon_name
 from raymem.links import Links, PaperBins, measures_of
 from raymem.links.rows import train_at
-from raymem.plan import epsilon_name
 from raymem.scores import Attacked
 from raymem.store import Store
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from raymem.encoding import epsilon_name
 from raymem.links import Finding, Links
-from raymem.plan import Plan, epsilon_name
+from raymem.plan import Plan
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
 from raymem.show.figures import Figure

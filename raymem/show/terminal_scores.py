@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.fleet import duration
-from raymem.plan import epsilon_name
 from raymem.show.tables import TableError, top
 from raymem.store import Store
 

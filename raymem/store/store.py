@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from raymem.data import Examples, group_column
+from raymem.encoding import epsilon_name
 from raymem.errors import (
     DamagedObjectError,
     PlanError,
@@ -19,7 +20,7 @@ from raymem.errors import (
     StoreError,
     StudyMismatchError,
 )
-from raymem.plan import Plan, epsilon_name
+from raymem.plan import Plan
 from raymem.privacy import Mechanism
 from raymem.store import columns, trials
 from raymem.store.derived import FORMAT, SHOWN, Derived, as_json

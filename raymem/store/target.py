@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from raymem.encoding import epsilon_name
 from raymem.errors import PlanError
-from raymem.plan import epsilon_name
 from raymem.store.trials import TrialKey
 
 

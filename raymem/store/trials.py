@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raymem.encoding import epsilon_name
 from raymem.errors import DamagedObjectError
-from raymem.plan import epsilon_name
 from raymem.store import columns
 
 if TYPE_CHECKING:
