@@ -22,7 +22,7 @@ from raymem.links import (
 )
 from raymem.links.epsilons import Link2, Observed
 from raymem.links.fits import fit_curvature
-from raymem.links.together import verdict_on_link2
+from raymem.links.verdicts import verdict_on_link2
 from raymem.privacy import EPSILON_GRIDS, Privacy
 from raymem.store import Store
 from raymem.training import Recipe
@@ -217,8 +217,8 @@ def test_a_private_study_is_audited(scored):
     assert all(check.violations == 0 for check in private.bounds)
     assert plain.one_run > 1.5
     assert private.one_run < 1
-    assert "This does not prove privacy" in verdict([private, plain])
-    assert verdict([private, plain]).endswith(f"in one run saw {private.one_run:.2f} of 1")
+    assert "This does not prove privacy" in str(verdict([private, plain]))
+    assert str(verdict([private, plain])).endswith(f"in one run saw {private.one_run:.2f} of 1")
 
 
 def test_scores_say_what_was_spent(scored):
@@ -308,7 +308,7 @@ def test_broken_training_is_caught_by_one_run(monkeypatch):
     (audit,) = link3(Store("memory://broken"))
     assert audit.refuted
     assert audit.one_run > 0.5
-    assert "REFUTED" in verdict([audit])
+    assert "REFUTED" in str(verdict([audit]))
 
 
 def unclipped(self):
@@ -398,4 +398,4 @@ def test_the_verdict_on_link_2_knows_its_error(curvature, stderr, says):
         for e, c in zip((0.5, 8, math.inf), curvature, strict=True)
     ]  # fmt: skip
     link = Link2(observed=observed, curvature_modes=[], intervals={}, fits=[], warnings=[])
-    assert says in verdict_on_link2(link)
+    assert says in str(verdict_on_link2(link))

@@ -21,6 +21,7 @@ from scipy import stats
 
 from raymem.links.epsilons import plain
 from raymem.links.rows import Floats, floats, train_at
+from raymem.links.verdicts import Verdict
 from raymem.plan import Plan
 from raymem.privacy import (
     Bound,
@@ -310,15 +311,15 @@ def _one_run(
     )
 
 
-def verdict(audits: Sequence[Audit]) -> str:
+def verdict(audits: Sequence[Audit]) -> Verdict:
     """Link 3 in one sentence, with its numbers."""
     private = [a for a in audits if a.mechanism is not None]
     if not private:
-        return "link 3: no trial is private; train with --epsilons"
+        return Verdict(text="link 3: no trial is private; train with --epsilons")
     refuted = [a for a in private if a.refuted]
     if refuted:
-        return (
-            "link 3: the claimed privacy is REFUTED at epsilon "
+        return Verdict(
+            text="link 3: the claimed privacy is REFUTED at epsilon "
             + ", ".join(f"{a.epsilon:g}" for a in refuted)
             + ": the mechanism is not what it claims, or trials are not independent"
         )
@@ -330,4 +331,4 @@ def verdict(audits: Sequence[Audit]) -> str:
         f"{max(a.certifiable for a in private):.1f}"
     )
     seen = [f"{a.one_run:.2f} of {a.epsilon:g}" for a in private if a.one_run is not None]
-    return text + (f"; the audit in one run saw {', '.join(seen)}" if seen else "")
+    return Verdict(text=text + (f"; the audit in one run saw {', '.join(seen)}" if seen else ""))

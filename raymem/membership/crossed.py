@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.membership.lira import IN, OUT, Floats, Sums, vulnerability
-from raymem.memorization import correlation_interval, ratio
+from raymem.memorization import correlation_interval, most_tied, ratio, spearman_ceiling
 
 # Of a bootstrap over examples; of more examples than this a random part does.
 REPLICATES, MOST_EXAMPLES = 200, 20_000
@@ -32,6 +33,12 @@ class RankCorrelation:
     """95%, from a bootstrap over examples."""
     high: float
     examples: int
+    ceiling: float
+    """The largest value that these numbers allow: ties in memorization keep it below 1."""
+    tied: float
+    """Share of the examples that have the most frequent memorization, mean of both halves."""
+    tied_at: float
+    """That value in the first half."""
 
 
 class Half:
@@ -71,13 +78,22 @@ def crossed(one: Half, other: Half, *, seed: int = 0) -> RankCorrelation:
     columns = columns[:, np.isfinite(columns).all(0)]
     n = columns.shape[1]
     value = _both_ways(columns)
+    tied = [most_tied(columns[row]) for row in (3, 1)]
+    about: dict[str, Any] = {
+        "examples": n,
+        "ceiling": (
+            spearman_ceiling(columns[1], columns[0]) + spearman_ceiling(columns[3], columns[2])
+        ) / 2,
+        "tied": (tied[0][1] + tied[1][1]) / 2,
+        "tied_at": tied[0][0],
+    }  # fmt: skip
     if math.isnan(value):
-        return RankCorrelation(value=value, low=value, high=value, examples=n)
+        return RankCorrelation(value=value, low=value, high=value, **about)
     generator = np.random.default_rng(seed)
     size = min(n, MOST_EXAMPLES)
     drawn = [_both_ways(columns[:, generator.integers(n, size=size)]) for _ in range(REPLICATES)]
     low, high = correlation_interval(value, drawn, scale=math.sqrt(size / n))
-    return RankCorrelation(value=value, low=low, high=high, examples=n)
+    return RankCorrelation(value=value, low=low, high=high, **about)
 
 
 def _both_ways(columns: Floats) -> float:

@@ -13,8 +13,10 @@ from raymem.memorization.estimates import (
     forecast_trials,
     mean_and_stderr,
     memorization,
+    most_tied,
     ratio,
     reliability,
+    spearman_ceiling,
 )
 from raymem.memorization.influence import (
     InfluencePairs,
@@ -56,6 +58,7 @@ __all__ = [
     "list_with_fdr",
     "mean_and_stderr",
     "memorization",
+    "most_tied",
     "of_one_class",
     "pairs_per_class",
     "pairs_work",
@@ -64,5 +67,6 @@ __all__ = [
     "probability_above",
     "ratio",
     "reliability",
+    "spearman_ceiling",
     "trials_for",
 ]

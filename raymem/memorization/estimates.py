@@ -260,6 +260,40 @@ def correlation_interval(
     return math.tanh(z - half), math.tanh(z + half)
 
 
+def spearman_ceiling(a: ArrayLike, b: ArrayLike) -> float:
+    """The largest Spearman correlation that the values a [N] and b [N] can have in any pairing.
+
+    Spearman's coefficient is Pearson's of midranks. By the rearrangement inequality it is largest
+    when both are paired in order; ties in one that the other does not share keep it below 1. If b
+    has no ties and t_g of the values of a are tied in group g, the pairing in order has the mean
+    rank of b in each group equal to the midrank of a, and the ceiling is sd(ranks a) / sd(ranks b)
+    = sqrt(1 - sum_g (t_g^3 - t_g) / (N^3 - N)). With one tied value of share s: sqrt(1 - s^3). NaN
+    if a or b does not vary.
+
+    >>> memorization, curvature = np.zeros(1000), np.arange(1000)
+    >>> memorization[880:] = np.arange(1, 121)
+    >>> round(spearman_ceiling(memorization, curvature), 3)
+    0.564
+    """
+    x, y = (stats.rankdata(np.sort(np.asarray(values, np.float64))) for values in (a, b))
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / size if size > 0 else math.nan
+
+
+def most_tied(values: ArrayLike) -> tuple[float, float]:
+    """The most frequent value and its share of all; NaN without values.
+
+    >>> most_tied([0.0, 0.0, 0.3, 0.0])
+    (0.0, 0.75)
+    """
+    found, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    if len(found) == 0:
+        return math.nan, math.nan
+    most = int(counts.argmax())
+    return float(found[most]), float(counts[most] / counts.sum())
+
+
 def ratio(above: ArrayLike, below: ArrayLike) -> Floats:
     """above / below, NaN where below is not positive."""
     above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
