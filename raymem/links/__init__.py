@@ -20,7 +20,7 @@ from raymem.links.curvature import (
     measures_of,
 )
 from raymem.links.diagnostics import Finding, diagnostics, red
-from raymem.links.epsilons import Link2, Observed, fit_link2, link2
+from raymem.links.epsilons import Change, Link2, Observed, Parameter, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
@@ -33,6 +33,7 @@ __all__ = [
     "NOT_A_TEST",
     "Audit",
     "BoundCheck",
+    "Change",
     "Coefficient",
     "Correlation",
     "Costs",
@@ -46,6 +47,7 @@ __all__ = [
     "Links",
     "Observed",
     "PaperBins",
+    "Parameter",
     "Plane",
     "PoolMean",
     "Ranking",

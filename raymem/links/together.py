@@ -126,7 +126,7 @@ def find_links(store: Store, *, private: Store | None = None, seed: int = 0) -> 
         bins=by_memorization(store),
         paper=in_paper_bins(store, list(compared), seed=seed),
         costs=costs(store, compared),
-        curvature=link2(epsilons, seed=seed),
+        curvature=link2(epsilons, unclipped=store if private else None, seed=seed),
         memorization=link3(epsilons),
         diagnostics=diagnostics(store, twins),
         twins=twins,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymem.links.curvature import Correlation, has_curvature
-from raymem.links.epsilons import Link2, plain
+from raymem.links.epsilons import Change, Link2, Observed, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,34 +82,86 @@ def _numbers(row: Correlation) -> str:
 
 
 def verdict_on_link2(link: Link2) -> Verdict:
-    """Does curvature rise with epsilon, and by the theorem's law?"""
+    """Does curvature rise with epsilon where gradients are clipped alike, what is clipping, and
+    how does the theorem's law do?"""
     seen = [o for o in link.observed if o.curvature is not None]
+    alike = [o for o in link.fitted if o.curvature is not None]
     if len(seen) < 2:
         return Verdict(text="link 2: not known, it needs curvature at several epsilons")
-    first, last = seen[0], seen[-1]
+    ends = (alike[0], alike[-1]) if len(alike) > 1 else (seen[0], seen[-1])
+    change = _change(*ends)
+    where = " where all gradients are clipped" if len(alike) > 1 else ""
+    text = f"link 2: mean curvature {_rises(change)} with epsilon{where}, {_from_to(*ends, change)}"
+    most = max(alike or seen, key=lambda o: o.curvature or 0.0)
+    if most not in ends:
+        text += f", but is largest at {most.epsilon:g} ({most.curvature:.3g})"
+    text += "".join(f"; {part}" for part in (_at_inf(link, alike), _of_the_laws(link)) if part)
+    return Verdict(
+        text=text,
+        estimate=change.value,
+        low=change.low,
+        high=change.high,
+        not_shown="that the theorem's bound explains the change (its slope stands for m + 1, and "
+        "is fitted: only a shape is compared), or that the same holds for another optimizer or "
+        "clipping norm",
+    )
+
+
+def _change(first: Observed, last: Observed) -> Change:
     assert first.curvature is not None
     assert last.curvature is not None
-    error = math.hypot(first.curvature_stderr or 0, last.curvature_stderr or 0)
-    change = last.curvature - first.curvature
-    rises = "rises" if change > 0 else "falls"
-    if not abs(change) > 2 * error:
-        rises = "is not seen to change"
-    known = f"{error:.2g}" if math.isfinite(error) else "not known, with one trial"
-    text = (
-        f"link 2: mean curvature {rises} with epsilon, from {first.curvature:.3g} at "
-        f"{first.epsilon:g} to {last.curvature:.3g} at {last.epsilon:g} (standard error of the "
-        f"change {known})"
+    errors = (first.curvature_stderr or math.nan, last.curvature_stderr or math.nan)
+    return Change.between(first.curvature, errors[0], last.curvature, errors[1])
+
+
+def _rises(change: Change) -> str:
+    if change.low > 0 or change.high < 0:
+        return "rises" if change.value > 0 else "falls"
+    return "does not change significantly"
+
+
+def _from_to(first: Observed, last: Observed, change: Change) -> str:
+    known = "its interval is not known with one trial"
+    if not math.isnan(change.low):
+        known = f"[{change.low:.3g}, {change.high:.3g}]"
+    return (
+        f"from {first.curvature:.3g} at {first.epsilon:g} to {last.curvature:.3g} at "
+        f"{last.epsilon:g} (change {change.value:.3g} {known})"
     )
-    most = max(seen, key=lambda o: o.curvature or 0.0)
-    if most is not first and most is not last:
-        text += f", but is largest at {most.epsilon:g} ({most.curvature:.3g})"
-    if link.fits:
-        best = link.fits[0]
-        theorem = next(fit for fit in link.fits if fit.law == "theorem")
-        text += (
-            "; of the laws tried the theorem's predicts best"
-            if best is theorem
-            else f"; the {best.law} law predicts left-out epsilons better than the theorem's "
-            f"(error {best.loo_rmse:.3g}, {theorem.loo_rmse:.3g})"
+
+
+def _at_inf(link: Link2, alike: Sequence[Observed]) -> str:
+    """What clipping and what noise does at epsilon inf, as far as it can be told."""
+    last = link.observed[-1]
+    if link.clipped_at_inf is None or last.curvature is None:
+        return ""
+    if not link.clipped_at_inf:
+        from_last = f" from {alike[-1].curvature:.3g} at {alike[-1].epsilon:g}" if alike else ""
+        return (
+            f"the change{from_last} to {last.curvature:.3g} at inf is that of clipping and of the "
+            "remaining noise together: without a clip-only control (--clip-control) they cannot "
+            "be told apart"
         )
-    return Verdict(text=text)
+    if link.clipping is None:
+        return (
+            "at inf gradients are clipped without noise, so that all of this change is that of "
+            "noise; nothing was trained without clipping, whose effect is not known"
+        )
+    c = link.clipping
+    interval = "" if math.isnan(c.low) else f" [{c.low:.3g}, {c.high:.3g}]"
+    return (
+        "at inf gradients are clipped without noise, so that all of this change is that of noise; "
+        f"training without clipping changes curvature by {c.value:.3g}{interval} more"
+    )
+
+
+def _of_the_laws(link: Link2) -> str:
+    if not link.fits:
+        return ""
+    error = {fit.law: fit.loo_rmse for fit in link.fits}
+    best = link.fits[0].law
+    text = (
+        f"error at left-out epsilons: {error['theorem']:.3g} by the theorem's law, "
+        f"{error['theorem-constant-loss']:.3g} by it with constant L"
+    )
+    return text if best.startswith("theorem") else f"{text}, {error[best]:.3g} by the {best} law"

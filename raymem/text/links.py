@@ -113,27 +113,21 @@ def _at(epsilon: float) -> str:
 
 def link2_text(link: Link2) -> str:
     """Curvature against epsilon: means, fits, doubts."""
-    rows = pa.table(
-        {
-            "epsilon": [f"{o.epsilon:g}" for o in link.observed],
-            "trials": [o.trials for o in link.observed],
-            "mean loss": [_plus_minus(o.loss, o.loss_stderr) for o in link.observed],
-            "mean curvature": [
-                "" if o.curvature is None else _plus_minus(o.curvature, o.curvature_stderr)
-                for o in link.observed
-            ],
-        }
-    )
     lines = [
-        "Link 2, curvature and epsilon: means over all training examples and the trials that all "
-        f"epsilons have (+- standard error over trials):\n{as_text(rows)}"
+        "Link 2, curvature and epsilon: means over training examples and the trials that all "
+        f"epsilons have (+- standard error over trials):\n{as_text(_observed_table(link))}"
     ]
     if link.shape is not None:
-        values = {**vars(link.shape), "slope": link.slope, "c2": link.c2}
-        lines.append("fitted: L(eps) = a + b e^(-c eps), curvature = slope L(eps)(1 - e^-eps) + c2")
-        for name, value in values.items():
-            low, high = link.intervals.get(name, (math.nan, math.nan))
-            lines.append(f"  {name:5} {value:.4g} [{low:.4g}, {high:.4g}]")
+        which = "all epsilons" if link.clipped_at_inf else "finite epsilons"
+        lines.append(
+            f"fitted to {which}: L(eps) = a + b e^(-c eps), curvature = slope L(eps)(1 - e^-eps) "
+            "+ c2, with 95% intervals over trials"
+        )
+        lines += [f"  {name:5} {fitted.shown()}" for name, fitted in link.parameters.items()]
+        lines += [
+            f"  slope of the curvature of examples {arm} of the subset: {fitted.shown()}"
+            for arm, fitted in link.slope_by_arm.items()
+        ]
         lines.append(
             "  (slope stands where the theorem has m + 1, and is not m + 1: only the shape is "
             "tested)"
@@ -144,6 +138,23 @@ def link2_text(link: Link2) -> str:
         ))  # fmt: skip
     lines += [f"NOTE: {warning}" for warning in link.warnings]
     return "\n".join(lines)
+
+
+def _observed_table(link: Link2) -> pa.Table:
+    columns: dict[str, list[Any]] = {
+        "epsilon": [f"{o.epsilon:g}" for o in link.observed],
+        "trials": [o.trials for o in link.observed],
+        "mean loss": [_plus_minus(o.loss, o.loss_stderr) for o in link.observed],
+    }
+    for title, name in (
+        ("mean curvature", "curvature"),
+        ("in the subset", "curvature_in"),
+        ("out of it", "curvature_out"),
+    ):
+        shown = [_plus_minus(getattr(o, name), getattr(o, f"{name}_stderr")) for o in link.observed]
+        if any(shown) or name == "curvature":
+            columns[title] = shown
+    return pa.table(columns)
 
 
 def link3_text(audits: Sequence[Audit]) -> str:
@@ -190,7 +201,9 @@ def _bound(check: Any) -> str:
     return "-" if check.bound.vacuous else f"{check.bound.value:.3f}"
 
 
-def _plus_minus(value: float, stderr: float | None) -> str:
+def _plus_minus(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
     more = "" if stderr is None or math.isnan(stderr) else f" +- {stderr:.2g}"
     return f"{value:.4g}{more}"
 
