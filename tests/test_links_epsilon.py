@@ -303,8 +303,9 @@ def test_a_private_study_is_audited(scored):
     assert all(check.violations == 0 for check in private.bounds)
     assert plain.one_run > 1.5
     assert private.one_run < 1
-    assert "This does not prove privacy" in str(verdict([private, plain]))
-    assert str(verdict([private, plain])).endswith(f"in one run saw {private.one_run:.2f} of 1")
+    said = verdict([private, plain])
+    assert said.not_shown.startswith("privacy: example by example")
+    assert said.text.endswith(f"in one run saw {private.one_run:.2f} of 1 (95%)")
 
 
 def test_scores_say_what_was_spent(scored):
