@@ -20,12 +20,13 @@ from raymem.links.curvature import (
     measures_of,
 )
 from raymem.links.diagnostics import Finding, diagnostics, red
-from raymem.links.epsilons import Change, Link2, Observed, Parameter, fit_link2, link2
+from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
 from raymem.links.together import Links, correlations_as_dict, find_links
 from raymem.links.twins import Twins, find_twins
+from raymem.links.two_stages import Parameter
 from raymem.links.verdicts import Verdict, verdicts_on_link1
 
 __all__ = [

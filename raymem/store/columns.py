@@ -333,9 +333,8 @@ INFLUENCE: Columns = {
     "memorization": Column(pa.float64(), "memorization of the training example", "-1..1"),
     "strong": Column(
         pa.bool_(),
-        "influence >= 0.15, so small a p-value that chance makes one pair in all, memorization "
-        ">= 0.25; false: only "
-        "among the most influential of its test example",
+        "influence >= 0.15, memorization >= 0.25, and a p-value that one pair in all has by "
+        "chance; false: only among the most influential of its test example",
     ),
 }
 
