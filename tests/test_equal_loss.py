@@ -134,6 +134,7 @@ def test_the_ceiling_of_an_untied_measure_has_a_formula():
     assert math.isnan(spearman_ceiling(np.zeros(5), np.arange(5)))
     assert most_tied(a) == (0.0, 0.5)
     assert math.isnan(most_tied([])[1])
+    assert math.isnan(spearman_ceiling([], []))
 
 
 def test_coefficients_are_those_of_brute_force():

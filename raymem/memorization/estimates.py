@@ -283,7 +283,7 @@ def spearman_ceiling(a: ArrayLike, b: ArrayLike) -> float:
     has no ties and t_g of the values of a are tied in group g, the pairing in order has the mean
     rank of b in each group equal to the midrank of a, and the ceiling is sd(ranks a) / sd(ranks b)
     = sqrt(1 - sum_g (t_g^3 - t_g) / (N^3 - N)). With one tied value of share s: sqrt(1 - s^3). NaN
-    if a or b does not vary.
+    if a or b does not vary or N is 0.
 
     >>> memorization, curvature = np.zeros(1000), np.arange(1000)
     >>> memorization[880:] = np.arange(1, 121)
@@ -291,6 +291,8 @@ def spearman_ceiling(a: ArrayLike, b: ArrayLike) -> float:
     0.564
     """
     x, y = (stats.rankdata(np.sort(np.asarray(values, np.float64))) for values in (a, b))
+    if len(x) == 0:
+        return math.nan
     x, y = x - x.mean(), y - y.mean()
     size = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / size if size > 0 else math.nan
