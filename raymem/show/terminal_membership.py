@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from raymem.scores import Attacked, Membership, Rate
-from raymem.show.terminal_scores import as_text
+from raymem.scores import Attacked, Membership, RankCorrelation, Rate
+from raymem.show.terminal_scores import as_text, percent
 
 
 def membership_text(found: Membership) -> str:
@@ -60,13 +60,20 @@ def correlation_text(here: Attacked) -> str:
     rho = here.correlation
     if math.isnan(rho.value):
         return f"Vulnerability and memorization{at}: not known, one of them does not vary."
-    known = "goes with" if rho.low > 0 else "goes against"
-    goes = known if rho.low > 0 or rho.high < 0 else "is not seen to go with"
+    goes = "has no significant correlation with"
+    if rho.low > 0 or rho.high < 0:
+        goes = f"is {'positively' if rho.low > 0 else 'negatively'} correlated with"
     return (
-        f"Vulnerability {goes} memorization{at}: rank correlation {rho.value:.3f} "
-        f"[{rho.low:.3f}, {rho.high:.3f}] over {rho.examples:,} training examples "
-        "(95% bootstrap over examples; one from half of the trials, one from the other half)."
+        f"Vulnerability {goes} memorization{at}: rank correlation {shown(rho, 3)} over "
+        f"{rho.examples:,} training examples (95% bootstrap over examples; one from half of the "
+        f"trials, one from the other half), of at most {rho.ceiling:.3f}, because "
+        f"{percent(rho.tied)} of the examples have memorization {rho.tied_at:.2g} in their half."
     )
+
+
+def shown(rho: RankCorrelation, digits: int = 2) -> str:
+    """A correlation with its interval."""
+    return f"{rho.value:.{digits}f} [{rho.low:.{digits}f}, {rho.high:.{digits}f}]"
 
 
 def _rate(rate: Rate, digits: int) -> str:
