@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from raymem import Examples, Plan, Study, flip_labels
-from raymem.errors import ExamplesError, PlanError
+from raymem.errors import ExamplesError, PlanError, PrivacyError
 from raymem.links import (
     find_links,
     fit_link2,
@@ -386,10 +386,17 @@ def test_more_epsilons_renumber_nothing():
 
 def test_broken_training_is_caught_by_one_run(monkeypatch):
     """Noise that was planned and not added, at a claimed epsilon of 0.5, on random labels."""
+    from raymem.fleet import fleet
     from raymem.privacy import sgd
+    from raymem.training import private
 
     monkeypatch.setattr(sgd.PrivateSteps, "_make_private", unclipped)
     study = private_study("memory://broken", epsilons=(0.5,), privacy=Privacy())
+    with pytest.raises(PrivacyError, match="not those of its examples taken alone"):
+        study.train(engine="serial")
+    # A test of the model before training would end it there; the audit must see it by itself.
+    for module in (private, fleet):
+        monkeypatch.setattr(module, "check_private", lambda model, image_shape: "ghost")
     study.train(engine="serial")
     study.score()
     (audit,) = link3(Store("memory://broken"))
