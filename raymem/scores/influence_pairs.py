@@ -125,8 +125,8 @@ def hypergeometric_tail(
     are out: at ratio 0.9 it let tens to hundreds of false pairs pass where one was expected.
 
     >>> tail = hypergeometric_tail(np.array([7]), np.array([10]), np.array([8]), 20)
-    >>> float(tail[0].round(6)), float(stats.hypergeom.sf(6, 20, 10, 8).round(6))
-    (0.009883, 0.009883)
+    >>> float(tail[0].round(6))
+    0.009883
     """
     k, n, m, T = np.broadcast_arrays(right_in, n_in, right, np.asarray(trials))
     if k.size == 0:

@@ -55,7 +55,7 @@ def attacks_table(attacked: Sequence[Attacked]) -> pa.Table:
 
 
 def correlation_text(here: Attacked) -> str:
-    """How vulnerability goes with memorization, in a sentence."""
+    """The correlation of vulnerability and memorization, in a sentence."""
     at = "" if math.isinf(here.epsilon) else f" at epsilon {here.epsilon:g}"
     rho = here.correlation
     if math.isnan(rho.value):
