@@ -16,6 +16,15 @@ def epsilon_name(epsilon: float) -> str:
     return f"{epsilon:.12g}"
 
 
+def at_epsilon(epsilon: float) -> str:
+    """For a sentence: " at epsilon 2"; nothing for models that are not private.
+
+    >>> at_epsilon(2.0), at_epsilon(math.inf)
+    (' at epsilon 2', '')
+    """
+    return "" if math.isinf(epsilon) else f" at epsilon {epsilon_name(epsilon)}"
+
+
 def json_ready(value: Any) -> Any:
     """A copy of nested mappings and sequences that JSON can hold: NaN is null, inf is "inf".
 

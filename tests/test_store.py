@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -375,6 +376,12 @@ def test_a_damaged_index_and_an_edited_study_are_found(trained):
 # The lock
 
 
+def driver_of(files):
+    """Who holds the lock, by driver.json: process, host."""
+    record = json.loads(files.read("driver.json"))
+    return record["pid"], record["host"]
+
+
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
     files = Files(tmp_path)
     with DriverLock(files):
@@ -382,7 +389,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
             DriverLock(files).__enter__()
         assert caught.value.exit_code == 3
     with DriverLock(files):
-        pass
+        assert driver_of(files) == (os.getpid(), socket.gethostname())
     assert files.list() == []
 
 
@@ -410,7 +417,10 @@ def test_a_process_number_used_again_is_not_the_driver(tmp_path):
     record["process_started"] -= 1000
     files.create("driver.json", json.dumps(record).encode())
     with DriverLock(files):
-        pass
+        now = json.loads(files.read("driver.json"))
+        assert now["token"] != record["token"]
+        assert now["process_started"] == psutil.Process().create_time()
+    assert files.list() == []
 
 
 def test_a_driver_elsewhere_lives_while_its_counter_moves(tmp_path, monkeypatch):
@@ -428,7 +438,7 @@ def test_a_driver_elsewhere_lives_while_its_counter_moves(tmp_path, monkeypatch)
         DriverLock(files).__enter__()
     monkeypatch.setattr(lock_module.time, "sleep", naps.append)
     with DriverLock(files):
-        pass
+        assert driver_of(files) == (os.getpid(), socket.gethostname())
     assert naps == [15.0, 15.0]
 
 
@@ -445,7 +455,8 @@ def test_a_torn_lock_is_no_lock(tmp_path):
     files = Files(tmp_path)
     files.create("driver.json", b'{"tok')
     with DriverLock(files):
-        pass
+        assert driver_of(files) == (os.getpid(), socket.gethostname())
+    assert files.list() == []
 
 
 def test_progress_is_in_the_lock(tmp_path):

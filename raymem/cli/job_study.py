@@ -242,6 +242,19 @@ def run_stages(study: Study, stage: str, way: Way, private: Study | None = None)
                     each.store, each.examples, private=None if other is None else other.store
                 )
                 click.echo(f"report:  {where}")
+    if stage == "all" and (study.curvature or study.privacy or private):
+        click.echo(conclusions(study.open_store()))
+
+
+def conclusions(store: Store) -> str:
+    """The verdicts of links.json: what a run ends with."""
+    from raymem.links import Verdict
+
+    verdicts = (store.note("links") or {}).get("verdicts", [])
+    lines = [
+        str(Verdict(text=said["text"], not_shown=said["not_shown"] or "")) for said in verdicts
+    ]
+    return "\nWhat these trials show, and what they do not:\n" + "\n".join(lines)
 
 
 def _run(study: Study, stage: str, way: Way) -> None:

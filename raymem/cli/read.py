@@ -181,7 +181,7 @@ def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
             click.echo(links_text(links))
         for url, rows in across.items():
             click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n")
-            click.echo("\n".join(verdicts_on_link1(rows)))
+            click.echo("\n".join(map(str, verdicts_on_link1(rows))))
 
 
 def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,10 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
         "memorization_of_the_first_against": {
             url: correlations_as_dict(rows) for url, rows in across.items()
         },
-        "verdicts_against": {url: verdicts_on_link1(rows) for url, rows in across.items()},
+        "verdicts_against": {
+            url: [verdict.as_dict() for verdict in verdicts_on_link1(rows)]
+            for url, rows in across.items()
+        },
     }
 
 

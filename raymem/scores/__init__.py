@@ -27,13 +27,16 @@ if TYPE_CHECKING:
         forecast_trials,
         mean_and_stderr,
         memorization,
+        most_tied,
         ratio,
         reliability,
+        spearman_ceiling,
     )
     from raymem.scores.influence_pairs import (
         InfluencePairs,
         PairRule,
         find_pairs,
+        hypergeometric_tail,
         influence,
         join_pairs,
         of_one_class,
@@ -79,6 +82,7 @@ __all__ = [
     "expected_width",
     "find_pairs",
     "forecast_trials",
+    "hypergeometric_tail",
     "influence",
     "join_curvature",
     "join_pairs",
@@ -87,6 +91,7 @@ __all__ = [
     "mean_and_stderr",
     "membership",
     "memorization",
+    "most_tied",
     "of_one_class",
     "pairs_per_class",
     "pairs_work",
@@ -97,6 +102,7 @@ __all__ = [
     "read_membership",
     "reliability",
     "score",
+    "spearman_ceiling",
     "trials_for",
 ]
 

@@ -80,7 +80,8 @@ class Attacked:
     def from_dict(cls, data: Mapping[str, Any]) -> Attacked:
         """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for other data."""
         rho = data["correlation"]
-        values = {name: from_json(rho[name]) for name in ("value", "low", "high")}
+        names = ("value", "low", "high", "ceiling", "tied", "tied_at")
+        values = {name: from_json(rho[name]) for name in names}
         return cls(**{
             **data,
             "epsilon": float(data["epsilon"]),

@@ -74,8 +74,8 @@ class EpsilonSummary:
     """Influence pairs above 0.15, and above the noise."""
     pairs: int
     """Influence pairs kept in all."""
-    pairs_z: float
-    """Standard errors above zero that strong pairs had to be."""
+    pairs_level: float
+    """Largest p-value that strong pairs could have."""
     pairs_considered: int
     """Pairs among which strong ones were looked for."""
     curvature_modes: tuple[str, ...]
@@ -294,7 +294,7 @@ def _summary(
         memorized=int(pc.sum(table["memorized"]).as_py() or 0),
         strong_pairs=int(pairs.strong.sum()),
         pairs=len(pairs.strong),
-        pairs_z=pairs.z,
+        pairs_level=pairs.level,
         pairs_considered=pairs.considered,
         pairs_dropped=pairs.dropped,
         curvature_modes=tuple(

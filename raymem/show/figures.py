@@ -212,10 +212,11 @@ def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
     )  # fmt: skip
     shape = links.curvature.shape
     finite = [p for p, o in zip(places, seen, strict=True) if math.isfinite(o.epsilon)]
+    fitted = links.curvature.parameters
     if shape is not None and len(finite) > 1:
         x = np.linspace(min(finite), max(finite), 200)
         e = 2.0**x
-        law = links.curvature.slope * shape(e) * -np.expm1(-e) + links.curvature.c2
+        law = fitted["slope"].value * shape(e) * -np.expm1(-e) + fitted["c2"].value
         ax.plot(x, law, color=colours["two"], label="the theorem's law, fitted")
     _epsilon_axis(ax, places, names)
     ax.set_ylabel("curvature, nats per squared pixel")

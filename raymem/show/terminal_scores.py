@@ -270,8 +270,8 @@ def _pairs(s: EpsilonSummary) -> str:
     if not s.pairs_considered:
         return "influence: no pairs of a memorized training and a test example"
     text = (
-        f"influence: {s.strong_pairs:,} strong pairs of {s.pairs_considered:,} (0.15 or more, and "
-        f"{s.pairs_z:.1f} standard errors above zero), {s.pairs:,} kept"
+        f"influence: {s.strong_pairs:,} strong pairs of {s.pairs_considered:,} (0.15 or more, with "
+        f"a p-value of at most {s.pairs_level:.1g}), {s.pairs:,} kept"
     )
     return f"{text}, {s.pairs_dropped:,} DROPPED by --max-pairs" if s.pairs_dropped else text
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raymem.encoding import epsilon_name
+from raymem.encoding import at_epsilon, epsilon_name
 from raymem.errors import DamagedObjectError
 from raymem.store import columns
 
@@ -92,7 +91,7 @@ class TrialKey(NamedTuple):
         return found if key in (*own, failed) else None
 
     def __str__(self) -> str:
-        at = "" if math.isinf(self.epsilon) else f" at epsilon {epsilon_name(self.epsilon)}"
+        at = at_epsilon(self.epsilon)
         return f"trial {self.trial}{at}"
 
 
