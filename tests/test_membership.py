@@ -20,6 +20,7 @@ from raymem.scores import attack, read_membership
 from raymem.scores.lira import Sums, scores, vulnerability
 from raymem.show import write_report
 from raymem.show.page_sections import membership_section, stale_text
+from raymem.show.terminal_membership import correlation_text
 from raymem.store import TrialKey, columns, trial_table
 from raymem.training import TrialResult
 from raymem.training.loop import SubsetHistory
@@ -421,7 +422,7 @@ def test_the_command_writes_what_the_report_shows(gaussian):
         store.scores("membership")
     text = raymem("membership", store.url)
     assert re.search(r"inf +200 +20 +LiRA online +0\.8\d+ \+- 0\.0", text)
-    assert "correlated with memorization" in text or "has no significant correlation with" in text
+    assert correlation_text(here) in text
     assert here.most_vulnerable[0]["example_id"] in text
     assert store.scores("membership").equals(found.table)
     assert set(found.table.column_names) == set(columns.MEMBERSHIP)
@@ -443,6 +444,21 @@ def test_the_command_writes_what_the_report_shows(gaussian):
     assert "&lt;script&gt;" in section
     assert "<script>" not in section
     assert "<b>" not in section
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.1, 0.3, "Vulnerability is positively correlated with memorization"),
+        (-0.3, -0.1, "Vulnerability is negatively correlated with memorization"),
+        (-0.1, 0.3, "Vulnerability has no significant correlation with memorization"),
+    ],
+)
+def test_a_correlation_is_called_so_when_its_interval_is_on_one_side(gaussian, low, high, says):
+    (here,) = gaussian[3].attacked.values()
+    rho = dataclasses.replace(here.correlation, value=(low + high) / 2, low=low, high=high)
+    text = correlation_text(dataclasses.replace(here, correlation=rho))
+    assert text.startswith(f"{says}: rank correlation {rho.value:.3f} [{low:.3f}, {high:.3f}]")
 
 
 def test_errors_of_the_command_are_one_line(tmp_path):
