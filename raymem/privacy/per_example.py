@@ -238,7 +238,7 @@ def _state_of(net: nn.Module) -> dict[str, Tensor]:
 def _named(net: nn.Module, name: str) -> str:
     owner, _, leaf = name.rpartition(".")
     kind = type(net.get_submodule(owner)).__name__
-    return f"{leaf} of layer {owner or 'the model itself'} ({kind})"
+    return f"{leaf} of {f'layer {owner}' if owner else 'the model itself'} ({kind})"
 
 
 def _check_replaced(net: nn.Module, x: Tensor, seeds: list[int]) -> None:
