@@ -37,7 +37,13 @@ if TYPE_CHECKING:
         check_epsilons,
         mechanism_for,
     )
-    from raymem.privacy.per_example import check_function, check_private, clipped_sum
+    from raymem.privacy.per_example import (
+        check_frozen,
+        check_function,
+        check_private,
+        clipped_sum,
+        frozen_state,
+    )
     from raymem.privacy.sgd import (
         PerExample,
         PrivateSteps,
@@ -58,11 +64,13 @@ __all__ = [
     "bounds_on_memorization",
     "certified_epsilon",
     "check_epsilons",
+    "check_frozen",
     "check_function",
     "check_private",
     "clipped_sum",
     "clopper_pearson",
     "fixed_size_bound",
+    "frozen_state",
     "honest_bound",
     "largest_certifiable",
     "lower_limit_of_difference",

@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +28,8 @@ from raymem.privacy.sgd import PerExample, PrivateSteps, check_layers, modes_of
 
 SEED = 0
 BATCH_SIZES = (2, 5)
+# Of a model that draws random numbers: mixup in one of ten batches is missed by 0.5% of the checks.
+DRAWS = 32
 # Relative to the largest logit: equal batch sizes take equal kernels and round equally, others may
 # not.
 SAME_SIZE, OTHER_SIZE = 1e-6, 1e-4
@@ -55,10 +59,10 @@ def check_private(model: nn.Module, image_shape: tuple[int, int, int]) -> PerExa
     'ghost'
     """
     check_function(model, image_shape)
-    with _copy_on_cpu(model) as net:
+    with _copy_on_cpu(model, SEED + 1) as net:
         _jitter(net)
-        check_function(net, image_shape)
-    with _copy_on_cpu(model) as net:
+        _check_passes(_copied(net), image_shape)
+        # A head or a residual branch that starts at zero hides the gradients behind it.
         return next(exact_modes(net, image_shape))
 
 
@@ -67,33 +71,71 @@ def check_function(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
 
     Raises PrivacyError.
     """
-    check_layers(model)
     with _copy_on_cpu(model) as net:
-        for B in BATCH_SIZES:
-            x = torch.rand(B, *_channels_first(image_shape))
-            logits = _check_state(net, x)
-            _check_replaced(net, x, logits)
-            _check_backward(net, x)
-            if bool(_moved(logits, _logits(net, x, SEED + 1), SAME_SIZE).any()):
-                _check_draws(net, x)
-            _check_removed(net, x)
+        check_layers(net)
+        _check_passes(net, image_shape)
+
+
+def _check_passes(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    for B in BATCH_SIZES:
+        x = torch.rand(B, *_channels_first(image_shape))
+        logits = _check_state(net, x)
+        if not bool(torch.isfinite(logits).any(1).all()):
+            raise PrivacyError(
+                "the logits of random images are not finite, so that the model cannot be tested; "
+                "check its initial weights"
+            )
+        is_random = BATCH_SIZES[-1] == B and _is_random(net, x)
+        seeds = [int(seed) for seed in torch.randint(1 << 31, (DRAWS if is_random else 1,))]
+        _check_replaced(net, x, seeds)
+        _check_backward(net, x)
+        if is_random:
+            _check_draws(net, x, seeds)
+        _check_removed(net, x)
 
 
 @contextlib.contextmanager
-def _copy_on_cpu(model: nn.Module) -> Iterator[nn.Module]:
-    """A float32 copy in train mode; random numbers outside are left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+def _copy_on_cpu(model: nn.Module, seed: int = SEED) -> Iterator[nn.Module]:
+    """A copy in train mode; random numbers outside are left alone."""
+    with _seeded(seed):
         try:
-            net = copy.deepcopy(model).to("cpu").float().train()
+            net = _copied(model).to("cpu").train()
             yield net.to(memory_format=torch.contiguous_format)
         except PrivacyError:
             raise
         except Exception as error:  # a user's model can raise anything
             raise PrivacyError(
                 "whether the model treats each image by itself cannot be tested: it does not run "
-                f"on random images on the CPU ({first_line(error)}); {CURE}"
+                f"on random images, 1 to 5 of them, on the CPU ({first_line(error)}); make "
+                "`model(torch.rand(B, C, H, W))` return logits [B, K] for every B"
             ) from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """All that a model may draw from starts at `seed`, and is put back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy; what modules keep of their last pass (attention maps) loses its graph."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for kept in vars(module).values():
+            values = kept.values() if isinstance(kept, dict) else kept
+            for t in values if isinstance(values, Iterable) else (values,):
+                if isinstance(t, Tensor) and not t.is_leaf:
+                    memo[id(t)] = t.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _channels_first(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -111,10 +153,22 @@ def _jitter(net: nn.Module) -> None:
 
 def _logits(net: nn.Module, x: Tensor, seed: int = SEED) -> Tensor:
     """Of a forward pass in train mode that draws from `seed`."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        logits: Tensor = net(x).float()
+    with _seeded(seed), torch.no_grad():
+        logits: Tensor = net(x.clone()).float()  # a model may normalize its images in place
     return logits
+
+
+def _is_random(net: nn.Module, x: Tensor) -> bool:
+    """Whether a forward pass draws random numbers: seen from the generators, not from logits."""
+    with _seeded(SEED):
+        unused = _next_draws()
+    with _seeded(SEED), torch.no_grad():
+        net(x.clone())
+        return _next_draws() != unused
+
+
+def _next_draws() -> tuple[float, float, float]:
+    return float(torch.rand(())), random.random(), float(np.random.rand())
 
 
 def _moved(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
@@ -127,23 +181,54 @@ def _moved(a: Tensor, b: Tensor, tolerance: float) -> Tensor:
 
 
 def _check_state(net: nn.Module, x: Tensor) -> Tensor:
-    """A forward pass leaves nothing behind: no buffer, no parameter, nothing else. The logits."""
-    before = {name: t.clone() for name, t in _state_of(net).items()}
+    """A forward pass leaves nothing of its images behind, in a buffer or elsewhere. The logits.
+
+    What a first pass makes for all images alike (a grid of positions) may stay.
+    """
+    other = _copied(net)
+    _logits(other, torch.rand_like(x))
     first = _logits(net, x)
+    _check_unchanged(net, _state_of(other))
+    before = {name: t.clone() for name, t in _state_of(net).items()}
+    _logits(net, torch.rand_like(x))
+    _check_unchanged(net, before)
+    for seen in (net, other):
+        if bool(_moved(first, _logits(seen, x), SAME_SIZE).any()):
+            raise PrivacyError(
+                "the model gives other logits for the same images after it has seen others: it "
+                "remembers earlier batches, or draws random numbers from a generator of its own; "
+                f"{CURE}, and draws from torch's generator"
+            )
+    return first
+
+
+def _check_unchanged(net: nn.Module, before: dict[str, Tensor]) -> None:
     for name, t in _state_of(net).items():
-        if name not in before or not torch.equal(t, before[name]):
+        if name not in before or not _equal(t, before[name]):
             raise PrivacyError(
                 f"a forward pass in train mode changes {_named(net, name)}: what it keeps of a "
                 "batch reaches later ones past clipping and noise; switch running statistics off, "
                 f"or {CURE}"
             )
-    _logits(net, torch.rand_like(x))
-    if bool(_moved(first, _logits(net, x), SAME_SIZE).any()):
-        raise PrivacyError(
-            "the model gives other logits for the same images after it has seen others: it "
-            f"remembers earlier batches; {CURE}"
-        )
-    return first
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(a.nan_to_num(), b.nan_to_num()))
+
+
+def frozen_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that private training must leave alone: buffers, and weights not trained."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {n: t.detach().clone() for n, t in _state_of(model).items() if n not in trained}
+
+
+def check_frozen(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Raises PrivacyError if what `frozen_state` had `before` training is not the same now.
+
+    So buffers that change once in a hundred passes are found, which `check_function` may miss.
+    """
+    after = _state_of(model)
+    _check_unchanged(model, before | {n: t for n, t in after.items() if n not in before})
 
 
 def _state_of(net: nn.Module) -> dict[str, Tensor]:
@@ -153,34 +238,39 @@ def _state_of(net: nn.Module) -> dict[str, Tensor]:
 def _named(net: nn.Module, name: str) -> str:
     owner, _, leaf = name.rpartition(".")
     kind = type(net.get_submodule(owner)).__name__
-    return f"{leaf} of layer {owner or 'the model itself'} ({kind})"
+    return f"{leaf} of {f'layer {owner}' if owner else 'the model itself'} ({kind})"
 
 
-def _check_replaced(net: nn.Module, x: Tensor, logits: Tensor) -> None:
+def _check_replaced(net: nn.Module, x: Tensor, seeds: list[int]) -> None:
     """Another image in one place moves the logits in no other place."""
     B = len(x)
-    # A random image, and one far outside: a rare branch is more likely to be taken.
-    for place, other in ((0, torch.rand_like(x[0])), (B - 1, torch.ones_like(x[0]))):
-        changed = x.clone()
-        changed[place] = other
-        moved = _moved(logits, _logits(net, changed), SAME_SIZE)
-        moved[place] = False
-        if bool(moved.any()):
-            raise PrivacyError(
-                f"{_where_mixed(net, x, changed, place)} mixes the examples of a batch: another "
-                f"image in one place of {B} moves the logits of others, so that no gradient is one "
-                f"example's; {CURE}: GroupNorm or LayerNorm for statistics over the batch"
-            )
+    for seed in seeds:
+        logits = _logits(net, x, seed)
+        # A random image, and one far outside: a rare branch is more likely to be taken.
+        for place, other in ((0, torch.rand_like(x[0])), (B - 1, torch.ones_like(x[0]))):
+            changed = x.clone()
+            changed[place] = other
+            moved = _moved(logits, _logits(net, changed, seed), SAME_SIZE)
+            moved[place] = False
+            if bool(moved.any()):
+                raise PrivacyError(
+                    f"{_where_mixed(net, x, changed, place, seed)} mixes the examples of a batch: "
+                    f"another image in one place of {B} moves the logits of others, so that no "
+                    f"gradient is one example's; {CURE}: GroupNorm or LayerNorm for statistics "
+                    "over the batch"
+                )
 
 
 def _check_backward(net: nn.Module, x: Tensor) -> None:
     """The gradient of one image's logits is zero at all other images."""
     images = x.clone().requires_grad_()
-    torch.manual_seed(SEED)
-    logits = net(images)
+    with _seeded(SEED):
+        logits = net(images.clone())
     if not logits.requires_grad:
         return
-    (gradient,) = torch.autograd.grad(logits[0].sum(), images, allow_unused=True)
+    # Not of their plain sum, which is constant for a model that returns probabilities.
+    weighted = logits[0] @ torch.linspace(1, 2, logits.shape[1], dtype=logits.dtype)
+    (gradient,) = torch.autograd.grad(weighted, images, allow_unused=True)
     if gradient is not None and bool((gradient[1:] != 0).any()):
         raise PrivacyError(
             "a backward pass mixes the examples of a batch: the gradient of one image's logits "
@@ -188,14 +278,14 @@ def _check_backward(net: nn.Module, x: Tensor) -> None:
         )
 
 
-def _check_draws(net: nn.Module, x: Tensor) -> None:
+def _check_draws(net: nn.Module, x: Tensor, seeds: list[int]) -> None:
     """Random numbers are drawn for each image: one mask for the whole batch ties it together."""
     same = x[:1].expand_as(x).contiguous()
     with _without_dropout(net):
-        passes = [_logits(net, same, seed) for seed in range(4)]
+        passes = [_logits(net, same, seed) for seed in seeds]
     shared = all(not bool(_moved(p, p[:1].expand_as(p), SAME_SIZE).any()) for p in passes)
     differ = any(bool(_moved(passes[0], p, SAME_SIZE).any()) for p in passes)
-    if len(x) > 2 and shared and differ:
+    if shared and differ:
         raise PrivacyError(
             "the model draws one random mask for the whole batch: what happens to an example then "
             "depends on the batch it is in; draw one for each image, as nn.Dropout does"
@@ -206,7 +296,7 @@ def _check_removed(net: nn.Module, x: Tensor) -> None:
     """Without the first or the last image the others' logits are the same."""
     with _without_dropout(net):
         whole = _logits(net, x)
-        if bool(_moved(whole, _logits(net, x, SEED + 1), SAME_SIZE).any()):
+        if _is_random(net, x):
             return  # it draws random numbers, others for another batch size
         for kept in (slice(1, None), slice(None, -1)):
             if bool(_moved(whole[kept], _logits(net, x[kept]), OTHER_SIZE).any()):
@@ -230,7 +320,7 @@ def _without_dropout(net: nn.Module) -> Iterator[None]:
             m.train(training)
 
 
-def _where_mixed(net: nn.Module, x: Tensor, changed: Tensor, place: int) -> str:
+def _where_mixed(net: nn.Module, x: Tensor, changed: Tensor, place: int, seed: int) -> str:
     """The first layer that gives something else in another place, or the code before it."""
     names = {module: name for name, module in net.named_modules()}
     records: list[list[tuple[nn.Module, Tensor | None, Tensor]]] = []
@@ -245,7 +335,7 @@ def _where_mixed(net: nn.Module, x: Tensor, changed: Tensor, place: int) -> str:
 
         hooks = [module.register_forward_hook(note) for module in net.modules()]
         try:
-            _logits(net, images)
+            _logits(net, images, seed)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -276,22 +366,27 @@ def exact_modes(net: nn.Module, image_shape: tuple[int, int, int]) -> Iterator[P
     x = torch.rand(B, *_channels_first(image_shape))
     K = _logits(net, x).shape[1]
     y = torch.randint(0, K, (B,))
-    net, x = _in_double(net, x)
+    double, x_double = _in_double(net, x)
+    with _without_dropout(double):
+        random_alone = _is_random(double, x_double)
     problems: list[PrivacyError] = []
-    with _without_dropout(net):
-        random = bool(_moved(_logits(net, x), _logits(net, x, SEED + 1), SAME_SIZE).any())
-        check = _check_sensitivity if random else _check_gradients
-        modes = modes_of(net)
-        for mode in modes:
-            try:
-                check(net, x, y, mode)
-            except PrivacyError as problem:
-                problems.append(problem)
-            else:
-                yield mode
+    modes = modes_of(net)
+    for mode in modes:
+        try:
+            if not random_alone:
+                with _without_dropout(double):
+                    _check_gradients(double, x_double, y, mode)
+            if _is_random(double, x_double):
+                _check_separate(double, x_double, y, mode)
+            clipped_sum(_copied(net), x, y, 1.0, mode)  # as in training: types, dropout
+        except PrivacyError as problem:
+            problems.append(problem)
+        else:
+            yield mode
     if len(problems) == len(modes):
-        # Hooks see each parameter by itself, and say which one it is, where they can run at all.
-        raise problems[0] if isinstance(problems[-1], _CannotRunError) else problems[-1]
+        # The last to run says which parameter it is; torch alone says best what cannot run at all.
+        ran = [p for p in problems if not isinstance(p, _CannotRunError)]
+        raise (ran or problems)[-1]
 
 
 class _CannotRunError(PrivacyError):
@@ -301,7 +396,7 @@ class _CannotRunError(PrivacyError):
 def _in_double(net: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
     """A copy of the net and its images in float64, or as they are if the net insists on float32."""
     try:
-        double = copy.deepcopy(net).double()
+        double = _copied(net).double()
         _logits(double, x.double())
     except RuntimeError:
         return net, x
@@ -336,16 +431,17 @@ def clipped_sum(
     optimizer.register_step_pre_hook(note)
     try:
         private = PrivateSteps(net, optimizer, mechanism, SEED, mode=mode)
-        torch.manual_seed(SEED)
-        private.add(x, y)
+        with _seeded(SEED):
+            private.add(x.clone(), y)
         private.step()
         private.close()
     except PrivacyError:
         raise
     except Exception as error:  # opacus refuses in many ways, some only in the backward pass
         raise _CannotRunError(
-            f"opacus cannot take per-example gradients of this model ({first_line(error)}); take "
-            "another model"
+            "neither opacus nor torch.func.vmap can take per-example gradients of this model "
+            f"({first_line(error)}); build it from layers that both know: opacus.layers has LSTM "
+            "and GRU, and torch.utils.checkpoint is not needed, because physical batches are small"
         ) from error
     return found
 
@@ -355,7 +451,7 @@ def _alone(net: nn.Module, x: Tensor, y: Tensor) -> list[dict[str, Tensor]]:
     gradients = []
     for i in range(len(x)):
         net.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(net(x[i : i + 1]).float(), y[i : i + 1])
+        loss = F.cross_entropy(net(x[i : i + 1].clone()).float(), y[i : i + 1])
         loss.backward()  # type: ignore[no-untyped-call]
         gradients.append(
             {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
@@ -370,17 +466,13 @@ def _norm(gradient: dict[str, Tensor]) -> float:
 
 def _check_gradients(net: nn.Module, x: Tensor, y: Tensor, mode: PerExample) -> None:
     """Clipped sums are those of the examples' gradients taken alone, each parameter's too."""
-    alone = _alone(net, x, y)
+    alone = _alone(_copied(net), x, y)
     norms = sorted(_norm(g) for g in alone)
-    if not math.isfinite(norms[-1]) or norms[-1] == 0:
-        raise PrivacyError(
-            f"gradients of random images are {norms[-1]:g}: nothing to train on; check the model's "
-            "initial weights"
-        )
+    _check_norm(norms[-1])
     # First one that clips nobody, so that the parameter at fault is seen; then one between.
     for C in (1e4 * norms[-1], (norms[0] + norms[-1]) / 2):
         weights = [min(1.0, C / max(_norm(g), 1e-30)) for g in alone]
-        got = clipped_sum(copy.deepcopy(net), x, y, C, mode)
+        got = clipped_sum(_copied(net), x, y, C, mode)
         for name, p in net.named_parameters():
             parts = [w * g[name] for w, g in zip(weights, alone, strict=True) if name in g]
             expected = torch.stack(parts).sum(0) if parts else torch.zeros_like(p)
@@ -394,17 +486,47 @@ def _check_gradients(net: nn.Module, x: Tensor, y: Tensor, mode: PerExample) -> 
                 )
 
 
-def _check_sensitivity(net: nn.Module, x: Tensor, y: Tensor, mode: PerExample) -> None:
-    """For models that draw random numbers: replacing an example moves the sum by 2 C at most."""
-    C = 1e-3
-    whole = clipped_sum(copy.deepcopy(net), x, y, C, mode)
-    for place in range(len(x)):
-        changed = x.clone()
-        changed[place] = torch.rand_like(x[place])
-        other = clipped_sum(copy.deepcopy(net), changed, y, C, mode)
-        moved = _norm({name: whole[name] - other[name] for name in whole})
-        if not moved <= 2 * C * (1 + GRADIENT[x.dtype]):
+def _check_norm(norm: float) -> None:
+    if not math.isfinite(norm) or norm == 0:
+        raise PrivacyError(
+            f"gradients of random images are {norm:g}: nothing to train on; check the model's "
+            "initial weights"
+        )
+
+
+def _check_separate(net: nn.Module, x: Tensor, y: Tensor, mode: PerExample) -> None:
+    """For models that draw random numbers, whose gradients cannot be taken alone with equal draws.
+
+    An example by itself is clipped to C, and replacing one moves the sum by the same whatever
+    another one is: then the sum is one of terms of one example each, none longer than C.
+    """
+
+    def total(x: Tensor, C: float) -> dict[str, Tensor]:
+        return clipped_sum(_copied(net), x, y[: len(x)], C, mode)
+
+    length = max(_norm(total(x[i : i + 1], 1e10)) for i in range(len(x)))
+    _check_norm(length)
+    short = length / 10
+    longest = max(_norm(total(x[i : i + 1], short)) for i in range(len(x)))
+    if not longest <= short * (1 + GRADIENT[x.dtype]):
+        raise PrivacyError(
+            f"one example alone moves the clipped sum by {longest / short:.3g} C, more than the C "
+            "that clipping allows: a parameter is used outside of its layer's own call; take plain "
+            "layers, each with its own weights"
+        )
+    first, last = x.clone(), x.clone()
+    first[0], last[-1] = torch.rand_like(x[0]), torch.rand_like(x[0])
+    both = first.clone()
+    both[-1] = last[-1]
+    for C in (1e4 * length, 0.9 * length):
+        sums = [total(images, C) for images in (x, first, last, both)]
+        rest = _norm({n: a - b - c + d for n, (a, b, c, d) in _zipped(sums).items()})
+        if not rest <= GRADIENT[x.dtype] * length:
             raise PrivacyError(
-                f"replacing one example moves the clipped sum by {moved / C:.3g} C, more than the "
-                f"2 C that clipping allows: gradients mix examples; {CURE}"
+                f"what one example adds to the clipped sum depends on another one, by "
+                f"{rest / C:.3g} C: gradients mix examples; {CURE}"
             )
+
+
+def _zipped(sums: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: [one[name] for one in sums] for name in sums[0]}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from raymem.errors import FleetError, PrivacyError, first_line
 from raymem.privacy.mechanism import Mechanism
 
-PerExample = Literal["none", "expanded-weights", "ghost", "hooks"]
+PerExample = Literal["none", "expanded-weights", "ghost", "hooks", "vmap"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Layers whose per-example gradients torch's expanded weights know.
@@ -39,25 +39,19 @@ def poisson_batch(n: int, sample_rate: float, draws: torch.Generator) -> Tensor:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Raises PrivacyError for what a look at the layers refuses, without running the model.
+    """Raises PrivacyError for batch normalization over the batch, without running the model.
 
-    Layers that mix the examples of a batch by definition, and parameters that two layers share:
-    each layer's gradient would be clipped as if it were the whole.
+    `model` is in the mode it is trained in: batch normalization that stays in eval mode, as of a
+    frozen backbone, mixes nothing.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
+        if module.training or module.running_mean is None:
             raise PrivacyError(
                 f"layer {name} is a {type(module).__name__}: it mixes the examples of a batch, so "
                 "that no gradient is one example's; take the model's name with -gn, which has "
                 "GroupNorm instead"
-            )
-    names: dict[int, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        first = names.setdefault(id(p), name)
-        if first != name:
-            raise PrivacyError(
-                f"{name} and {first} are one parameter: per-example gradients of tied layers are "
-                "not clipped together; give each layer its own weights"
             )
 
 
@@ -65,13 +59,18 @@ def modes_of(model: nn.Module) -> tuple[PerExample, ...]:
     """The ways to per-example gradients that may be exact for `model`, cheapest first.
 
     `expanded-weights` for nets with convolutions, `ghost` for those without, `hooks` for layers
-    that neither knows; see docs/decisions.md.
+    that neither knows, `vmap` for what goes beyond layers (weights that layers share, nn.RNN);
+    see docs/decisions.md.
     """
+    named = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    if len(set(named)) < len(named):
+        # Opacus would count a layer with two names twice, and clip tied weights layer by layer.
+        return ("vmap",)
     owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     if not all(isinstance(module, EXPANDABLE) for module in owners):
-        return ("hooks",)
+        return ("hooks", "vmap")
     convolutional = any(isinstance(module, CONVOLUTIONS) for module in owners)
-    return ("expanded-weights", "hooks") if convolutional else ("ghost", "hooks")
+    return ("expanded-weights" if convolutional else "ghost", "hooks", "vmap")
 
 
 def physical_batch(model: nn.Module, mechanism: Mechanism) -> int:
@@ -132,7 +131,7 @@ class PrivateSteps:
                 )
             elif self.mode == "expanded-weights":
                 self._wrapped = GradSampleModuleExpandedWeights(self._model, loss_reduction="sum")
-            else:
+            elif self.mode == "hooks":
                 self._wrapped = GradSampleModule(self._model, loss_reduction="sum", strict=False)
         except NotImplementedError as error:
             raise PrivacyError(
@@ -167,17 +166,21 @@ class PrivateSteps:
             self._optimizer.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of hooks whose input needs no gradient
-            logits = self._wrapped(x).float()
+            if self.mode == "vmap":
+                logits = self._vmapped_gradients(x, y, smoothing)
+            else:
+                logits = self._wrapped(x).float()
             loss = F.cross_entropy(logits, y, reduction="none")
             objective = loss
             if smoothing:
                 objective = F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
             if self.mode == "ghost":
                 self._ghost_backward(objective)
-            else:
+            elif self.mode != "vmap":
                 # Of a mean, every gradient would have to be multiplied by B again.
                 objective.sum().backward()  # type: ignore[no-untyped-call]
         if self.mechanism.clips:
+            self._check_rows(len(x))
             self._optimizer.step()
         return loss.detach(), logits.detach().argmax(1) == y
 
@@ -186,6 +189,48 @@ class PrivateSteps:
         from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
         DPTensorFastGradientClipping(self._wrapped, self._optimizer, objective).backward()
+
+    def _vmapped_gradients(self, x: Tensor, y: Tensor, smoothing: float) -> Tensor:
+        """The logits [B, K]; per-example gradients of the model as a function of one image."""
+        trained = {p: p.detach() for p in self._model.parameters() if p.requires_grad}
+        # Every layer once, with all weights it has: torch's own tie_weights leaves a layer that
+        # has two names without its parameters.
+        owned = [
+            (f"{prefix}.{name}".lstrip("."), p)
+            for prefix, module in self._model.named_modules()
+            for name, p in module.named_parameters(recurse=False)
+            if p in trained
+        ]
+
+        def loss_of(
+            weights: dict[nn.Parameter, Tensor], x: Tensor, y: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            of_layers = {name: weights[p] for name, p in owned}
+            logits = torch.func.functional_call(
+                self._model, of_layers, (x[None],), tie_weights=False
+            ).float()
+            return F.cross_entropy(logits, y[None], label_smoothing=smoothing), logits[0]
+
+        of_each = torch.func.vmap(
+            torch.func.grad(loss_of, has_aux=True), in_dims=(None, 0, 0), randomness="different"
+        )
+        gradients, logits = of_each(trained, x, y)
+        for p, gradient in gradients.items():
+            p.grad_sample = gradient
+        return logits  # type: ignore[no-any-return]
+
+    def _check_rows(self, B: int) -> None:
+        """A model that cuts its batch into chunks has the gradients of several examples in one."""
+        if self.mode == "ghost":
+            return  # norms of fewer examples than losses are an error there
+        for name, p in self._model.named_parameters():
+            rows = getattr(p, "grad_sample", None)
+            if isinstance(rows, Tensor) and len(rows) != B:
+                raise PrivacyError(
+                    f"{name} has {len(rows)} per-example gradients of {B} examples: the model cuts "
+                    "a batch into chunks; remove the chunks, physical batches are cut to fit the "
+                    "memory anyway"
+                )
 
     def step(self) -> None:
         """Noise, the division, and one update; ends the logical batch."""

@@ -19,8 +19,10 @@ from raymem.privacy import (
     Mechanism,
     PerExample,
     PrivateSteps,
+    check_frozen,
     check_function,
     check_private,
+    frozen_state,
     physical_batches,
     poisson_batch,
 )
@@ -65,6 +67,7 @@ def train_privately(
     mode = None
     if mechanism.clips:
         mode = _tested_mode(recipe.model, images.n_classes, images.image_shape)
+    frozen = frozen_state(model)
     state, subset = start(model, images, mask, recipe, seeds)
     private = PrivateSteps(model, state.optimizer, mechanism, seeds.noise, mode=mode)
     if mechanism.secure_mode:
@@ -98,6 +101,7 @@ def train_privately(
     private.close()
     if mechanism.clips:
         # What fresh weights do not show, trained ones may.
+        check_frozen(model, frozen)
         check_function(model, images.image_shape)
     return history_of(state)
 
