@@ -125,7 +125,8 @@ class StackedStep:
         rows, draws, rates = self.feed.batch()
         flat = {name: values.flatten(0, 1) for name, values in draws.items()}
         x = take(self.images.x_train, rows.flatten(), flat, self.recipe)
-        x = as_input(x, torch.contiguous_format).unflatten(0, rows.shape)
+        x = as_input(x, torch.contiguous_format)
+        x = x.view(*rows.shape, *x.shape[1:])
         return x, self.images.y_train[rows], rates
 
     def _objective(
