@@ -28,6 +28,7 @@ from raymem.version import VERSION
 PARTS = {
     "trial": trial.against_the_plain_loop,
     "utilization": trial.utilization,
+    "gathering": trial.gathering,
     "curvature": curvature.exact_trace,
     "stratified": curvature.stratified,
     "private": private.against_plain_steps,

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from benchmarks.rows import Row, side_by_side
 from raymem import CurvatureRule, Images, PaperRule, Plan, Recipe, curvature, paper_score
-from raymem.curvature.fold import folded
+from raymem.curvature.fold_batchnorm import folded
 from raymem.curvature.paper import PAPER_STREAM
 from raymem.curvature.probes import image_signs, keys_of
-from raymem.examples import load_examples
+from raymem.data import load_examples
 from raymem.models import build_model
 from raymem.training import train
 

@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.rows import Row
 from raymem import PairRule, find_pairs, memorization
-from raymem.memorization import Bits
+from raymem.scores import Bits
 
 TOP = 5
 

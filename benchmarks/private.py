@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.rows import Row, seconds
 from raymem.models import build_model
-from raymem.privacy import Privacy, PrivateSteps, mechanism_for, per_example_mode
+from raymem.privacy import Privacy, PrivateSteps, mechanism_for
+from raymem.privacy.per_example import exact_modes
 
 GOAL = 4.0
 # Name, image shape, batch, repeats.
@@ -45,19 +46,10 @@ def step(
     return once
 
 
-def modes_of(name: str) -> list[str]:
-    """Those that can train it: hooks and ghosts cannot follow timm's shortcuts."""
-    net = build_model(name, n_classes=10, image_shape=(32, 32, 3))
-    own = per_example_mode(net)
-    return [
-        own,
-        *(m for m in ("expanded-weights", "ghost", "hooks") if m != own and own == "ghost"),
-    ]
-
-
 def against_plain_steps(quick: bool) -> Iterator[Row]:
     for name, shape, batch, repeats in NETS[:2] if quick else NETS:
-        modes = modes_of(name)
+        net = build_model(name, n_classes=10, image_shape=shape)
+        modes = list(exact_modes(net.train(), shape))
         calls = {None: step(name, shape, batch, None)}
         calls |= {mode: step(name, shape, batch, mode) for mode in modes}  # type: ignore[misc]
         for call in calls.values():

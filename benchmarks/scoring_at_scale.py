@@ -28,7 +28,7 @@ import pyarrow as pa
 from benchmarks.measured import keep
 from benchmarks.rows import Row
 from raymem import PairRule, Plan, Recipe, Store, TrialKey, TrialResult, find_pairs, score
-from raymem.memorization import Bits
+from raymem.scores import Bits
 from raymem.store import columns, trial_table
 from raymem.training.trial import Evaluation, SubsetHistory
 

@@ -17,8 +17,7 @@ import sys
 import numpy as np
 
 from raymem import Store
-from raymem.memorization import Look, Until, difference_of_proportions, reliability
-from raymem.scoring import look
+from raymem.scores import Look, Until, difference_of_proportions, look, reliability
 
 FLEETS, N, BLOCK, R, MOST = 60, 2000, 20, 0.7, 1000
 

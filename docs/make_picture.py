@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from raymem import Store, load_examples
-from raymem.tables import top, where
+from raymem.show.tables import top, where
 
 COLUMNS = 10
 

@@ -8,7 +8,11 @@ Each stage is a module; this is the public door to all of them.
 # Before torch: with torch loaded first, pyarrow's threads abort some processes as they exit.
 import pyarrow.parquet as _  # noqa: F401
 
+from raymem.cli import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
 from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
+from raymem.curvature.streaming import ScoringModel, StageSummary, measure_kept, stream_curvature
+from raymem.data import Cache, CachedExamples, Examples, flip_labels, load_examples
+from raymem.data.shards import IngestSummary, Transform, ingest, list_shards
 from raymem.errors import (
     CurvatureError,
     DamagedObjectError,
@@ -28,23 +32,9 @@ from raymem.errors import (
     StudyMismatchError,
     TrialError,
 )
-from raymem.examples import Cache, CachedExamples, Examples, flip_labels, load_examples
 from raymem.fleet import Progress, run_fleet
 from raymem.interop import export, import_fleet, import_npz, import_scores
-from raymem.job import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
 from raymem.links import Correlation, Links, correlations, find_links
-from raymem.membership import Membership, membership
-from raymem.memorization import (
-    Estimate,
-    InfluencePairs,
-    Memorization,
-    PairRule,
-    find_pairs,
-    influence,
-    memorization,
-)
-from raymem.opened import Opened
-from raymem.opened import open_store as open
 from raymem.plan import Plan, Seeds
 from raymem.privacy import (
     Bound,
@@ -54,17 +44,21 @@ from raymem.privacy import (
     mechanism_for,
     one_run_epsilon,
 )
-from raymem.scoring import EpsilonSummary, score
-from raymem.shards import (
-    IngestSummary,
-    ScoringModel,
-    StageSummary,
-    Transform,
-    ingest,
-    list_shards,
-    measure_kept,
-    stream_curvature,
+from raymem.scores import (
+    EpsilonSummary,
+    Estimate,
+    InfluencePairs,
+    Membership,
+    Memorization,
+    PairRule,
+    find_pairs,
+    influence,
+    membership,
+    memorization,
+    score,
 )
+from raymem.show.notebook import Opened
+from raymem.show.notebook import open_store as open
 from raymem.store import Problem, Store, Target, TrialKey, merge, verify
 from raymem.study import Study
 from raymem.training import Images, Measured, Recipe, TrialResult, measure, run_trial

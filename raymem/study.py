@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raymem.curvature import CurvatureRule
+from raymem.curvature.streaming import StageSummary, measure_kept
+from raymem.data import CachedExamples, Examples
+from raymem.data.shards import list_shards
 from raymem.errors import PlanError
-from raymem.examples import CachedExamples, Examples
 from raymem.fleet import (
     Engine,
     Extras,
@@ -20,7 +22,6 @@ from raymem.fleet import (
     repeat_trial,
     run_fleet,
 )
-from raymem.memorization import PairRule, Until
 from raymem.plan import Kind, Plan
 from raymem.privacy import (
     Mechanism,
@@ -28,8 +29,7 @@ from raymem.privacy import (
     check_epsilons,
     mechanism_for,
 )
-from raymem.scoring import EpsilonSummary, look, score
-from raymem.shards import StageSummary, list_shards, measure_kept
+from raymem.scores import EpsilonSummary, PairRule, Until, look, score
 from raymem.store import Part, Store, Target
 from raymem.training import Recipe, check_private_recipe
 
@@ -38,7 +38,7 @@ from raymem.training import Recipe, check_private_recipe
 class Study:
     """A fleet of models of one recipe on random subsets of one data set, in one store.
 
-    >>> from raymem.examples import load_examples
+    >>> from raymem.data import load_examples
     >>> study = Study(
     ...     examples=load_examples("digits"),
     ...     recipe=Recipe(model="mlp-32", epochs=3),

@@ -29,10 +29,12 @@ from raymem import (
     load_examples,
     stream_curvature,
 )
-from raymem.examples import Cache, CachedExamples, local, near
+from raymem.data import Cache, CachedExamples
+from raymem.data import duplicates as near
+from raymem.data import local_copy as local
+from raymem.data.shards import ingest
+from raymem.data.shards.shard_readers import read_shard
 from raymem.models import build_model
-from raymem.shards import ingest
-from raymem.shards.readers import read_shard
 
 pytestmark = pytest.mark.alone
 
@@ -197,7 +199,7 @@ def test_a_damaged_piece_is_named_and_never_mapped(cache, made, tmp_path, damage
 
 SCRIPT = """
 import sys, time
-from raymem.examples import Cache, local
+from raymem.data import Cache, local_copy as local
 copy = local._copy
 def slow(*arguments):
     with open({log!r}, "a") as log:
@@ -322,7 +324,7 @@ def test_a_large_folder_is_several_shards_of_a_stream(made, tmp_path, monkeypatc
     records = ilsvrc(25, 0)[0]
     shard_files.write_folders(tmp_path / "set", records)
     assert [s.name for s in list_shards(str(tmp_path / "set"))][:2] == ["0", "1"]
-    monkeypatch.setattr("raymem.shards.records.FOLDER_FILES", 2)
+    monkeypatch.setattr("raymem.data.shards.records.FOLDER_FILES", 2)
     shards = list_shards(str(tmp_path / "set"))
     assert [s.name for s in shards][:2] == ["0.1-of-2", "0.2-of-2"]
     assert len({s.name for s in shards}) == len(shards) > 10

@@ -14,9 +14,8 @@ from click.testing import CliRunner
 from learners import errs_at_known_odds, numbered_examples, recipe
 
 from raymem import JobOptions, Store, Study, Target, run_job
-from raymem.cli import main
+from raymem.cli import absolute_store, main
 from raymem.errors import StoreError
-from raymem.job import absolute_store
 
 pytestmark = pytest.mark.alone
 

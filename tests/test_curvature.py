@@ -16,7 +16,7 @@ from learners import no_second_derivative
 from torch import nn
 
 from raymem.curvature import CurvatureRule, PaperRule, curvature, paper_score, pick_mode
-from raymem.curvature.fold import folded
+from raymem.curvature.fold_batchnorm import folded
 from raymem.curvature.probes import keys_of, signs
 from raymem.errors import CurvatureError
 from raymem.training import batch_of, measure

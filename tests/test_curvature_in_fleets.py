@@ -201,7 +201,7 @@ def test_an_example_counts_where_all_of_its_measures_are_numbers(digits, tmp_pat
 
 
 def test_modes_are_not_mixed_without_a_word(digits, tmp_path):
-    from raymem.text import summary_text
+    from raymem.show import summary_text
 
     study = study_of(digits, tmp_path, trials=20)
     study.train(engine="serial")

@@ -24,7 +24,7 @@ from raymem import (
     list_shards,
     verify,
 )
-from raymem.shards import measure_kept
+from raymem.curvature.streaming import measure_kept
 from raymem.store import columns
 
 N, M, TRIALS = 60, 20, 40

@@ -30,9 +30,9 @@ from raymem.cli import main
 from raymem.interop import layouts
 from raymem.interop.safe import array_of
 from raymem.links import correlations_across, find_links
-from raymem.report import write_report
+from raymem.show import write_report
+from raymem.show.terminal_status import describe_store
 from raymem.store import verify
-from raymem.text.status import describe_store
 
 T, N, M, K = 30, 24, 9, 3
 

@@ -229,7 +229,7 @@ def test_a_fleet_leaves_no_token_behind(tmp_path):
 
 
 def test_progress_is_in_the_lock_while_the_fleet_runs(tmp_path, undisturbed):
-    from raymem.text import describe_store
+    from raymem.show import describe_store
 
     job = start_job(tmp_path, "--trials", str(TRIALS), "--engine", "serial")
     with no_survivors(job):

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raymem import Examples, PairRule, Plan, Recipe, Study, find_pairs, influence
-from raymem.memorization import Bits, join_pairs, pairs_work
-from raymem.scoring import pairs as scoring_pairs
-from raymem.scoring.sums import Outcomes
+from raymem.scores import Bits, join_pairs, pairs_work
+from raymem.scores import influence_table as scoring_pairs
+from raymem.scores.running_sums import Outcomes
 
 
 def module():
     import sys
 
-    return sys.modules["raymem.memorization.influence"]
+    return sys.modules["raymem.scores.influence_pairs"]
 
 
 def fleet(T=60, N=50, M=30, seed=0, balanced=True):

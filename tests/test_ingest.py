@@ -25,12 +25,12 @@ from shard_files import WNIDS, ilsvrc, saved, write_ilsvrc, write_parquet, write
 
 from raymem import ExamplesError, StoreError, StoreHeldError, StudyMismatchError
 from raymem.cli import main
+from raymem.data import Cache, CachedExamples
+from raymem.data.shards import ingest, records
+from raymem.data.shards import pieces as pieces_module
+from raymem.data.shards.finish_cache import _against
+from raymem.data.shards.splits import find_splits
 from raymem.errors import DamagedObjectError
-from raymem.examples import Cache, CachedExamples
-from raymem.shards import ingest, records
-from raymem.shards import pieces as pieces_module
-from raymem.shards.finish import _against
-from raymem.shards.splits import find_splits
 from raymem.store import DriverLock, Files
 
 pytestmark = pytest.mark.alone
@@ -656,7 +656,7 @@ def test_other_file_systems(small, tmp_path):
 
 SCRIPT = """
 import importlib, time
-module = importlib.import_module("raymem.shards.ingest")
+module = importlib.import_module("raymem.data.shards.ingestion")
 if __name__ == "__main__":
     if {engine!r} == "serial":
         decode = module.decode_shard

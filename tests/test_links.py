@@ -21,7 +21,7 @@ from raymem.links import (
 from raymem.links.binned import crossed
 from raymem.links.curvature import MEASURES, Coefficient, correlate
 from raymem.links.sums import Sums
-from raymem.text import links_text
+from raymem.show import links_text
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from raymem.memorization import list_with_fdr, probability_above
+from raymem.scores import list_with_fdr, probability_above
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from scipy.stats import norm, spearmanr
 from raymem import Plan, Store, import_npz, membership, score, verify
 from raymem.cli import main
 from raymem.errors import DamagedObjectError, StoreError
-from raymem.membership import Sums, attack, read_membership, scores, vulnerability
-from raymem.report import write_report
-from raymem.report.membership import membership_section, stale_text
+from raymem.scores import attack, read_membership
+from raymem.scores.lira import Sums, scores, vulnerability
+from raymem.show import write_report
+from raymem.show.page_sections import membership_section, stale_text
 from raymem.store import TrialKey, columns, trial_table
 from raymem.training import TrialResult
 from raymem.training.loop import SubsetHistory

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from raymem import memorization
-from raymem.memorization import (
+from raymem.scores import (
     difference_of_means,
     difference_of_proportions,
     forecast_trials,

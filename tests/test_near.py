@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from raymem import Examples, Recipe, Study
-from raymem.examples import near as near_module
-from raymem.examples import near_duplicates
+from raymem.data import duplicates as near_module
+from raymem.data import near_duplicates
 
 
 def every_pair(x, rms):

@@ -42,16 +42,16 @@ from raymem import (
     Study,
     TrialKey,
     list_shards,
-    patience,
     stream_curvature,
     verify,
 )
+from raymem import retry as patience
 from raymem.cli import main
+from raymem.curvature.streaming.scoring_model import read_weights
+from raymem.data.shards import Transform
+from raymem.data.shards.shard_readers import read_shard
 from raymem.fleet.ledger import STORE_FAILURES_IN_A_ROW, Ledger
 from raymem.models import build_model
-from raymem.shards import Transform
-from raymem.shards.models import read_weights
-from raymem.shards.readers import read_shard
 from raymem.store import DriverLock, Files
 from raymem.store import files as files_module
 

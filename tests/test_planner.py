@@ -12,18 +12,18 @@ from scipy.optimize import brentq
 
 from raymem import Recipe, Store, Study, run_job
 from raymem.cli import main
-from raymem.memorization import (
+from raymem.scores import (
     Look,
     Until,
     expected_stderr,
     expected_width,
+    look,
     memorization,
     power_of_pairs,
     power_to_list,
     trials_for,
 )
-from raymem.planner import Cluster, planned, warnings
-from raymem.scoring import look
+from raymem.show.dry_run import Cluster, planned, warnings
 
 RECIPE = Recipe(model="mlp-32", epochs=6, learning_rate=0.2)
 

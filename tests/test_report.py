@@ -21,9 +21,9 @@ from raymem import CurvatureRule, Examples, Privacy, Recipe, Store, Study
 from raymem.cli import main
 from raymem.errors import ExamplesError, StoreError
 from raymem.links import diagnostics, red
-from raymem.report import write_report
-from raymem.report.choose import choose
-from raymem.report.thumbnails import KEY
+from raymem.show import write_report
+from raymem.show.choose import choose
+from raymem.show.thumbnails import KEY
 from raymem.store.trials import decode
 
 EVIL = '<script>alert("x")</script>'
@@ -122,7 +122,7 @@ def test_what_is_on_it(study, text):
 
 def test_every_number_of_the_fleet_is_compared_with_memorization(study, text):
     from raymem import find_links
-    from raymem.report.compared import MEANINGS
+    from raymem.show.page_sections import MEANINGS
 
     (rows,) = find_links(Store(study.store)).correlations.values()
     section = text[0].split('id="compared"')[1].split("</table>")[0]
@@ -251,7 +251,7 @@ def test_scores_are_needed(tmp_path):
 
 def thousand_classes(store):
     """Tables of a study of a thousand classes, made here."""
-    from raymem.scoring import score
+    from raymem.scores import score
     from raymem.store import Target
 
     rng = np.random.default_rng(0)

@@ -40,11 +40,11 @@ from raymem import (
     stream_curvature,
 )
 from raymem.cli import main
+from raymem.curvature.streaming.scoring_model import read_weights
+from raymem.data.shards.ray_data import actors
+from raymem.data.shards.shard_readers import read_shard
 from raymem.models import build_model
-from raymem.shards import join_curvature
-from raymem.shards.models import read_weights
-from raymem.shards.on_ray import actors
-from raymem.shards.readers import read_shard
+from raymem.scores import join_curvature
 
 pytestmark = pytest.mark.alone
 
@@ -467,7 +467,7 @@ def test_timms_models_bring_their_transform():
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
-    from raymem.shards.transform import of_timm
+    from raymem.data.shards.transform import of_timm
 
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (300, 260, 3), dtype=np.uint8))
@@ -598,7 +598,7 @@ def test_changed_code_of_a_kept_model_is_refused(digits, tmp_path, monkeypatch):
     store, key = Store(tmp_path / "s"), TrialKey(INF, 0)
     assert ScoringModel.of_store(store, key).transform.grey
     changed = {"name": "mymodels:net", "code": "0" * 64}
-    monkeypatch.setattr("raymem.shards.models.identity", lambda model: changed)
+    monkeypatch.setattr("raymem.curvature.streaming.scoring_model.identity", lambda model: changed)
     with pytest.raises(StudyMismatchError, match="code of mymodels:net"):
         ScoringModel.of_store(store, key)
 

@@ -20,13 +20,12 @@ from raymem import (
     import_npz,
     score,
 )
-from raymem.cli import main
-from raymem.job import run_job
+from raymem.cli import main, run_job
 from raymem.links import correlations_across, costs, diagnostics, find_links, link3
-from raymem.report import write_report
-from raymem.report.thumbnails import KEY
+from raymem.show import write_report
+from raymem.show.tables import TableError, where
+from raymem.show.thumbnails import KEY
 from raymem.store import TrialKey, verify
-from raymem.tables import TableError, where
 
 
 def small(store, trials, **more):

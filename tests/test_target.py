@@ -19,9 +19,9 @@ from raymem import (
     run_job,
     score,
 )
-from raymem.memorization import Until
+from raymem.scores import Until
+from raymem.show.terminal_status import describe_store
 from raymem.store import Part
-from raymem.text.status import describe_store
 
 N, M = 40, 12
 

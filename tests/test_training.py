@@ -13,6 +13,7 @@ from raymem import DivergedError, Images, OutOfMemoryError, Plan, Recipe, Recipe
 from raymem.errors import TrialError
 from raymem.models import build_model
 from raymem.training import augment, evaluate, learning_rate_factor, margins, train
+from raymem.training.images import gather
 
 MLP = Recipe(model="mlp-32", epochs=4, batch_size=50)
 RESNET = Recipe(model="small-resnet", epochs=1, batch_size=64, crop_padding=1, flip=True)
@@ -311,3 +312,18 @@ def test_read_only_arrays_are_mapped_not_copied(digits):
     x.flags.writeable = False
     images = Images.from_arrays(x, digits.y_train, digits.x_test, digits.y_test, 10)
     assert images.x_train.data_ptr() == x.ctypes.data
+
+
+def test_batches_are_gathered_as_indexing_would(tmp_path):
+    """Whole images, in any order and more than once, from memory, a mapped file, and not from 0."""
+    x = np.random.default_rng(0).integers(0, 256, (30, 5, 4, 3), np.uint8)
+    np.save(tmp_path / "x.npy", x)
+    rows = torch.tensor([29, 0, 7, 7, 12])
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="c")
+    for pixels in (x, mapped, x[::2].copy(), mapped[3:]):
+        some = rows % len(pixels)
+        got = gather(torch.from_numpy(pixels), some)
+        assert np.array_equal(got.numpy(), pixels[some.numpy()])
+        got[:] = 0  # a copy: the set is left alone
+    assert np.array_equal(mapped, x)
+    assert gather(torch.from_numpy(x), rows[:0]).shape == (0, 5, 4, 3)

@@ -1,6 +1,29 @@
-"""`raymem`: commands that read, join and exchange stores. Jobs write them."""
+"""Command lines: `raymem`, which reads, joins and exchanges stores, and those of job files.
+
+main                the command `raymem`
+run_job             a fleet: ingest, plan, train, measure curvature, score
+run_curvature_job   curvature of shards under given models
+"""
 
 from raymem.cli import exchange, read
-from raymem.cli.base import command_errors, main
+from raymem.cli.base import absolute_store, command_errors, main
+from raymem.cli.job_curvature import run_curvature_job
+from raymem.cli.job_options import JobOptions, Machine
+from raymem.cli.job_study import STAGES, PrivateStudy, run_job, score_and_print
+from raymem.cli.smoke import Smoke
 
-__all__ = ["command_errors", "exchange", "main", "read"]
+__all__ = [
+    "STAGES",
+    "JobOptions",
+    "Machine",
+    "PrivateStudy",
+    "Smoke",
+    "absolute_store",
+    "command_errors",
+    "exchange",
+    "main",
+    "read",
+    "run_curvature_job",
+    "run_job",
+    "score_and_print",
+]

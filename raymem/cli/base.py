@@ -1,15 +1,17 @@
-"""The command `raymem`, its errors, and options that several of its commands have."""
+"""The command `raymem`, errors and paths on command lines, and options of several commands."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
-from raymem.errors import RaymemError
+from raymem.errors import RaymemError, StoreError
 from raymem.version import VERSION
 
 SHOWN_PROBLEMS = 20
@@ -59,3 +61,18 @@ def main() -> None:
 
     A store is the folder or URL that a job was given as --store.
     """
+
+
+def absolute_store(store: str, option: str = "--store") -> str:
+    """The path of an option made absolute, or its URL; relative ones are refused in submitted jobs.
+
+    A submitted job runs in a temporary copy of the working folder, where results would vanish.
+    """
+    if "://" in store or Path(store).is_absolute():
+        return store
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise StoreError(
+            f"{option} {store} is relative, and a submitted job runs in a temporary folder; give "
+            "an absolute path that all nodes see, or a URL"
+        )
+    return str(Path(store).expanduser().absolute())

@@ -11,18 +11,14 @@ from typing import Any
 import click
 
 from raymem.cli.base import command_errors, debug_option, main
+from raymem.data import load_examples
+from raymem.data.shards import ingest
 from raymem.errors import ImportFileError
-from raymem.examples import load_examples
 from raymem.fleet import ProgressLine, duration
 from raymem.interop import EXPORTS, FORMATS, export, import_fleet, import_scores
-from raymem.scoring import score
-from raymem.shards import ingest
+from raymem.scores import score
+from raymem.show import ingest_text, merge_text, summary_text
 from raymem.store import merge
-from raymem.text import (
-    ingest_text,
-    merge_text,
-    summary_text,
-)
 
 SHOWN_PROBLEMS = 20
 SCORES = ("fz-scores", "c-scores")

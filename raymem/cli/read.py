@@ -23,12 +23,8 @@ from raymem.links import (
     label_errors,
     verdicts_on_link1,
 )
-from raymem.membership import membership
-from raymem.report import write_report
-from raymem.shards import join_curvature
-from raymem.store import Store, verify
-from raymem.tables import top, where
-from raymem.text import (
+from raymem.scores import join_curvature, membership
+from raymem.show import (
     as_text,
     correlations_text,
     describe_store,
@@ -38,7 +34,10 @@ from raymem.text import (
     links_text,
     membership_text,
     pairs_for_people,
+    write_report,
 )
+from raymem.show.tables import top, where
+from raymem.store import Store, verify
 
 SHOWN_PROBLEMS = 20
 SCORES = ("fz-scores", "c-scores")

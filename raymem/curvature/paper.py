@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raymem.curvature.checks import check_inputs, differentiable, plain_arithmetic
+from raymem.curvature.input_checks import check_inputs, differentiable, plain_arithmetic
 from raymem.curvature.probes import image_signs, keys_of
 from raymem.errors import CurvatureError
 

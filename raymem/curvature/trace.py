@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raymem.curvature.checks import check_inputs, differentiable, plain_arithmetic
+from raymem.curvature.input_checks import check_inputs, differentiable, plain_arithmetic
 from raymem.curvature.paper import PaperRule
 from raymem.curvature.probes import image_signs, keys_of, signs
 from raymem.errors import CurvatureError, first_line

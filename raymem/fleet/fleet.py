@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from raymem.data import Examples
 from raymem.errors import (
     FleetError,
     RaymemError,
@@ -19,7 +20,6 @@ from raymem.errors import (
     StoreFullError,
     StoreHeldError,
 )
-from raymem.examples import Examples
 from raymem.fleet.ledger import Ledger, Lost, Progress
 from raymem.fleet.report import ProgressLine
 from raymem.fleet.work import Extras, Job, work
@@ -84,7 +84,7 @@ def run_fleet(
         )
     extras = extras or Extras()
     if extras.mechanisms:
-        check_private(model)
+        check_private(model, examples.image_shape)
         check_private_recipe(recipe, workers_per_trial)
     line = ProgressLine()
     latest: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from raymem.examples import Examples
+from raymem.data import Examples
 from raymem.fleet.work import Extras
 from raymem.plan import Plan
 from raymem.store import TrialKey, trial_table

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from raymem.data import Examples
 from raymem.errors import StoreError
-from raymem.examples import Examples
 from raymem.fleet.work import Extras, arithmetic
 from raymem.plan import Plan, Seeds
 from raymem.store import Store, trial_table

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from raymem.curvature import CurvatureRule
+from raymem.data import CachedExamples, Examples
 from raymem.errors import (
     FleetError,
     ResultMismatchError,
@@ -25,7 +26,6 @@ from raymem.errors import (
     StoreFullError,
     TrialError,
 )
-from raymem.examples import CachedExamples, Examples
 from raymem.fleet.checkpoints import StoreCheckpoints
 from raymem.fleet.ledger import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from raymem.data import Examples
 from raymem.errors import ImportFileError
-from raymem.examples import Examples
 from raymem.interop.crosswalk import joined, labels_in, names_in, with_labels
-from raymem.interop.export import EXPORTS, export
+from raymem.interop.exports import EXPORTS, export
 from raymem.interop.fleets import check_keys, import_arrays
 from raymem.interop.layouts import FORMATS
 from raymem.interop.published import import_scores

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raymem.data import Examples, example_id
 from raymem.errors import ImportFileError
-from raymem.examples import Examples, example_id
 from raymem.interop.safe import array_of, as_text, whole_numbers
 
 Arrays = dict[str, NDArray[Any]]

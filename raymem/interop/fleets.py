@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raymem.data import fingerprint_of, group_column
 from raymem.errors import ImportFileError
-from raymem.examples import fingerprint_of, group_column
 from raymem.interop.safe import truths
 from raymem.plan import Plan
 from raymem.store import Store, Target, TrialKey, columns

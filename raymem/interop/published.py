@@ -27,13 +27,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raymem.data import Examples, example_id
 from raymem.errors import ImportFileError
-from raymem.examples import Examples, example_id
 from raymem.interop.crosswalk import order_in
 from raymem.interop.fleets import make_study
 from raymem.interop.safe import arrays_of, as_text, laid_out, numbers, whole_numbers
-from raymem.memorization import PairRule
 from raymem.plan import Plan
+from raymem.scores import PairRule
 from raymem.store import Store, columns
 
 Arrays = dict[str, NDArray[Any]]

@@ -21,7 +21,7 @@ from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
 from raymem.links.halves import in_halves, pearson
 from raymem.links.rows import ROUNDING, Floats, floats, train_at
 from raymem.links.sums import Sums
-from raymem.memorization import correlation_interval
+from raymem.scores import correlation_interval
 from raymem.store import Store
 
 # Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.

@@ -20,8 +20,8 @@ from scipy import stats
 from raymem.links.epsilons import plain
 from raymem.links.rows import Floats, floats, train_at
 from raymem.links.twins import Twins, find_twins
-from raymem.memorization import ratio
 from raymem.plan import Plan
+from raymem.scores import ratio
 from raymem.store import Store, TrialKey
 from raymem.store.trials import metadata_of
 

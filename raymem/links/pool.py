@@ -8,8 +8,8 @@ import os
 import numpy as np
 import pyarrow.compute as pc
 
+from raymem.data import Examples
 from raymem.errors import PlanError
-from raymem.examples import Examples
 from raymem.store import Store
 
 SHOWN = 3

@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymem.links.rows import Floats, floats
-from raymem.memorization import ratio
+from raymem.scores import ratio
 
 # Measures of training itself, and the trials that have them.
 COUNTED_BY = {"cumulative_loss": "n_in", "forgetting_count": "n_in", "learning_epoch": "learned"}

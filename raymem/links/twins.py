@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.rows import Floats, floats, train_at
-from raymem.memorization import ratio
+from raymem.scores import ratio
 from raymem.store import Store, TrialKey, read_ahead
 
 # P(right | out, twin in) - P(right | out, twin out): above it the twin explains the example.

@@ -7,15 +7,6 @@ Out: a `Mechanism`, the same for all trials of that epsilon; `PrivateSteps` that
 opacus is imported here and nowhere else.
 """
 
-from raymem.privacy.audit import (
-    best_guesses,
-    certified_epsilon,
-    clopper_pearson,
-    largest_certifiable,
-    lower_limit_of_difference,
-    one_run_epsilon,
-    one_run_p_value,
-)
 from raymem.privacy.bounds import (
     Bound,
     bounds_on_memorization,
@@ -25,6 +16,15 @@ from raymem.privacy.bounds import (
     sharp_bound,
     tightest,
 )
+from raymem.privacy.empirical_epsilon import (
+    best_guesses,
+    certified_epsilon,
+    clopper_pearson,
+    largest_certifiable,
+    lower_limit_of_difference,
+    one_run_epsilon,
+    one_run_p_value,
+)
 from raymem.privacy.mechanism import (
     EPSILON_GRIDS,
     Mechanism,
@@ -32,10 +32,11 @@ from raymem.privacy.mechanism import (
     check_epsilons,
     mechanism_for,
 )
+from raymem.privacy.per_example import check_function, check_private, clipped_sum
 from raymem.privacy.sgd import (
+    PerExample,
     PrivateSteps,
-    check_private,
-    per_example_mode,
+    modes_of,
     physical_batches,
     poisson_batch,
 )
@@ -44,23 +45,26 @@ __all__ = [
     "EPSILON_GRIDS",
     "Bound",
     "Mechanism",
+    "PerExample",
     "Privacy",
     "PrivateSteps",
     "best_guesses",
     "bounds_on_memorization",
     "certified_epsilon",
     "check_epsilons",
+    "check_function",
     "check_private",
+    "clipped_sum",
     "clopper_pearson",
     "fixed_size_bound",
     "honest_bound",
     "largest_certifiable",
     "lower_limit_of_difference",
     "mechanism_for",
+    "modes_of",
     "one_run_epsilon",
     "one_run_p_value",
     "paper_bound",
-    "per_example_mode",
     "physical_batches",
     "poisson_batch",
     "sharp_bound",

@@ -38,8 +38,12 @@ def poisson_batch(n: int, sample_rate: float, draws: torch.Generator) -> Tensor:
     return drawn.nonzero()[:, 0]
 
 
-def check_private(model: nn.Module) -> None:
-    """Raises PrivacyError if a layer of `model` mixes the examples of a batch."""
+def check_layers(model: nn.Module) -> None:
+    """Raises PrivacyError for what a look at the layers refuses, without running the model.
+
+    Layers that mix the examples of a batch by definition, and parameters that two layers share:
+    each layer's gradient would be clipped as if it were the whole.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise PrivacyError(
@@ -47,19 +51,27 @@ def check_private(model: nn.Module) -> None:
                 "that no gradient is one example's; take the model's name with -gn, which has "
                 "GroupNorm instead"
             )
+    names: dict[int, str] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(p), name)
+        if first != name:
+            raise PrivacyError(
+                f"{name} and {first} are one parameter: per-example gradients of tied layers are "
+                "not clipped together; give each layer its own weights"
+            )
 
 
-def per_example_mode(model: nn.Module) -> PerExample:
-    """The cheapest way to per-example gradients of `model` that is exact; see docs/decisions.md.
+def modes_of(model: nn.Module) -> tuple[PerExample, ...]:
+    """The ways to per-example gradients that may be exact for `model`, cheapest first.
 
-    `expanded-weights` for nets with convolutions, `ghost` for those without, `hooks` where a layer
-    is none that expanded weights know.
+    `expanded-weights` for nets with convolutions, `ghost` for those without, `hooks` for layers
+    that neither knows; see docs/decisions.md.
     """
     owners = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
     if not all(isinstance(module, EXPANDABLE) for module in owners):
-        return "hooks"
+        return ("hooks",)
     convolutional = any(isinstance(module, CONVOLUTIONS) for module in owners)
-    return "expanded-weights" if convolutional else "ghost"
+    return ("expanded-weights", "hooks") if convolutional else ("ghost", "hooks")
 
 
 def physical_batch(model: nn.Module, mechanism: Mechanism) -> int:
@@ -90,7 +102,7 @@ class PrivateSteps:
         self.mechanism = mechanism
         self.batch = physical_batch(model, mechanism)
         """Largest physical batch."""
-        self.mode: PerExample = (mode or per_example_mode(model)) if mechanism.clips else "none"
+        self.mode: PerExample = (mode or modes_of(model)[0]) if mechanism.clips else "none"
         self.steps = 0
         """Steps taken."""
         device = next(model.parameters()).device
@@ -102,7 +114,7 @@ class PrivateSteps:
         self._account: Any = None
         self._wrapped: Any = model
         if mechanism.clips:
-            check_private(model)
+            check_layers(model)
             self._make_private()
 
     def _make_private(self) -> None:

@@ -16,15 +16,14 @@ Trial objects are created if absent, derived objects are replaced whole, nothing
 """
 
 from raymem.store import columns
-from raymem.store.ahead import read_ahead
-from raymem.store.files import Files
+from raymem.store.files import Files, read_ahead
 from raymem.store.identity import study_hash
 from raymem.store.lock import DriverLock, is_alive, read_driver
-from raymem.store.merge import MergeSummary, merge
+from raymem.store.merge_stores import MergeSummary, merge
 from raymem.store.store import Store
 from raymem.store.target import Failure, Part, Target
 from raymem.store.trials import TrialKey, trial_table
-from raymem.store.verify import Problem, verify
+from raymem.store.verify_store import Problem, verify
 
 __all__ = [
     "DriverLock",

@@ -6,13 +6,34 @@ The words here go into the Parquet files' field metadata and, by `make docs`, in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from raymem.store.column import Column as Column
-from raymem.store.column import Columns as Columns
-from raymem.store.column import schema as schema
-from raymem.store.membership_columns import MEMBERSHIP_VALUES
+
+@dataclass(frozen=True)
+class Column:
+    """A column's Arrow type, and what a person must know to use it."""
+
+    type: pa.DataType
+    meaning: str
+    unit: str = ""
+
+    def field(self, name: str) -> pa.Field:
+        """The Arrow field, with meaning and unit in its metadata."""
+        return pa.field(name, self.type, metadata={"meaning": self.meaning, "unit": self.unit})
+
+
+Columns = Mapping[str, Column]
+
+
+def schema(columns: Columns, metadata: Mapping[str, str] | None = None) -> pa.Schema:
+    """The Arrow schema of a table with these columns."""
+    return pa.schema(
+        [column.field(name) for name, column in columns.items()],
+        metadata=None if metadata is None else dict(metadata),
+    )
+
 
 _SPLIT = Column(pa.string(), "train or test")
 _INDEX = Column(pa.int64(), "position of the example in its split, in the set's order")
@@ -235,6 +256,31 @@ _PIECE = Column(pa.string(), "key of the .npy file in the cache that has its pix
 _ROW = Column(pa.int64(), "its row in that file")
 
 # Of a cache made by `raymem ingest`.
+_MARGIN = "log p_y - log of the sum of the other classes' p"
+
+MEMBERSHIP_VALUES: Columns = {
+    "n_in": Column(pa.int32(), "trials that trained on the example"),
+    "n_out": Column(pa.int32(), "trials that did not"),
+    "margin_in": Column(
+        pa.float64(), f"mean margin ({_MARGIN}) over in-trials; null: none", "nats"
+    ),
+    "margin_out": Column(pa.float64(), "the same over out-trials", "nats"),
+    "margin_in_stdev": Column(
+        pa.float64(), "standard deviation over in-trials; null: fewer than two", "nats"
+    ),
+    "margin_out_stdev": Column(pa.float64(), "the same over out-trials", "nats"),
+    "vulnerability": Column(
+        pa.float64(),
+        "d' = (margin_in - margin_out) / their pooled standard deviation: positive when models "
+        "that saw the example are surer of its label, and an attacker can tell; null: an arm is "
+        "empty, or margins do not vary",
+        "standard deviations",
+    ),
+    "vulnerability_stderr": Column(
+        pa.float64(), "its standard error, if margins are normal", "standard deviations"
+    ),
+}
+
 CACHE_INDEX: Columns = {
     "split": _SPLIT,
     "index": Column(pa.int64(), "position of the example in its split, which is sorted by id"),

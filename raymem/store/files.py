@@ -3,6 +3,7 @@
 Both are atomic: a reader sees a whole object or none. On object stores create-if-absent is a
 conditional put (fsspec's mode="create"), and what fails for a while is tried again; on local disks
 it is a synced temporary file and a hard link, because fsspec's own local create can tear and race.
+`read_ahead` reads the next few objects while the one before is used.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ import errno
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from raymem.errors import StoreError, StoreFullError
-from raymem.patience import ask, error_code, is_local, open_fs, patiently
+from raymem.retry import ask, error_code, is_local, open_fs, patiently
 
 T = TypeVar("T")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+# So many objects are read, or wait, at once.
+AHEAD = 8
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
 PROVEN: set[str] = set()
@@ -243,3 +250,22 @@ def _disk_errors(url: str) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise StoreError(f"cannot write to {url} ({error}); choose another --store") from error
         raise
+
+
+def read_ahead(
+    keys: Iterable[Key], read: Callable[[Key], Value], ahead: int = AHEAD
+) -> Iterator[tuple[Key, Value]]:
+    """Each key with `read(key)`, in order; threads read the next few. Raises what `read` does.
+
+    >>> list(read_ahead([1, 2, 3], lambda k: k * k, ahead=2))
+    [(1, 1), (2, 4), (3, 9)]
+    """
+    waiting: deque[tuple[Key, Future[Value]]] = deque()
+    with ThreadPoolExecutor(ahead, thread_name_prefix="raymem-read") as pool:
+        for key in keys:
+            waiting.append((key, pool.submit(read, key)))
+            if len(waiting) == ahead:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for key, future in waiting:
+            yield key, future.result()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raymem.examples import Examples
+from raymem.data import Examples
 
 SHOWN = 5
 Difference = tuple[str, object, object]

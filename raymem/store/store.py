@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor
 
+from raymem.data import Examples, group_column
 from raymem.errors import (
     DamagedObjectError,
     PlanError,
@@ -19,7 +20,6 @@ from raymem.errors import (
     StoreError,
     StudyMismatchError,
 )
-from raymem.examples import Examples, group_column
 from raymem.plan import Plan
 from raymem.privacy import Mechanism
 from raymem.store import columns, trials

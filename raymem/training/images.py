@@ -85,15 +85,13 @@ class Images:
         """
         if self.x_train.device == self.device:
             for batch in rows:
-                yield self.x_train[batch.to(self.device)]
+                yield gather(self.x_train, batch.to(self.device))
             return
         yield from _ahead(self._sent(batch) for batch in rows)
 
     def _sent(self, rows: Tensor) -> Tensor:
-        x = self.x_train[rows]
-        if self.device.type != "cuda":
-            return x.to(self.device)
-        return x.pin_memory().to(self.device, non_blocking=True)
+        on_gpu = self.device.type == "cuda"
+        return gather(self.x_train, rows, pinned=on_gpu).to(self.device, non_blocking=on_gpu)
 
     @property
     def device(self) -> torch.device:
@@ -105,6 +103,24 @@ class Images:
         """(H, W, C)."""
         H, W, C = self.x_train.shape[1:]
         return H, W, C
+
+
+def gather(x: Tensor, rows: Tensor, *, pinned: bool = False) -> Tensor:
+    """x[rows]: x uint8 [N, H, W, C] and rows int64 [B] on one device, rows in range.
+
+    On the CPU whole images are copied at once, also from a mapped file: torch's indexing copies
+    byte by byte. `pinned` memory there is memory that a GPU can read while the CPU goes on.
+
+    >>> x = torch.arange(6, dtype=torch.uint8).reshape(3, 2, 1, 1)
+    >>> gather(x, torch.tensor([2, 0])).flatten()
+    tensor([4, 5, 0, 1], dtype=torch.uint8)
+    """
+    if x.device.type != "cpu":
+        return x[rows]
+    out = torch.empty((len(rows), *x.shape[1:]), dtype=x.dtype, pin_memory=pinned)
+    # "clip" lets numpy write into `out` directly; to raise, it would have to keep a copy.
+    np.take(x.numpy(), rows.numpy(), axis=0, out=out.numpy(), mode="clip")
+    return out
 
 
 def as_input(x: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -140,9 +156,11 @@ def take(x: Tensor, rows: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
     """
     _, H, W, _ = x.shape
     if "box" in draws:
-        return resized_crops(x[rows], draws["box"], recipe.crop_size or H, draws.get("flip"))
+        return resized_crops(
+            gather(x, rows), draws["box"], recipe.crop_size or H, draws.get("flip")
+        )
     if not draws:
-        return x[rows]
+        return gather(x, rows)
     B = len(rows)
     row_at = torch.arange(H, device=x.device).expand(B, H)
     column_at = torch.arange(W, device=x.device).expand(B, W)

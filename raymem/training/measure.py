@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raymem.curvature import CHECKED, CurvatureRule, Mode, curvature, paper_score, pick_mode
-from raymem.curvature.fold import folded
+from raymem.curvature.fold_batchnorm import folded
 from raymem.errors import CurvatureError
 from raymem.training.images import as_input
 

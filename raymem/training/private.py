@@ -5,6 +5,7 @@ Shapes: N training examples, n in the subset, B batch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raymem.errors import PrivacyError
+from raymem.models import ModelFunction, build_model
 from raymem.plan import Seeds
-from raymem.privacy import Mechanism, PrivateSteps, physical_batches, poisson_batch
+from raymem.privacy import (
+    Mechanism,
+    PerExample,
+    PrivateSteps,
+    check_function,
+    check_private,
+    physical_batches,
+    poisson_batch,
+)
 from raymem.training.checkpoint import Checkpoints
 from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input, augment
@@ -42,16 +52,20 @@ def train_privately(
     the steps. Goes on from the last of `checkpoints`, not in secure mode.
 
     Raises DivergedError after the first epoch with a loss that is not finite, and PrivacyError for
-    models and recipes that cannot be trained so.
+    recipes that cannot be trained so and for models that mix the examples of a batch, before
+    training or after it: then the epsilon would be wrong, and no result is returned.
     """
     check_private_recipe(recipe, ranks.world)
+    mode = None
+    if mechanism.clips:
+        mode = _tested_mode(recipe.model, images.n_classes, images.image_shape)
     memory_format = memory_format_of(recipe)
     model.to(memory_format=memory_format).train()
     # opacus wraps torch's own.
     optimizer = torch_optimizer(model, recipe)
     state, subset = start_with(model, optimizer, images, mask, recipe, seeds)
     stream = state.stream
-    private = PrivateSteps(model, optimizer, mechanism, seeds.noise)
+    private = PrivateSteps(model, optimizer, mechanism, seeds.noise, mode=mode)
     if mechanism.secure_mode:
         stream.order.seed()
         checkpoints = None
@@ -81,6 +95,9 @@ def train_privately(
             check_finite(state.history, state.epoch + 1, recipe)
             on_epoch(state.epoch + 1)
     private.close()
+    if mechanism.clips:
+        # What fresh weights do not show, trained ones may.
+        check_function(model, images.image_shape)
     return state.shown()
 
 
@@ -93,6 +110,16 @@ def torch_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         )
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return kind(model.parameters(), **common)
+
+
+@functools.lru_cache(maxsize=16)
+def _tested_mode(
+    model: str | ModelFunction, n_classes: int, image_shape: tuple[int, int, int]
+) -> PerExample:
+    """How to take per-example gradients of this model: tested once in a process."""
+    with torch.random.fork_rng(devices=[]):
+        fresh = build_model(model, n_classes=n_classes, image_shape=image_shape)
+        return check_private(fresh, image_shape)
 
 
 def check_private_recipe(recipe: Recipe, workers: int = 1) -> None:

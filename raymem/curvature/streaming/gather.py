@@ -1,0 +1,144 @@
+"""Rows of scores, gathered until their shard is whole, and what a run did."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raymem.curvature.streaming.scorer import LAST, Task
+from raymem.curvature.streaming.scoring_model import ScoringModel
+from raymem.data.shards.records import Shard
+from raymem.data.shards.transform import Batch
+from raymem.errors import ExamplesError
+from raymem.fleet import duration
+from raymem.store import Store, columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadImage:
+    """An image that was not scored."""
+
+    shard: str
+    example_id: str
+    error: str
+
+
+@dataclass(kw_only=True)
+class StreamSummary:
+    """What one run did with one model."""
+
+    model: str
+    shards: int
+    """Shards of the set."""
+    done_before: int
+    """That were in the store already."""
+    scored: int = 0
+    """Images scored by this run."""
+    bad: list[BadImage] = dataclasses.field(default_factory=list)
+    """Images that could not be."""
+    repeated: list[str] = dataclasses.field(default_factory=list)
+    """Shards in which ids are not unique."""
+    seconds: float = 0.0
+    """Wall time, that of starting workers included."""
+    mode: str = ""
+    """How the trace was computed."""
+
+
+class Gathered:
+    """Rows of shards under way; writes a shard when it is whole."""
+
+    def __init__(
+        self,
+        store: Store,
+        model: ScoringModel,
+        task: Task,
+        about: Mapping[str, Any],
+        summary: StreamSummary,
+        skip_bad: bool,
+    ) -> None:
+        self.store, self.model, self.task, self.about = store, model, task, about
+        self.summary, self.skip_bad = summary, skip_bad
+        self.left = len(task.shards)
+        self._rows: dict[int, dict[int, dict[str, Any]]] = {}
+        self._total: dict[int, int] = {}
+        self._start = time.monotonic()
+
+    def add(self, batch: Batch) -> None:
+        """Take rows of any shards, in any order, and write the shards that they complete."""
+        names = list(batch)
+        touched = set()
+        for values in zip(*(batch[name].tolist() for name in names), strict=True):
+            row = dict(zip(names, values, strict=True))
+            number = row.pop("shard")
+            touched.add(number)
+            if row["position"] == LAST:
+                self._total[number] = row["label"]
+                continue
+            if row["error"]:
+                self._bad(self.task.shards[number], row)
+            else:
+                self.summary.scored += 1
+            self._rows.setdefault(number, {})[row["position"]] = row
+        for number in touched:
+            if len(self._rows.get(number, ())) == self._total.get(number, -1):
+                self._write(number)
+        self.summary.seconds = time.monotonic() - self._start
+
+    def _bad(self, shard: Shard, row: Mapping[str, Any]) -> None:
+        if not self.skip_bad:
+            raise ExamplesError(
+                f"{row['example_id']} in shard {shard.name} cannot be scored ({row['error']}); "
+                "repair it, or run again with --on-bad skip, which gives it a row without scores"
+            )
+        self.summary.bad.append(
+            BadImage(shard=shard.name, example_id=row["example_id"], error=row["error"])
+        )
+
+    def _write(self, number: int) -> None:
+        shard, rows = self.task.shards[number], self._rows.pop(number, {})
+        ordered = [rows[position] for position in range(len(rows))]
+        of = {
+            name: column
+            for name, column in columns.STREAMED.items()
+            if name != "curvature_paper" or self.task.rule.paper is not None
+        }
+        cells: dict[str, list[Any]] = {name: [] for name in of}
+        for row in ordered:
+            ok = not row["error"]
+            known = {
+                **{name: value if ok else None for name, value in row.items()},
+                "example_id": row["example_id"],
+                "label": row["label"] if row["label"] >= 0 else None,
+                "ok": ok,
+                "error": row["error"] or None,
+                "content_hash": row["content_hash"] or None,
+                "mode": self.about["mode"] if ok else None,
+            }
+            for name in of:
+                cells[name].append(known[name])
+        if len({row["example_id"] for row in ordered}) < len(ordered):
+            self.summary.repeated.append(shard.name)
+        schema = columns.schema(of)
+        arrays = [pa.array(cells[field.name], field.type, from_pandas=True) for field in schema]
+        about = {**self.about, "shard": shard.url}
+        self.store.write_streamed(
+            self.model.name, shard.name, pa.Table.from_arrays(arrays, schema=schema), about
+        )
+        self.left -= 1
+
+    def progress(self) -> str:
+        """One line: shards, images, rate, time left."""
+        s, done = self.summary, len(self.task.shards) - self.left
+        parts = [f"shards {s.done_before + done:,}/{s.shards:,}", f"{s.scored:,} images"]
+        if s.bad:
+            parts.append(f"{len(s.bad):,} BAD")
+        if s.seconds > 0 and s.scored:
+            parts.append(f"{s.scored / s.seconds:,.1f} images/s")
+        if done and self.left:
+            parts.append(f"{duration(s.seconds / done * self.left)} left")
+        return ", ".join(parts)

@@ -1,0 +1,265 @@
+"""Curvature of a study's images under the models that it kept: the stage after training.
+
+Each pair of a model and a shard is one task and one object, curvature/eps-inf-000017/SHARD.parquet.
+Tasks come model by model to actors that hold the last model they were given, so each actor loads
+each model once at most. What is in the store is not scored again. Scoring a study reads these as it
+reads what trials measured themselves: probes have the trial's own seed, so the values are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raymem.curvature import CurvatureRule
+from raymem.curvature.streaming.gather import Gathered, StreamSummary
+from raymem.curvature.streaming.scorer import Scorer, Task, read
+from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
+from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
+from raymem.data.shards.records import Shard
+from raymem.data.shards.transform import Batch
+from raymem.errors import StoreError, StoreHeldError
+from raymem.fleet import Engine, ProgressLine, Stopped, duration, stop_signals
+from raymem.store import DriverLock, Store, TrialKey
+from raymem.training import batch_of
+
+# Ray Data plans each block by itself; more would only cost its driver.
+MOST_BLOCKS = 5_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What every task needs to know."""
+
+    store_url: str
+    keys: tuple[TrialKey, ...]
+    """The models, by their trials."""
+    shards: tuple[Shard, ...]
+    rule: CurvatureRule
+    skip_bad: bool
+    batch_size: int | None
+    threads: int
+
+
+@dataclass(kw_only=True)
+class StageSummary:
+    """What one run did."""
+
+    models: int
+    tasks: int
+    """Pairs of a model and a shard."""
+    done_before: int
+    done: int = 0
+    images: int = 0
+    """Images measured by this run, once for each model."""
+    bad: int = 0
+    """Images that could not be, once for each model."""
+    modes: set[str] = field(default_factory=set)
+    """How traces were computed."""
+    seconds: float = 0.0
+
+    def progress(self) -> str:
+        """One line: tasks, rate, time left."""
+        done = self.done_before + self.done
+        parts = [f"curvature of {self.models:,} models: parts {done:,}/{self.tasks:,}"]
+        if self.images and self.seconds > 0:
+            parts.append(f"{self.images / self.seconds:,.1f} images/s")
+        if self.bad:
+            parts.append(f"{self.bad:,} BAD")
+        if self.done and done < self.tasks:
+            parts.append(f"{duration(self.seconds / self.done * (self.tasks - done))} left")
+        return ", ".join(parts)
+
+
+def measure_kept(
+    store: Store,
+    keys: Sequence[TrialKey],
+    shards: Sequence[Shard],
+    rule: CurvatureRule,
+    *,
+    skip_bad: bool = False,
+    engine: Engine = "ray",
+    scorers: int | None = None,
+    gpus_per_scorer: float | None = None,
+    batch_size: int | None = None,
+    threads: int = 1,
+    verbose: bool = False,
+) -> StageSummary:
+    """Measure every image of `shards` under the kept models of `keys`, where it is not done yet.
+
+    Shards are those of the study's own images, best of its cache. `scorers` actors hold a model
+    each, as in `stream_curvature`. Raises StoreError if a trial is not done or kept no weights, and
+    otherwise what `stream_curvature` raises.
+    """
+    absent = sorted(set(keys) - (store.kept() & store.done()))
+    if absent:
+        raise StoreError(
+            f"{len(absent)} models are not there, such as that of {absent[0]}; train first, with "
+            "--keep-models for trials that are done"
+        )
+    stage = Stage(
+        store_url=store.url,
+        keys=tuple(keys),
+        shards=tuple(shards),
+        rule=rule,
+        skip_bad=skip_bad,
+        batch_size=batch_size,
+        threads=threads,
+    )
+    tasks = _missing(store, stage)
+    total = len(keys) * len(shards)
+    summary = StageSummary(models=len(keys), tasks=total, done_before=total - len(tasks))
+    if not tasks:
+        return summary
+    run: Callable[..., Generator[Batch]] = _on_ray if engine == "ray" else _in_process
+    start, line = time.monotonic(), ProgressLine()
+    line.show_text(summary.progress() + ", workers are starting", last=False)
+    with (
+        DriverLock(
+            store.files,
+            progress=lambda: {
+                "stage": "curvature",
+                "left": total - summary.done_before - summary.done,
+            },
+        ) as lock,
+        stop_signals() as stops,
+    ):
+        try:
+            work = run(stage, tasks, scorers, gpus_per_scorer, verbose)
+            with contextlib.closing(work) as batches:
+                for batch in batches:
+                    summary.done += len(batch["images"])
+                    summary.images += int(batch["images"].sum())
+                    summary.bad += int(batch["bad"].sum())
+                    summary.modes |= set(batch["mode"].tolist())
+                    summary.seconds = time.monotonic() - start
+                    finished = summary.done_before + summary.done == total
+                    line.show_text(summary.progress(), last=finished)
+                    if lock.lost.is_set():
+                        raise StoreHeldError(
+                            f"another driver took {store.url} over; see `raymem status` for who "
+                            "it is"
+                        )
+                    if stops.count and not finished:
+                        raise Stopped(
+                            f"stopped after {summary.done_before + summary.done:,} of {total:,} "
+                            "parts; run the same command again to go on"
+                        )
+        finally:
+            line.close()
+    return summary
+
+
+def folder_of(key: TrialKey) -> str:
+    """The folder in curvature/ of the model that a trial kept.
+
+    >>> folder_of(TrialKey(float("inf"), 17))
+    'eps-inf-000017'
+    """
+    return f"{key.folder}-{key.trial:06d}"
+
+
+def _missing(store: Store, stage: Stage) -> list[tuple[int, int]]:
+    """(model, shard) of what is not in the store, model by model."""
+    missing = []
+    for model, key in enumerate(stage.keys):
+        done = store.streamed_shards(folder_of(key))
+        missing += [(model, i) for i, shard in enumerate(stage.shards) if shard.name not in done]
+    return missing
+
+
+class KeptScorer:
+    """Does one task after the other; holds the model of the last one."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.store = stage, Store(stage.store_url)
+        self._held: int | None = None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Tasks as columns `model` and `shard` -> what each gave."""
+        done = [
+            self._do(int(m), int(s)) for m, s in zip(batch["model"], batch["shard"], strict=True)
+        ]
+        return {name: np.array([row[name] for row in done]) for name in done[0]}
+
+    def _do(self, model: int, shard: int) -> dict[str, Any]:
+        if model != self._held:
+            self._load(model)
+        task = dataclasses.replace(self.task, shards=[self.stage.shards[shard]])
+        summary = StreamSummary(model=self.model.name, shards=1, done_before=0)
+        gathered = Gathered(self.store, self.model, task, self.about, summary, self.stage.skip_bad)
+        for rows in read(task, 0):
+            gathered.add(self.scorer(rows))
+        return {"images": summary.scored, "bad": len(summary.bad), "mode": self.about["mode"]}
+
+    def _load(self, number: int) -> None:
+        stage, key = self.stage, self.stage.keys[number]
+        self.model = ScoringModel.of_store(self.store, key)
+        seed = self.store.provenance(key)["seeds"]["init"]
+        self.about = identity_of(self.store, self.model, stage.rule, seed, stage.shards)
+        self.task = Task(
+            shards=stage.shards,
+            transform=self.model.transform,
+            n_classes=self.model.n_classes,
+            rule=dataclasses.replace(stage.rule, mode=self.about["mode"]),
+            seed=seed,
+            batch_size=stage.batch_size or batch_of(self.model.transform.values),
+            threads=stage.threads,
+            channels_last=self.model.channels_last,
+        )
+        self.scorer = Scorer(self.task, self.model)
+        self._held = number
+
+
+def _in_process(
+    stage: Stage,
+    tasks: Sequence[tuple[int, int]],
+    scorers: int | None,
+    gpus: float | None,
+    verbose: bool,
+) -> Generator[Batch]:
+    scorer = KeptScorer(stage)
+    for model, shard in tasks:
+        yield scorer({"model": np.array([model]), "shard": np.array([shard])})
+
+
+def _on_ray(
+    stage: Stage,
+    tasks: Sequence[tuple[int, int]],
+    scorers: int | None,
+    gpus: float | None,
+    verbose: bool,
+) -> Generator[Batch]:
+    with ray_data(num_cpus=with_readers(), verbose=verbose) as ray:
+        n, held = actors(ray.cluster_resources(), stage.threads, scorers, gpus)
+        rows = ray.data.from_items(
+            [{"model": model, "shard": shard} for model, shard in tasks],
+            override_num_blocks=min(len(tasks), MOST_BLOCKS),
+        )
+        shared = [ray.put(stage)]
+        done = rows.map_batches(
+            RayKeptScorer,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=n),
+            fn_constructor_args=(shared,),
+            **held,
+        )
+        yield from batches_of(ray, done, "measuring curvature")
+
+
+class RayKeptScorer:
+    """The same as an actor of Ray Data."""
+
+    def __init__(self, stage: Any) -> None:
+        import ray
+
+        self.scorer = KeptScorer(ray.get(stage[0]))
+
+    def __call__(self, batch: Batch) -> Batch:
+        return self.scorer(batch)

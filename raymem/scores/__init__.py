@@ -1,0 +1,95 @@
+"""Scores: memorization, influence and membership inference, and the tables of a store.
+
+Plain arrays in, plain arrays out, without Ray or torch:
+
+    memorization, influence, find_pairs   masks and outcomes -> estimates with intervals
+    lists, power, stopping                what can be concluded, with how many trials
+
+Trial files -> tables; both take the trials that are committed when they start, and may be repeated
+at any time, also while the fleet runs:
+
+    score        scores/*.parquet: one row per (epsilon, example), trials, folds, pairs
+    membership   scores/membership.parquet: who was in a model's subset, told from its margins
+"""
+
+from raymem.scores.bits import Bits
+from raymem.scores.estimates import (
+    Estimate,
+    Memorization,
+    correlation_interval,
+    difference_of_means,
+    difference_of_proportions,
+    forecast_trials,
+    mean_and_stderr,
+    memorization,
+    ratio,
+    reliability,
+)
+from raymem.scores.influence_pairs import (
+    InfluencePairs,
+    PairRule,
+    find_pairs,
+    influence,
+    join_pairs,
+    of_one_class,
+    pairs_per_class,
+    pairs_work,
+)
+from raymem.scores.lists import list_with_fdr, probability_above
+from raymem.scores.membership_inference import Attacked, Membership, membership, read_membership
+from raymem.scores.power import (
+    expected_stderr,
+    expected_width,
+    power_of_pairs,
+    power_to_list,
+    trials_for,
+)
+from raymem.scores.roc import Attack, Rate, attack
+from raymem.scores.running_sums import look
+from raymem.scores.scoring import EpsilonSummary, score
+from raymem.scores.stopping import Look, Until
+from raymem.scores.streamed_curvature import join_curvature
+from raymem.scores.vulnerability_correlation import RankCorrelation
+
+__all__ = [
+    "Attack",
+    "Attacked",
+    "Bits",
+    "EpsilonSummary",
+    "Estimate",
+    "InfluencePairs",
+    "Look",
+    "Membership",
+    "Memorization",
+    "PairRule",
+    "RankCorrelation",
+    "Rate",
+    "Until",
+    "attack",
+    "correlation_interval",
+    "difference_of_means",
+    "difference_of_proportions",
+    "expected_stderr",
+    "expected_width",
+    "find_pairs",
+    "forecast_trials",
+    "influence",
+    "join_curvature",
+    "join_pairs",
+    "list_with_fdr",
+    "look",
+    "mean_and_stderr",
+    "membership",
+    "memorization",
+    "of_one_class",
+    "pairs_per_class",
+    "pairs_work",
+    "power_of_pairs",
+    "power_to_list",
+    "probability_above",
+    "ratio",
+    "read_membership",
+    "reliability",
+    "score",
+    "trials_for",
+]

@@ -1,0 +1,370 @@
+"""Trial files -> scores/examples.parquet, trials.parquet, folds.parquet, influence.parquet.
+
+Trials are read one by one into running sums, so memory grows with the number of examples, and by
+one bit per example and trial; a few files are read ahead. Sums of folds wait on the local disk.
+
+Shapes: N training and M test examples, F folds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raymem.plan import Plan
+from raymem.scores.copy_groups import Copies, copies_in, group_columns
+from raymem.scores.estimates import (
+    difference_of_means,
+    difference_of_proportions,
+    forecast_trials,
+    mean_and_stderr,
+    ratio,
+    reliability,
+)
+from raymem.scores.fold_buffer import SpooledFolds
+from raymem.scores.influence_pairs import InfluencePairs, PairRule
+from raymem.scores.influence_table import influence_pairs, pairs_table
+from raymem.scores.lists import list_with_fdr, probability_above
+from raymem.scores.running_sums import Outcomes, Sums, fold_sums, total
+from raymem.scores.streamed_curvature import StreamedCurvature
+from raymem.store import Store, TrialKey, columns
+
+# Split halves of more examples than this would only cost memory.
+EXAMPLES_FOR_RELIABILITY = 100_000
+FOR_RELIABILITY = ("n_in", "n_out", "correct_in", "correct_out", "p_true_in", "p_true_out")
+TARGETS = (0.9, 0.95, 0.98)
+MEMORIZED_ABOVE = 0.25
+FALSE_DISCOVERIES = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsilonSummary:
+    """What the trials at one epsilon say together."""
+
+    epsilon: float
+    trials: int
+    """Trials scored."""
+    accuracy_in: float
+    """Mean accuracy of models on their own subsets, NaN without trials."""
+    accuracy_out: float
+    """Mean accuracy on the training examples they did not see."""
+    accuracy_test: float
+    """Mean accuracy on the test examples."""
+    reliability: float
+    """Split-half reliability of memorization (bit); NaN with fewer than two blocks."""
+    reliability_soft: float
+    """The same for memorization_soft."""
+    forecast: dict[str, float]
+    """Trials that would reach a reliability (bit), by reliability."""
+    null: dict[str, int]
+    """How many training examples have no memorization, by reason."""
+    memorized: int
+    """Training examples on the list memorized above 0.25, at a false-discovery rate of 5%."""
+    strong_pairs: int
+    """Influence pairs above 0.15, and above the noise."""
+    pairs: int
+    """Influence pairs kept in all."""
+    pairs_z: float
+    """Standard errors above zero that strong pairs had to be."""
+    pairs_considered: int
+    """Pairs among which strong ones were looked for."""
+    curvature_modes: tuple[str, ...]
+    """How trials computed curvature's trace; more than one do not belong in one mean."""
+    pairs_dropped: int
+    """Pairs that --max-pairs left no room for."""
+
+
+def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
+    """Score all committed trials of a store; replaces its scores/*.parquet.
+
+    `rule` says which influence pairs are kept. Raises DamagedObjectError for a trial that does not
+    read back.
+    """
+    body = store.study()
+    done, index = store.done(), store.examples()
+    target = store.target
+    epsilons = sorted({*target.epsilons, *(key.epsilon for key in done)})
+    tables: dict[str, list[pa.Table]] = {"examples": [], "influence": []}
+    summaries, trial_rows = [], []
+    with SpooledFolds() as folds:
+        scorer = _Scorer(store, store.plan(), index, body["hash"], rule or PairRule(), folds)
+        for epsilon in epsilons:
+            keys = sorted(key for key in done if key.epsilon == epsilon)
+            summary, rows = scorer.at(epsilon, keys, tables)
+            summaries.append(summary)
+            trial_rows += sorted(rows, key=lambda row: int(row["trial"]))
+        trial_rows += _unfinished(store, done)
+        about = {
+            "study_hash": body["hash"],
+            "summary": {f"eps-{s.epsilon:.12g}": _as_json(s) for s in summaries},
+        }
+        private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
+        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
+        store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
+        of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
+        parts = (_fold_table(index, *fold, of) for fold in folds)
+        empty = columns.schema(of).empty_table()
+        store.write_scores_in_parts("folds", empty.schema, itertools.chain([empty], parts), about)
+    of = columns.INFLUENCE
+    store.write_scores("influence", _concatenate(tables["influence"], of), about)
+    names = {name for table in tables["examples"] for name in table.column_names}
+    of = _with_more(
+        columns.SCORES_EXAMPLES, {**columns.SCORES_CURVATURE, **columns.SCORES_PRIVACY}, names
+    )
+    store.write_scores("examples", _concatenate(tables["examples"], of), about)
+    return summaries
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores one epsilon after the other of one study."""
+
+    store: Store
+    plan: Plan
+    index: pa.Table
+    study_hash: str
+    rule: PairRule
+    folds: SpooledFolds
+
+    def at(
+        self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]
+    ) -> tuple[EpsilonSummary, list[dict[str, Any]]]:
+        """The summary and the rows of the trials; adds this epsilon's part to each table."""
+        N, n_rows = self.plan.n, self.index.num_rows
+        copies = copies_in(self.index)
+        outcomes = Outcomes(N, n_rows - N, copies.rows)
+        rows: list[dict[str, Any]] = []
+        sampled: list[Sums] = []
+        streamed = StreamedCurvature(self.store, self.index)
+        folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
+        sums = total(self._kept(epsilon, folds, sampled), n_rows)
+        table = _example_table(self.index, epsilon, sums, N, copies, outcomes)
+        table = _with_privacy(table, rows)
+        tables["examples"].append(table)
+        mem = _floats(table["memorization"])[:N]
+        y = np.nan_to_num(_floats(self.index["label"]), nan=-1).astype(np.int64)
+        pairs = influence_pairs(outcomes, mem, y[:N], y[N:], self.rule)
+        tables["influence"].append(pairs_table(pairs, self.index, mem, epsilon))
+        return _summary(epsilon, rows, table, sampled, pairs), rows
+
+    def _kept(self, epsilon: float, folds: Iterable[Sums], sampled: list[Sums]) -> Iterator[Sums]:
+        """The folds, train first, kept for their table, and what split halves need of them."""
+        N = self.plan.n
+        train = slice(0, N, math.ceil(N / EXAMPLES_FOR_RELIABILITY))
+        for number, raw in enumerate(folds):
+            sums = _train_first(raw, N)
+            self.folds.add(epsilon, number, sums)
+            sampled.append({name: sums[name][train].copy() for name in FOR_RELIABILITY})
+            yield sums
+
+
+def _example_table(
+    index: pa.Table, epsilon: float, sums: Sums, N: int, copies: Copies, outcomes: Outcomes
+) -> pa.Table:
+    """scores/examples.parquet at one epsilon: train, then test, in the order of `index`."""
+    is_test = np.arange(index.num_rows) >= N
+    n_in = np.where(is_test, 0, sums["n_in"])
+    counts = (sums["correct_in"], n_in, sums["correct_out"], sums["n_out"])
+    bit = difference_of_proportions(*counts)
+    above = probability_above(MEMORIZED_ABOVE, *counts)
+    soft = difference_of_means(
+        sums["p_true_in"],
+        sums["p_true_squared_in"],
+        n_in,
+        sums["p_true_out"],
+        sums["p_true_squared_out"],
+        sums["n_out"],
+    )
+    reason = np.select(
+        [is_test, (n_in == 0) & (sums["n_out"] == 0), n_in == 0, sums["n_out"] == 0],
+        ["test example", "no trial yet", "no in-trial", "no out-trial"],
+        "",
+    )
+    values: dict[str, Any] = {
+        "n_in": pa.array(n_in.astype(np.int32), mask=is_test),
+        "n_out": sums["n_out"],
+        "loss_in": ratio(sums["loss_in"], n_in),
+        "loss_out": ratio(sums["loss_out"], sums["n_out"]),
+        "cumulative_loss": ratio(sums["cumulative_loss"], n_in),
+        "learning_epoch": ratio(sums["learning_epoch"], sums["learned"]),
+        "forgetting_count": ratio(sums["forgetting_count"], n_in),
+        "epsilon": np.full(len(n_in), epsilon),
+        "memorized_probability": above,
+        "memorized": pa.array(list_with_fdr(above, FALSE_DISCOVERIES), mask=np.isnan(above)),
+        **group_columns(copies, outcomes, index.num_rows),
+        "null_reason": pa.array(reason, mask=reason == ""),
+    }
+    for arm, n in (("in", n_in), ("out", sums["n_out"])):
+        values[f"accuracy_{arm}"] = ratio(sums[f"correct_{arm}"], n)
+        values[f"p_true_{arm}"] = ratio(sums[f"p_true_{arm}"], n)
+    for name, estimate in (("memorization", bit), ("memorization_soft", soft)):
+        values[name] = estimate.value
+        values[f"{name}_stderr"] = estimate.stderr
+        values[f"{name}_low"] = estimate.low
+        values[f"{name}_high"] = estimate.high
+    of = dict(columns.SCORES_EXAMPLES)
+    if "n_curvature_in" in sums:
+        found = _curvature_columns(sums, is_test)
+        of.update({name: columns.SCORES_CURVATURE[name] for name in found})
+        values.update(found)
+    return _as_table(index, values, of)
+
+
+def _with_privacy(table: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """The table, with what its epsilon cost; all trials of one epsilon had the same mechanism."""
+    private = [row for row in rows if "spent_epsilon" in row]
+    if not private:
+        return table
+    for name, column in columns.SCORES_PRIVACY.items():
+        values = pa.array([private[0][name]] * table.num_rows, column.type)
+        table = table.append_column(column.field(name), values)
+    return table
+
+
+def _curvature_columns(sums: Sums, is_test: NDArray[np.bool_]) -> dict[str, Any]:
+    """Means over the trials of each arm, in the order of the columns; unmeasured ones left out."""
+    found: dict[str, Any] = {}
+    for arm in ("in", "out"):
+        n = np.where(is_test, 0, sums[f"n_curvature_{arm}"])
+        found[f"n_curvature_{arm}"] = pa.array(n.astype(np.int32), mask=is_test)
+        for name in columns.TRIAL_CURVATURE:
+            if f"{name}_{arm}" not in sums:
+                continue
+            total = sums[f"{name}_{arm}"]
+            found[f"{name}_{arm}"] = ratio(total, n)
+            if f"{name}_{arm}_squares" in sums:
+                _, stderr = mean_and_stderr(total, sums[f"{name}_{arm}_squares"], n)
+                found[f"{name}_{arm}_stderr"] = stderr
+    return {name: found[name] for name in columns.SCORES_CURVATURE if name in found}
+
+
+def _fold_table(
+    index: pa.Table, epsilon: float, fold: int, sums: Sums, of: columns.Columns
+) -> pa.Table:
+    """A fold's rows of scores/folds.parquet; what only other folds measured is null."""
+    values: dict[str, Any] = {
+        **sums,
+        "epsilon": np.full(index.num_rows, epsilon),
+        "fold": np.full(index.num_rows, fold, np.int32),
+    }
+    for name in columns.SUMS_CURVATURE.keys() & of.keys() - sums.keys():
+        values[name] = pa.nulls(index.num_rows)
+    return _as_table(index, values, of)
+
+
+def _summary(
+    epsilon: float,
+    rows: Sequence[dict[str, Any]],
+    table: pa.Table,
+    folds: Sequence[Sums],
+    pairs: InfluencePairs,
+) -> EpsilonSummary:
+    """`folds` are the sums of some training examples."""
+
+    def stack(name: str) -> NDArray[Any]:
+        return np.array([sums[name] for sums in folds])
+
+    if len(folds) > 1:
+        counts = stack("n_in"), stack("n_out")
+        hard = reliability(stack("correct_in"), counts[0], stack("correct_out"), counts[1])
+        soft = reliability(stack("p_true_in"), counts[0], stack("p_true_out"), counts[1])
+    else:
+        hard = soft = math.nan
+    is_test = pc.is_null(table["n_in"])
+    reasons = Counter(table["null_reason"].filter(pc.invert(is_test)).drop_null().to_pylist())
+    return EpsilonSummary(
+        epsilon=epsilon,
+        trials=len(rows),
+        accuracy_in=_mean_of(rows, "accuracy_in"),
+        accuracy_out=_mean_of(rows, "accuracy_out"),
+        accuracy_test=_mean_of(rows, "accuracy_test"),
+        reliability=hard,
+        reliability_soft=soft,
+        forecast={f"{t:g}": forecast_trials(len(rows), hard, t) for t in TARGETS},
+        null=dict(reasons),
+        memorized=int(pc.sum(table["memorized"]).as_py() or 0),
+        strong_pairs=int(pairs.strong.sum()),
+        pairs=len(pairs.strong),
+        pairs_z=pairs.z,
+        pairs_considered=pairs.considered,
+        pairs_dropped=pairs.dropped,
+        curvature_modes=tuple(
+            sorted({row["curvature_mode"] for row in rows if "curvature_mode" in row})
+        ),
+    )
+
+
+def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
+    """Rows of trials that have only failed so far: their last failure."""
+    last = {failure.key: failure for failure in store.failures() if failure.key not in done}
+    return [
+        {
+            "trial": failure.key.trial,
+            "epsilon": failure.key.epsilon,
+            "status": failure.cause,
+            "attempt": failure.attempt,
+        }
+        for failure in last.values()
+    ]
+
+
+def _train_first(sums: Sums, n_train: int) -> Sums:
+    """Trial files have test rows first, score tables train rows first."""
+    return {name: np.concatenate([v[-n_train:], v[:-n_train]]) for name, v in sums.items()}
+
+
+def _as_table(index: pa.Table, values: dict[str, Any], of: columns.Columns) -> pa.Table:
+    """The columns of `of` from `values` or the index; NaN becomes null."""
+    arrays = {
+        name: pa.array(values[name], from_pandas=True) if name in values else _from(index, name)
+        for name in of
+    }
+    return pa.Table.from_pydict(arrays).cast(columns.schema(of))
+
+
+def _from(index: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column of the index; indices made before near duplicates were looked for lack that one."""
+    if name == "near_duplicate_group" and name not in index.column_names:
+        name = "duplicate_group"
+    return index[name]
+
+
+def _with_more(of: columns.Columns, more: columns.Columns, names: Set[str]) -> columns.Columns:
+    """`of`, and those of `more` that are among `names`."""
+    return {**of, **{name: column for name, column in more.items() if name in names}}
+
+
+def _concatenate(tables: Sequence[pa.Table], of: columns.Columns) -> pa.Table:
+    empty = columns.schema(of).empty_table()
+    return pa.concat_tables([empty, *tables], promote_options="default").combine_chunks()
+
+
+def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = column.cast(pa.float64()).to_numpy()
+    return values
+
+
+def _mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
+    values = [row[name] for row in rows if row[name] is not None]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _as_json(summary: EpsilonSummary) -> dict[str, Any]:
+    data = json.loads(json.dumps(vars(summary)))  # a copy; NaN and inf become null below
+    return {key: _finite(value) for key, value in data.items() if key != "epsilon"}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,68 @@
+"""`raymem report`: the page people read, its figures, and what it shows.
+
+In:  a scored store, its images if they are at hand, its membership.json if there is one.
+Out: report.html, figures/*.png and *.pdf, figures/thumbnails.parquet, links.json in the store.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+from raymem.data import Examples
+from raymem.links import find_links
+from raymem.scores import read_membership
+from raymem.show.choose import choose
+from raymem.show.figures import figures
+from raymem.show.notebook import Opened
+from raymem.show.page import TWINS, page
+from raymem.show.page_sections import stale_text
+from raymem.show.thumbnails import thumbnails
+from raymem.store import Store
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    store: str | os.PathLike[str],
+    data: Examples | str | None = None,
+    *,
+    private: str | os.PathLike[str] | None = None,
+) -> str:
+    """Write the page of a scored store and everything it is made of; returns where it is.
+
+    Pictures come from `data`, or from where the study had its images; without them the page has
+    none. `private` is another store of the same examples, whose trials at several epsilons give
+    links 2 and 3.
+
+    Raises StoreError without scores, and if the two stores are not of the same examples.
+    """
+    opened = Opened(store, data)
+    store_ = opened.store
+    epsilons = sorted(set(store_.scores()["epsilon"].to_pylist()))
+    shown = math.inf if math.inf in epsilons else epsilons[-1]
+    links = find_links(store_, private=None if private is None else Store(private))
+    store_.write_note("links", links.as_dict())
+    chosen = choose(store_, shown)
+    attacked = read_membership(store_)
+    charts = list(figures(store_, links, shown, attacked))
+    for chart in charts:
+        store_.files.replace(f"figures/{chart.name}.png", chart.light)
+        store_.files.replace(f"figures/{chart.name}.pdf", chart.pdf)
+    twins = links.twins[shown].rows[:TWINS]
+    ids = [*chosen.ids(), *(row[side] for row in twins for side in ("example_id", "twin_id"))]
+    pictures, without = thumbnails(opened, list(dict.fromkeys(ids)))
+    text = page(
+        opened.about,
+        chosen,
+        links,
+        charts,
+        pictures,
+        location=store_.files.path("").rstrip("/"),
+        command=(store_.note("command") or {}).get("command", ""),
+        without_pictures=without,
+        attacked=attacked,
+        stale=stale_text(attacked, {e: len(store_.scored(e)) for e in epsilons}),
+    )
+    store_.files.replace("report.html", text.encode())
+    return store_.files.path("report.html")

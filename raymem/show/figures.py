@@ -1,0 +1,272 @@
+"""A report's figures, in light and dark for the page, and as PNG and PDF for papers."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raymem.links import Links, PaperBins, measures_of
+from raymem.links.rows import train_at
+from raymem.scores import Attacked
+from raymem.store import Store
+
+LIGHT = {
+    "ink": "#1b1f24",
+    "paper": "#ffffff",
+    "grid": "#d8dee4",
+    "one": "#0b62c4",
+    "two": "#b3440e",
+}
+DARK = {"ink": "#e6edf3", "paper": "#12161c", "grid": "#333b45", "one": "#6cb2ff", "two": "#ff9d66"}
+SIZE = (6.4, 4.0)
+# Points of a scatter: more are a blot.
+MOST_POINTS = 5_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure."""
+
+    name: str
+    title: str
+    alt: str
+    """What it shows, in words, for people who do not see it."""
+    light: bytes
+    dark: bytes
+    """PNG."""
+    pdf: bytes
+
+
+Draw = Callable[[Any, dict[str, str]], None]
+
+
+def figures(
+    store: Store, links: Links, epsilon: float, attacked: Sequence[Attacked] = ()
+) -> Iterator[Figure]:
+    """All figures for which there are numbers."""
+    scores = store.scores()
+    here = train_at(scores, epsilon)
+    mem = np.array(here["memorization"].drop_null().to_numpy(), np.float64)
+    if len(mem):
+        above = int((mem > 0.25).sum())
+        yield _figure(
+            "memorization",
+            "Memorization of the training examples",
+            f"Histogram of memorization over {len(mem):,} examples; {above:,} are above 0.25.",
+            lambda ax, c: _histogram(ax, c, mem),
+        )
+    for bins in links.paper.get(epsilon, ()):
+        if bins.straight is None or not bins.measure.endswith("_out"):
+            continue
+        values = measures_of(here)[bins.measure]
+        everyone = np.array(here["memorization"].cast("float64").to_numpy(), np.float64)
+        yield _figure(
+            f"link1-{bins.measure}",
+            f"Link 1: {bins.measure} and memorization",
+            f"Points: examples; dots: means of the paper's bins, with a line of slope "
+            f"{bins.straight.slope:.3g} (R squared {bins.straight.r_squared:.2f} over bins)."
+            + (
+                " Circles: the same, binned by one half of the trials, means of the other."
+                if bins.crossed is not None
+                else ""
+            ),
+            functools.partial(_link1, bins=bins, mem=everyone, values=values),
+        )
+    seen = [o for o in links.curvature.observed if o.curvature is not None]
+    if len(seen) > 1:
+        yield _figure(
+            "link2",
+            "Link 2: mean curvature and epsilon",
+            "Mean curvature at each epsilon: "
+            + ", ".join(f"{o.curvature:.3g} at {o.epsilon:g}" for o in seen)
+            + ".",
+            lambda ax, c: _link2(ax, c, links),
+        )
+    pools = [a for a in links.memorization if a.pool is not None]
+    if len(pools) > 1:
+        yield _figure(
+            "link3",
+            "Link 3: memorization and epsilon, with upper bounds",
+            "Mean memorization at each epsilon: "
+            + ", ".join(f"{a.pool.value:.3f} at {a.epsilon:g}" for a in pools if a.pool)
+            + ".",
+            lambda ax, c: _link3(ax, c, links),
+        )
+
+    for here in attacked:
+        if here.epsilon == epsilon and any(one.roc for one in here.attacks):
+            yield _figure(
+                "membership-roc",
+                "Membership inference: true against false positives",
+                f"Curves over {here.targets:,} target trials, both axes logarithmic: "
+                + ", ".join(
+                    f"{one.name} finds {100 * one.tpr_at_fpr.value:.2g}% of the members at 1% "
+                    "false positives"
+                    for one in here.attacks
+                )
+                + ".",
+                functools.partial(_roc, here=here),
+            )
+
+
+def _figure(name: str, title: str, alt: str, draw: Draw) -> Figure:
+    return Figure(
+        name=name,
+        title=title,
+        alt=alt,
+        light=_drawn(draw, LIGHT, "png"),
+        dark=_drawn(draw, DARK, "png"),
+        pdf=_drawn(draw, LIGHT, "pdf"),
+    )
+
+
+def _drawn(draw: Draw, colours: dict[str, str], kind: str) -> bytes:
+    # Without pyplot: no global state, no display.
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=SIZE, layout="constrained", facecolor=colours["paper"])
+    ax = canvas.subplots()
+    ax.set_facecolor(colours["paper"])
+    draw(ax, colours)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(colours["ink"])
+    ax.tick_params(colors=colours["ink"])
+    ax.xaxis.label.set_color(colours["ink"])
+    ax.yaxis.label.set_color(colours["ink"])
+    ax.grid(color=colours["grid"], linewidth=0.6)
+    ax.set_axisbelow(True)
+    if legend := ax.get_legend():
+        legend.get_frame().set_facecolor(colours["paper"])
+        legend.get_frame().set_edgecolor(colours["grid"])
+        for text in legend.get_texts():
+            text.set_color(colours["ink"])
+    out = io.BytesIO()
+    canvas.savefig(
+        out, format=kind, dpi=140, metadata={} if kind == "png" else {"CreationDate": None}
+    )
+    return out.getvalue()
+
+
+def _histogram(ax: Any, colours: dict[str, str], mem: Any) -> None:
+    ax.hist(mem, bins=np.linspace(min(-0.1, mem.min()), 1, 56), color=colours["one"])
+    ax.axvline(0.25, color=colours["two"], linewidth=1, label="0.25")
+    ax.set_yscale("log")
+    ax.set_xlabel("memorization")
+    ax.set_ylabel("training examples")
+    ax.legend()
+
+
+def _link1(ax: Any, colours: dict[str, str], bins: PaperBins, mem: Any, values: Any) -> None:
+    both = np.isfinite(mem) & np.isfinite(values)
+    step = max(1, int(both.sum()) // MOST_POINTS)
+    ax.scatter(
+        mem[both][::step], values[both][::step], s=4, alpha=0.25, color=colours["one"],
+        linewidths=0, label="examples", rasterized=True,
+    )  # fmt: skip
+    ax.scatter(bins.memorization, bins.mean, s=22, color=colours["two"], label="means of bins")
+    if bins.crossed is not None and len(bins.crossed.mean):
+        ax.scatter(
+            bins.crossed.memorization, bins.crossed.mean, s=26, facecolors="none",
+            edgecolors=colours["ink"], linewidths=0.8, label="binned by other trials",
+        )  # fmt: skip
+    assert bins.straight is not None
+    x = np.array([0.0, 1.0])
+    ax.plot(x, bins.straight.slope * x + bins.straight.intercept, color=colours["two"], linewidth=1)
+    if len(values[both]):
+        top = float(np.quantile(values[both], 0.995))
+        ax.set_ylim(min(0.0, float(values[both].min())), max(top, float(bins.mean.max())) * 1.05)
+    ax.set_xlabel("memorization")
+    ax.set_ylabel(bins.measure)
+    ax.legend()
+
+
+def _places(epsilons: list[float]) -> tuple[list[float], list[str]]:
+    """Where epsilons are on an axis: logarithmic, inf one step after the last."""
+    finite = [e for e in epsilons if math.isfinite(e)]
+    last = math.log2(max(finite)) if finite else 0.0
+    places = [math.log2(e) if math.isfinite(e) else last + 1.5 for e in epsilons]
+    return places, [f"{e:g}" for e in epsilons]
+
+
+def _epsilon_axis(ax: Any, places: list[float], names: list[str]) -> None:
+    ax.set_xticks(places, names)
+    ax.set_xlabel("epsilon")
+
+
+def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
+    seen = [o for o in links.curvature.observed if o.curvature is not None]
+    places, names = _places([o.epsilon for o in seen])
+    error = [0.0 if o.curvature_stderr is None else 2 * o.curvature_stderr for o in seen]
+    ax.errorbar(
+        places, [o.curvature for o in seen], yerr=error, fmt="o", color=colours["one"],
+        capsize=3, label="mean curvature, two standard errors",
+    )  # fmt: skip
+    shape = links.curvature.shape
+    finite = [p for p, o in zip(places, seen, strict=True) if math.isfinite(o.epsilon)]
+    if shape is not None and len(finite) > 1:
+        x = np.linspace(min(finite), max(finite), 200)
+        e = 2.0**x
+        law = links.curvature.slope * shape(e) * -np.expm1(-e) + links.curvature.c2
+        ax.plot(x, law, color=colours["two"], label="the theorem's law, fitted")
+    _epsilon_axis(ax, places, names)
+    ax.set_ylabel("curvature, nats per squared pixel")
+    ax.set_ylim(bottom=0)
+    ax.legend()
+
+
+def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
+    audits = [a for a in links.memorization if a.pool is not None]
+    places, names = _places([a.epsilon for a in audits])
+    means = [a.pool.value for a in audits if a.pool]
+    low = [a.pool.value - a.pool.low for a in audits if a.pool]
+    high = [a.pool.high - a.pool.value for a in audits if a.pool]
+    ax.errorbar(
+        places, means, yerr=[low, high], fmt="o", color=colours["one"], capsize=3,
+        label="mean memorization, 95%",
+    )  # fmt: skip
+    styles = {"paper": ":", "sharp": "--", "total-variation": "-"}
+    for name, style in styles.items():
+        points = [
+            (p, c.bound.value)
+            for p, a in zip(places, audits, strict=True)
+            for c in a.bounds
+            if c.bound.name == name
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            # A mark too: one epsilon alone makes no line.
+            ax.plot(
+                x, y, style, marker="_", color=colours["two"], linewidth=1.2, label=f"bound: {name}"
+            )
+    _epsilon_axis(ax, places, names)
+    ax.set_ylabel("memorization")
+    ax.legend()
+
+
+def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
+    styles = (("one", "-"), ("one", "--"), ("two", "-"))
+    least = 1.0
+    for one, (colour, style) in zip(here.attacks, styles, strict=True):
+        # A rate of 0 has no place on a logarithmic axis.
+        points = [(fpr, tpr) for fpr, tpr in one.roc if tpr > 0]
+        if points:
+            x, y = zip(*points, strict=True)
+            least = min(least, *x)
+            label = f"{one.name}, AUC {one.auc.value:.3f}"
+            ax.plot(x, y, style, color=colours[colour], linewidth=1.4, label=label)
+    ax.plot(
+        [least, 1], [least, 1], ":", color=colours["ink"], linewidth=1, label="guessing"
+    )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("false-positive rate")
+    ax.set_ylabel("true-positive rate")
+    ax.legend(loc="lower right")

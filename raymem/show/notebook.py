@@ -1,0 +1,159 @@
+"""A store in a notebook: tables, links, images."""
+
+from __future__ import annotations
+
+import html
+import os
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from PIL import Image
+
+from raymem.data import Examples, flip_labels, load_examples
+from raymem.errors import ExamplesError, StoreError
+from raymem.links import Links, find_links
+from raymem.store import Store
+
+# So many rows of a table are shown in a notebook.
+SHOWN = 10
+
+
+class Opened:
+    """What a study found, for reading. See `open`."""
+
+    def __init__(self, store: str | os.PathLike[str], data: Examples | str | None = None) -> None:
+        self.store = Store(store)
+        """The store itself."""
+        self.about: dict[str, Any] = self.store.study()
+        """study.json."""
+        self._data = data
+
+    @property
+    def examples(self) -> pa.Table:
+        """scores/examples.parquet: one row per example and epsilon; docs/columns.md says what its
+        columns mean. `.to_pandas()` makes a data frame of it."""
+        return self.store.scores()
+
+    @property
+    def pairs(self) -> pa.Table:
+        """scores/influence.parquet: pairs of a training and a test example."""
+        return self.store.scores("influence")
+
+    @property
+    def trials(self) -> pa.Table:
+        """scores/trials.parquet: one row per trial."""
+        return self.store.scores("trials")
+
+    def links(self) -> Links:
+        """The three links, computed from the tables; takes seconds."""
+        return find_links(self.store)
+
+    def data(self) -> Examples:
+        """The images, from where the study had them, checked against its index.
+
+        Raises ExamplesError if they are not there, or are others.
+        """
+        if isinstance(self._data, Examples):
+            return self._data
+        source = self._data or self.about.get("data_source")
+        if not source:
+            raise ExamplesError(
+                f"{self.store.url} does not say where its images are; give them as data= or --data"
+            )
+        found = load_examples(source)
+        planted = self.about["study"]["data"].get("planted")
+        if planted:
+            found = flip_labels(found, len(planted) / len(found.train_ids))
+        if found.fingerprint != self.about["study"]["data"]["fingerprint"]:
+            raise ExamplesError(
+                f"the images at {source} are not those of {self.store.url}: ids, labels or pixels "
+                "differ; give the right ones as data="
+            )
+        self._data = found
+        return found
+
+    def pixels(self, example_id: str) -> NDArray[np.uint8]:
+        """An example's image, uint8 [H, W, C], checked by its content hash.
+
+        Raises StoreError for an id that the study does not have, ExamplesError for other pixels.
+        """
+        index = self.store.examples()
+        rows = index.filter(pc.equal(index["example_id"], example_id)).to_pylist()
+        if not rows:
+            raise StoreError(
+                f"there is no example {example_id!r} in {self.store.url}; see raymem scores"
+            )
+        data, (row,) = self.data(), rows
+        ids = data.train_ids if row["split"] == "train" else data.test_ids
+        if row["index"] >= len(ids) or ids[row["index"]] != example_id:
+            raise ExamplesError(
+                f"{example_id} is another image in {data.name}; give the right data="
+            )
+        place = row["index"] + (0 if row["split"] == "train" else len(data.train_ids))
+        if row["content_hash"] not in (None, data.content_hashes[place]):
+            raise ExamplesError(f"the pixels of {example_id} are not those that were scored")
+        x = data.x_train if row["split"] == "train" else data.x_test
+        return np.asarray(x[row["index"]])
+
+    def image(self, example_id: str) -> Image.Image:
+        """The same as a Pillow image, which notebooks show."""
+        return as_image(self.pixels(example_id))
+
+    def __repr__(self) -> str:
+        done = len(self.store.done())
+        return (
+            f"raymem.open({self.store.url!r}): {self.about['data_name']}, {done:,} trials, "
+            f"{self.store.plan()}"
+        )
+
+    def _repr_html_(self) -> str:
+        text = f"<p>{html.escape(repr(self))}</p>"
+        try:
+            table = self.examples
+        except StoreError as error:
+            return f"{text}<p>{html.escape(str(error))}</p>"
+        names = ["example_id", "label", "epsilon", "memorization", "memorization_low",
+                 "memorization_high", "n_in", "n_out"]  # fmt: skip
+        rows = pc.sort_indices(table, [("memorization", "descending")])[:SHOWN]
+        head = "".join(f"<th>{name}</th>" for name in names)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in names) + "</tr>"
+            for row in table.take(rows).to_pylist()
+        )
+        more = f"<p>{table.num_rows:,} rows; .examples.to_pandas() has all</p>"
+        return f"{text}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return html.escape("" if value is None else str(value))
+
+
+def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
+    """uint8 [H, W, C] with one or three channels as a Pillow image."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3])
+
+
+def open_store(store: str | os.PathLike[str], data: Examples | str | None = None) -> Opened:
+    """A store for reading: `.examples`, `.pairs`, `.trials`, `.links()`, `.image(example_id)`.
+
+    `data` is where the images are, if they are not where the study had them: what `load_examples`
+    takes, or Examples. Raises StoreError if there is no study.
+
+    >>> from raymem import Recipe, Study, load_examples
+    >>> study = Study(
+    ...     examples=load_examples("digits"),
+    ...     recipe=Recipe(model="mlp-8", epochs=1),
+    ...     store="memory://doctest-open",
+    ...     trials=2,
+    ... )
+    >>> progress, summaries = study.train(engine="serial"), study.score()
+    >>> opened = open_store("memory://doctest-open")
+    >>> opened.examples.num_rows, opened.image("digit-0905").size
+    (1797, (8, 8))
+    """
+    return Opened(store, data)

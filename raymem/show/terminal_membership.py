@@ -1,0 +1,76 @@
+"""Membership inference for a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from raymem.scores import Attacked, Membership, Rate
+from raymem.show.terminal_scores import as_text
+
+
+def membership_text(found: Membership) -> str:
+    """What attacks reached at each epsilon, the most vulnerable examples, what to mind."""
+    attacked = list(found.attacked.values())
+    parts = [
+        "Membership inference (Carlini et al. 2022): scored trials as targets, attacked with the "
+        "trials whose subsets are independent of theirs (+- standard error over targets):\n"
+        + as_text(attacks_table(attacked))
+    ]
+    for here in attacked:
+        at = "" if math.isinf(here.epsilon) else f" at epsilon {here.epsilon:g}"
+        parts.append(correlation_text(here))
+        if here.most_vulnerable:
+            parts.append(
+                f"The {len(here.most_vulnerable)} most vulnerable training examples{at} (d': how "
+                "many standard deviations their margins are apart, in and out):\n"
+                + as_text(pa.Table.from_pylist(here.most_vulnerable))
+            )
+        parts += [f"NOTE{at}: {note}" for note in here.notes]
+    parts += [f"epsilon {epsilon:g}: not attacked: {why}" for epsilon, why in found.refused.items()]
+    return "\n\n".join(parts)
+
+
+def attacks_table(attacked: Sequence[Attacked]) -> pa.Table:
+    """A row for each epsilon and attack, as people read it."""
+    return pa.table(
+        {
+            "epsilon": pa.array([f"{a.epsilon:g}" for a in attacked for _ in a.attacks]),
+            "trials": [a.trials for a in attacked for _ in a.attacks],
+            "targets": [a.targets for a in attacked for _ in a.attacks],
+            "attack": [one.name for a in attacked for one in a.attacks],
+            **{
+                title: [_rate(getattr(one, name), digits) for a in attacked for one in a.attacks]
+                for title, name, digits in (
+                    ("AUC", "auc", 4),
+                    ("best balanced accuracy", "balanced_accuracy", 4),
+                    ("TPR at FPR 0.1%", "tpr_at_low_fpr", 5),
+                    ("TPR at FPR 1%", "tpr_at_fpr", 4),
+                )
+            },
+        }
+    )
+
+
+def correlation_text(here: Attacked) -> str:
+    """How vulnerability goes with memorization, in a sentence."""
+    at = "" if math.isinf(here.epsilon) else f" at epsilon {here.epsilon:g}"
+    rho = here.correlation
+    if math.isnan(rho.value):
+        return f"Vulnerability and memorization{at}: not known, one of them does not vary."
+    known = "goes with" if rho.low > 0 else "goes against"
+    goes = known if rho.low > 0 or rho.high < 0 else "is not seen to go with"
+    return (
+        f"Vulnerability {goes} memorization{at}: rank correlation {rho.value:.3f} "
+        f"[{rho.low:.3f}, {rho.high:.3f}] over {rho.examples:,} training examples "
+        "(95% bootstrap over examples; one from half of the trials, one from the other half)."
+    )
+
+
+def _rate(rate: Rate, digits: int) -> str:
+    if math.isnan(rate.value):
+        return ""
+    more = "" if math.isnan(rate.stderr) else f" +- {rate.stderr:.1g}"
+    return f"{rate.value:.{digits}f}{more}"

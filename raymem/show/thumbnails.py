@@ -1,0 +1,77 @@
+"""Small pictures of the examples a report shows: figures/thumbnails.parquet in the store."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+import pyarrow as pa
+from PIL import Image
+
+from raymem.errors import DamagedObjectError, RaymemError
+from raymem.show.notebook import Opened, as_image
+from raymem.store import Store
+from raymem.store.trials import decode, encode
+
+KEY = "figures/thumbnails.parquet"
+SIDE = 48
+SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.string(), metadata={"meaning": "the example's id", "unit": ""}),
+        pa.field("content_hash", pa.string(), metadata={"meaning": "of its pixels", "unit": ""}),
+        pa.field("image", pa.binary(), metadata={"meaning": "PNG or JPEG, small", "unit": ""}),
+    ]
+)
+
+
+def thumbnails(opened: Opened, ids: Iterable[str]) -> tuple[dict[str, bytes], str]:
+    """Pictures by example id, and why some are missing (empty: none is).
+
+    Kept in the store: where the images are no longer at hand, the pictures of before are shown.
+    """
+    kept = _kept(opened.store)
+    wanted = list(ids)
+    missing = [example_id for example_id in wanted if example_id not in kept]
+    if not missing:
+        return kept, ""
+    try:
+        data = opened.data()
+    except RaymemError as error:
+        return kept, str(error)
+    place = {i: ("train", row) for row, i in enumerate(data.train_ids)}
+    place |= {i: ("test", row) for row, i in enumerate(data.test_ids)}
+    for example_id in missing:
+        if example_id in place:
+            split, row = place[example_id]
+            pixels = (data.x_train if split == "train" else data.x_test)[row]
+            kept[example_id] = encoded(as_image(pixels))
+    hashes = dict(zip((*data.train_ids, *data.test_ids), data.content_hashes, strict=True))
+    table = pa.table(
+        {
+            "example_id": list(kept),
+            "content_hash": [hashes.get(i) for i in kept],
+            "image": list(kept.values()),
+        },
+        schema=SCHEMA,
+    )
+    opened.store.files.replace(KEY, encode(table, {"side": SIDE}))
+    return kept, ""
+
+
+def encoded(image: Image.Image) -> bytes:
+    """At most 48 pixels a side; PNG for small and grey ones, JPEG for photographs."""
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    if image.mode == "RGB" and max(image.size) > 32:
+        image.save(out, "JPEG", quality=80)
+    else:
+        image.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+def _kept(store: Store) -> dict[str, bytes]:
+    try:
+        table = decode(store.files.read(KEY), KEY)
+        return dict(zip(table["example_id"].to_pylist(), table["image"].to_pylist(), strict=True))
+    except (FileNotFoundError, NotADirectoryError, DamagedObjectError, KeyError):
+        return {}  # made again
