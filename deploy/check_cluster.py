@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deploy import check_rayjob
 from deploy.keys import EC2, GCE, unknown
-from deploy.shared import ROOT, Config, fill_ins, image_problems
+from deploy.shared import ROOT, Config, cpu_node_problems, fill_ins, image_problems
 
 TOKEN = "/home/ray/.ray/auth_token"
 # GB of memory of the machines people take as heads.
@@ -50,7 +50,8 @@ def problems(config: Config, root: Path = ROOT) -> list[str]:
     if kind not in ("aws", "gcp"):
         return [f"provider.type: {kind} is not known here; take aws or gcp"]
     checks: list[Callable[[Config], Iterator[str]]] = [
-        _provider, _limits, _types, _head, _workers, _authentication, _disks, _commands,
+        _provider, _limits, _types, _head, _workers, _cpu_nodes, _authentication, _disks,
+        _commands,
     ]  # fmt: skip
     found = [line for check in checks for line in check(config)]
     return [*found, *_mounts(config, root), *_images(config)]
@@ -191,6 +192,13 @@ def _workers(config: Config) -> Iterator[str]:
             yield f"{where}.docker.worker_image: a node with GPUs wants an image that ends in -gpu"
         if "machineType" in node and "TERMINATE" not in str(node.get("scheduling")):
             yield f"{where}.node_config.scheduling: GPU machines want onHostMaintenance: TERMINATE"
+
+
+def _cpu_nodes(config: Config) -> Iterator[str]:
+    types = config["available_node_types"]
+    resources = {name: node_type.get("resources", {}) for name, node_type in types.items()}
+    head = resources.pop(config["head_node_type"])
+    yield from cpu_node_problems(head, resources, [n for n, r in resources.items() if r.get("GPU")])
 
 
 def _authentication(config: Config) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deploy.keys import RAYJOB, unknown
-from deploy.shared import Config, image_problems, tested_ray
+from deploy.shared import Config, cpu_node_problems, image_problems, tested_ray
 
 GPU = "nvidia.com/gpu"
 LEAST_HEAD_MEMORY = 32
@@ -40,6 +40,7 @@ def problems(config: Config) -> list[str]:
     found += _head(head, "headGroupSpec")
     for i, group in enumerate(workers):
         found += _workers(group, f"workerGroupSpecs[{i}]")
+    found += _cpu_nodes(head, workers)
     return found
 
 
@@ -97,10 +98,10 @@ def _workers(group: Config, where: str) -> Iterator[str]:
     least, most = group.get("minReplicas"), group.get("maxReplicas")
     if least != 0 or not isinstance(most, int) or not 0 <= group.get("replicas", 0) <= most:
         yield f"{where}: wants minReplicas 0 and 0 <= replicas <= maxReplicas"
-    limits = pod["containers"][0].get("resources", {}).get("limits", {})
+    limits = _limits(group)
     params = group.get("rayStartParams", {})
     for param, resource in (("num-cpus", "cpu"), ("num-gpus", GPU)):
-        if params.get(param) != str(limits.get(resource)):
+        if params.get(param, "None") != str(limits.get(resource)):
             yield (
                 f"{where}: rayStartParams.{param} is {params.get(param)}, the limit of {resource} "
                 f"{limits.get(resource)}; Ray would count wrong"
@@ -108,12 +109,31 @@ def _workers(group: Config, where: str) -> Iterator[str]:
     if not _wants_spot(pod):
         yield f"{where}: nodeSelector asks for no spot node"
     keys = {t.get("key") for t in pod.get("tolerations", [])}
-    if GPU not in keys:
+    if GPU in limits and GPU not in keys:
         yield f"{where}: GPU nodes turn away pods that do not tolerate {GPU}"
     for label in set(pod.get("nodeSelector", {})) & set(SPOT_LABELS):
         if label.startswith("cloud.google.com") and label not in keys:
             yield f"{where}: spot nodes turn away pods that do not tolerate {label}"
     yield from _pod(pod, where)
+
+
+def _cpu_nodes(head: Config, workers: list[Config]) -> Iterator[str]:
+    groups = {str(group.get("groupName")): _custom(group) for group in workers}
+    gpus = [str(group.get("groupName")) for group in workers if GPU in _limits(group)]
+    yield from cpu_node_problems(_custom(head), groups, gpus)
+
+
+def _custom(group: Config) -> list[str]:
+    """The custom resources of a group: JSON, in quotes, in the form that KubeRay wants."""
+    text = group.get("rayStartParams", {}).get("resources", "")
+    return re.findall(r'\\"(\w+)\\":', text) if text[:1] == text[-1:] == '"' else []
+
+
+def _limits(group: Config) -> Config:
+    limits: Config = (
+        group["template"]["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    )
+    return limits
 
 
 def _pod(pod: Config, where: str) -> Iterator[str]:

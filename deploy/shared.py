@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from packaging.specifiers import SpecifierSet
 Config = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 FILL_IN = "FILL-IN"
+# The resource of nodes without GPUs, and of the head, to say that there are such nodes.
+CPU_NODE = "raymem_cpu"
 
 
 def image_problems(image: str, where: str) -> Iterator[str]:
@@ -33,6 +35,29 @@ def image_problems(image: str, where: str) -> Iterator[str]:
     if not SpecifierSet(project["requires-python"]).contains(python):
         wanted = project["requires-python"]
         yield f"{where}: {image} has Python {python}; pyproject.toml wants {wanted}"
+
+
+def cpu_node_problems(
+    head: Iterable[str], workers: Mapping[str, Iterable[str]], gpus: Container[str]
+) -> Iterator[str]:
+    """Do decoding tasks find the nodes that are for them, and no others?
+
+    Takes the resources of the head and of each type of worker, and which of these have GPUs.
+
+    >>> list(cpu_node_problems(["CPU"], {"large": ["CPU", "raymem_cpu"]}, []))
+    ['head: `raymem ingest` would start GPU nodes; give it the resource raymem_cpu: 1']
+    """
+    cpus = [name for name in workers if name not in gpus]
+    for name in cpus:
+        if CPU_NODE not in workers[name]:
+            yield f"{name}: nodes without GPUs want the resource {CPU_NODE}: 1, for ingesting"
+    for name in workers:
+        if name in gpus and CPU_NODE in workers[name]:
+            yield f"{name}: `raymem ingest` would start GPU nodes; take {CPU_NODE} away"
+    if cpus and CPU_NODE not in head:
+        yield f"head: `raymem ingest` would start GPU nodes; give it the resource {CPU_NODE}: 1"
+    if CPU_NODE in head and not cpus:
+        yield f"head: `raymem ingest` would wait for ever for {CPU_NODE}; take it away"
 
 
 def tested_ray() -> str:

@@ -23,6 +23,7 @@ check_cluster = importlib.import_module("deploy.check_cluster")
 check_rayjob = importlib.import_module("deploy.check_rayjob")
 keys = importlib.import_module("deploy.keys")
 shared = importlib.import_module("deploy.shared")
+cluster = importlib.import_module("raymem.fleet.cluster")
 
 AWS = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 GCP = yaml.safe_load((ROOT / "cluster-gcp.yaml").read_text())
@@ -147,6 +148,19 @@ MUTATIONS = {
     "image without CUDA": (
         changed(AWS, f"{GPU}.docker.worker_image", "rayproject/ray:2.60.0-py311"), "ends in -gpu",
     ),
+    "no room for ingesting": (
+        changed(AWS, "available_node_types.cpu_spot.resources", {"CPU": 16}),
+        "cpu_spot: nodes without GPUs want the resource raymem_cpu",
+    ),
+    "ingesting on GPU nodes": (
+        changed(GCP, f"{GPU}.resources.raymem_cpu", 1), "gpu_spot: `raymem ingest` would start GPU",
+    ),
+    "nodes for ingesting nobody knows of": (
+        changed(GCP, f"{HEAD}.resources", {"CPU": 0}), "head: `raymem ingest` would start GPU",
+    ),
+    "no nodes for ingesting": (
+        changed(AWS, "available_node_types.cpu_spot", DELETE), "would wait for ever",
+    ),
     "no CPUs": (changed(AWS, f"{GPU}.resources.CPU", DELETE), "how many CPUs"),
     "stopped nodes kept": (changed(AWS, "provider.cache_stopped_nodes", True), "set it to false"),
     "stopped nodes by default": (
@@ -265,6 +279,7 @@ def test_keys_of_ec2_are_those_of_botocore():
 
 
 WORKER = "spec.rayClusterSpec.workerGroupSpecs.0"
+CPU_WORKER = "spec.rayClusterSpec.workerGroupSpecs.1"
 HEAD_GROUP = "spec.rayClusterSpec.headGroupSpec"
 CONTAINER = "template.spec.containers.0"
 JOB_MUTATIONS = {
@@ -322,6 +337,19 @@ JOB_MUTATIONS = {
     "turned away by spot": (
         changed(RAYJOB, f"{WORKER}.template.spec.tolerations.0", DELETE), "do not tolerate cloud",
     ),
+    "no room for ingesting": (
+        changed(RAYJOB, f"{CPU_WORKER}.rayStartParams.resources", DELETE),
+        "cpu-spot: nodes without GPUs want the resource raymem_cpu",
+    ),
+    "unreadable resources": (
+        changed(RAYJOB, f"{CPU_WORKER}.rayStartParams.resources", '{"raymem_cpu": 1}'),
+        "cpu-spot: nodes without GPUs want the resource raymem_cpu",
+    ),
+    "nodes for ingesting nobody knows of": (
+        changed(RAYJOB, f"{HEAD_GROUP}.rayStartParams.resources", DELETE),
+        "head: `raymem ingest` would start GPU",
+    ),
+    "no nodes for ingesting": (changed(RAYJOB, CPU_WORKER, DELETE), "would wait for ever"),
     "requests": (
         changed(RAYJOB, f"{WORKER}.{CONTAINER}.resources.requests.cpu", "2"), "make them equal",
     ),
@@ -343,6 +371,10 @@ def test_what_is_wrong_with_a_job_is_found(name):
     config, expected = JOB_MUTATIONS[name]
     found = check_rayjob.problems(config)
     assert any(expected in line for line in found), found
+
+
+def test_ingesting_asks_for_the_resource_of_the_files():
+    assert cluster.CPU_NODE == shared.CPU_NODE
 
 
 def test_the_image_is_built_from_the_tested_versions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import json
@@ -31,6 +32,7 @@ from raymem.data.shards import pieces as pieces_module
 from raymem.data.shards.finish_cache import _against
 from raymem.data.shards.splits import find_splits
 from raymem.errors import DamagedObjectError
+from raymem.fleet.cluster import CPU_NODE
 from raymem.store import DriverLock, Files
 
 pytestmark = pytest.mark.alone
@@ -725,6 +727,39 @@ def test_ray_gives_what_this_process_gives(small, tmp_path):
     assert there.about == here.about
     for key in ("index.parquet", "rejects.parquet", "pieces/train/imagenet-train-0001-000.npy"):
         assert (tmp_path / "here" / key).read_bytes() == (tmp_path / "there" / key).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("resources", "held"),
+    [({CPU_NODE: 1}, {"CPU": 1.0, CPU_NODE: 0.001}), ({}, {"CPU": 1.0})],
+    ids=["cpu nodes", "no such nodes"],
+)
+def test_decoding_takes_cpu_nodes_where_there_are_such(
+    small, tmp_path, monkeypatch, resources, held
+):
+    """tests/test_asking.py has what the autoscalers make of it."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    write_ilsvrc(tmp_path / "set", "tar", *small, n_shards=2)
+
+    def noted(batch):
+        with (tmp_path / "log").open("a") as log:
+            log.write(f"{ray.get_runtime_context().get_assigned_resources()}\n")
+        from raymem.data.shards.ingestion import decode_on_ray
+
+        return decode_on_ray(batch)
+
+    monkeypatch.setattr(sys.modules["raymem.data.shards.ingestion"], "decode_on_ray", noted)
+    ray.init(
+        address="local", num_cpus=2, resources=resources, include_dashboard=False,
+        object_store_memory=150_000_000, log_to_driver=False, logging_level="ERROR",
+    )  # fmt: skip
+    try:
+        assert run(tmp_path / "set", tmp_path / "cache", engine="ray").images == 60
+    finally:
+        ray.shutdown()
+    seen = [ast.literal_eval(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert seen == [held] * 4
 
 
 @pytest.mark.slow

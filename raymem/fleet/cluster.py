@@ -14,6 +14,8 @@ from typing import Any
 TOKEN = secrets.token_hex(32)
 _OURS: list[bool] = []
 HEAD_RESOURCE = "node:__internal_head__"
+# What nodes without GPUs have in our cluster files, and the head, to say that there are such nodes.
+CPU_NODE = "raymem_cpu"
 QUIET_LOGGERS = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
 
 
@@ -69,10 +71,23 @@ def is_private() -> bool:
 
 def on_head() -> dict[str, Any]:
     """Options of an actor that must live on the head node: other nodes may be lost."""
+    return _where(HEAD_RESOURCE)
+
+
+def on_cpu_nodes() -> dict[str, Any]:
+    """Options of tasks that need no GPU: on nodes without, where the cluster has such.
+
+    Beyond what these nodes hold, other waiting tasks make Ray start nodes with GPUs. It is no label
+    selector: Ray's first autoscaler does not know of these.
+    """
+    return _where(CPU_NODE)
+
+
+def _where(resource: str) -> dict[str, Any]:
     import ray
 
-    known = any(HEAD_RESOURCE in node["Resources"] for node in ray.nodes() if node["Alive"])
-    return {"resources": {HEAD_RESOURCE: 0.001}} if known else {}
+    known = any(resource in node["Resources"] for node in ray.nodes() if node["Alive"])
+    return {"resources": {resource: 0.001}} if known else {}
 
 
 def draining_nodes() -> set[str]:

@@ -1,56 +1,49 @@
 """Asking an autoscaling cluster for nodes, and no longer than they are needed.
 
-Lanes that do not exist create no demand, so the driver says how many more workers could be at work.
-A request to Ray's autoscaler outlives the driver that made it, and so would the bill; and there is
-one request for the whole cluster. Ray Train and Ray Data therefore go through an actor, the
-autoscaling coordinator, that adds up what each asks for and forgets who is silent. So do we. Ray
-makes that actor on the node of whoever needs it first, for good: a lane's node would never be idle
-again. We need it first, on the head node.
+Worker groups that do not exist create no demand, so the driver says how many more workers could be
+at work: by one placement group for each, which no node that is there may hold. An autoscaler takes
+each of them by itself, so that of more than the cluster may grow to, as many nodes come as may come
+(a request for the whole cluster, `request_resources`, is met whole or not at all by Ray's second
+autoscaler). They go with the driver, however it ends.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
+from collections.abc import Collection
 
-import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from raymem.fleet.cluster import on_head
-
-# Asked again this often, and forgotten by the coordinator after being silent for so long. What
-# lanes hold is asked for by Ray Train, which is forgotten after 180 s.
-ASK_SECONDS, SILENT_SECONDS = 15.0, 60.0
+NODE_LABEL = "ray.io/node-id"
+# Asked for at once, at least; large fleets double. What a full cluster cannot give waits for ever,
+# and Ray's autoscalers look at all of it in every round.
+AHEAD = 32
 
 
 class Demand:
-    """What one fleet asks of an autoscaling cluster, beside what its lanes hold."""
+    """What one fleet asks of an autoscaling cluster, beside what its worker groups hold."""
 
     def __init__(self, bundle: dict[str, float]) -> None:
         """`bundle` is what one worker takes."""
-        self._bundle, self._requester = bundle, f"raymem-{uuid.uuid4().hex}"
-        self._asked, self._last = 0, 0.0
-        make = ray.remote(_make_coordinator).options(num_cpus=0, **on_head())
-        self._coordinator = ray.get(make.remote())
+        self._bundle = bundle
+        self._asked: list[PlacementGroup] = []
+        self._known: set[str] = set()
 
-    def ask(self, workers: int) -> None:
-        """Room for so many more workers; repeated now and then while it is wanted."""
-        now = time.monotonic()
-        if workers == self._asked and (not workers or now - self._last < ASK_SECONDS):
-            return
-        self._asked, self._last = workers, now
-        if workers:
-            request = self._coordinator.request_resources.remote(
-                requester_id=self._requester,
-                resources=[self._bundle] * workers,
-                expire_after_s=SILENT_SECONDS,
-            )
-        else:
-            request = self._coordinator.cancel_request.remote(requester_id=self._requester)
-        ray.get(request)
+    def ask(self, workers: int, *, known: Collection[str], at_work: int = 0) -> None:
+        """Room for `workers` more on nodes that are not `known` by their ids.
 
+        Nodes that have just come are known, and have room until their worker group is up: what is
+        asked for must not take it, so it is asked for anew. `at_work` workers have room already.
+        """
+        if not self._known.issuperset(known):
+            self._withdraw(len(self._asked))
+        self._known = set(known)
+        wanted = min(workers, max(AHEAD, at_work))
+        self._withdraw(len(self._asked) - wanted)
+        elsewhere = {NODE_LABEL: f"!in({','.join(sorted(self._known))})"} if self._known else {}
+        while len(self._asked) < wanted:
+            group = placement_group([self._bundle], bundle_label_selector=[elsewhere])
+            self._asked.append(group)
 
-def _make_coordinator() -> ray.actor.ActorHandle:
-    # Ray's own libraries have no other door to it.
-    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as ours
-
-    return ours.get_or_create_autoscaling_coordinator()
+    def _withdraw(self, n: int) -> None:
+        for _ in range(n):
+            remove_placement_group(self._asked.pop())

@@ -23,18 +23,17 @@ from typing import Any
 import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from raymem.errors import FleetError
 from raymem.fleet.cluster import draining_nodes, is_private, on_head
-from raymem.fleet.demand import Demand
+from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.ledger import Ledger, Progress
 from raymem.fleet.metrics import FleetMetrics, image_counter
+from raymem.fleet.placement import RUNNER_ENVIRONMENT, GroupTrainer, Placements
 from raymem.fleet.remote import RemoteLedger
 from raymem.fleet.work import Job, work
 from raymem.training import ALONE, Ranks
 
-NODE_LABEL = "ray.io/node-id"
 BEAT_SECONDS = 5.0
 POLL_SECONDS = 0.5
 # fit() that does not come back when all is done is ended after this.
@@ -139,20 +138,22 @@ def _beating(ledger: RemoteLedger, worker: str, hurry: threading.Event) -> Itera
 class LaneRunner:
     """Hosts one lane's fit(); its node's death is the lane's."""
 
-    def run(self, config: dict[str, Any], node_id: str, workers: int, slots: Slots) -> None:
-        """Returns when all workers of the lane have gone home. Without a node they are anywhere."""
+    def run(
+        self, config: dict[str, Any], selector: dict[str, str], workers: int, slots: Slots
+    ) -> None:
+        """Returns when all workers have exited; they are on nodes that `selector` selects."""
         # A notice that some node will go would restart lanes on nodes that stay.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         with tempfile.TemporaryDirectory(prefix="raymem-lane-") as folder:
-            TorchTrainer(
+            GroupTrainer(
                 lane_worker,
                 train_loop_config=config,
                 scaling_config=ScalingConfig(
                     num_workers=workers,
                     use_gpu=slots.gpus_per_trial > 0,
                     resources_per_worker=slots.bundle,
-                    label_selector={NODE_LABEL: node_id} if node_id else None,
+                    label_selector=selector,
                 ),
                 run_config=RunConfig(
                     name=config["lane"],
@@ -186,6 +187,7 @@ class Lanes:
             "together": slots.workers_per_trial > 1,
         }
         self._demand = None if is_private() else Demand(slots.bundle)
+        self._placements = Placements()
         self._lanes: list[_Lane] = []
         self._deaths: dict[str, int] = {}
         self._started = 0
@@ -197,15 +199,17 @@ class Lanes:
         Raises FleetError if no lane can run.
         """
         self._drop_ended()
+        self._placements.free([lane.name for lane in self._lanes])
         going = draining_nodes()
         for lane in self._lanes:
             if lane.node_id in going or (going and not lane.node_id):
                 self._ledger.drain(lane.name)
         wanted = self._wanted(progress)
+        alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = {
             node["NodeID"]: self._slots.on(node["Resources"])
-            for node in ray.nodes()
-            if node["Alive"] and node["NodeID"] not in going
+            for node in alive
+            if node["NodeID"] not in going
         }
         for node_id, fit in nodes.items():
             dead_too_often = self._deaths.get(node_id, 0) >= RUNNER_DEATHS_ALLOWED
@@ -214,8 +218,9 @@ class Lanes:
                 self._fill(node_id, fit, left)
         self._span(nodes, wanted)
         if self._demand is not None:
-            # What lanes hold is asked for by Ray Train.
-            self._demand.ask(max(0, wanted - sum(lane.workers for lane in self._lanes)))
+            at_work = self._room(nodes)
+            known = [node["NodeID"] for node in alive]
+            self._demand.ask(max(0, wanted - at_work), known=known, at_work=at_work)
         self._check_patience(progress)
 
     def _wanted(self, progress: Progress) -> int:
@@ -245,6 +250,14 @@ class Lanes:
         for _ in range(fit - len(self._lanes)):
             self._start("", each)
 
+    def _room(self, nodes: dict[str, int]) -> int:
+        """Workers that lanes have room for, or will have together with nodes that are to come."""
+        at_work = sum(lane.workers for lane in self._lanes)
+        each = self._slots.workers_per_trial
+        if each > 1 and nodes and max(nodes.values()) < each:
+            return max(at_work, sum(nodes.values()))
+        return at_work
+
     def _check_patience(self, progress: Progress) -> None:
         if self._lanes or progress.complete:
             self._waiting_since = time.monotonic()
@@ -267,14 +280,12 @@ class Lanes:
     def _start(self, node_id: str, workers: int) -> None:
         name = f"lane-{self._started:03d}"
         self._started += 1
-        # Ray Train's watchdog asks the newest Ray of the machine whether its controller lives, and
-        # ends the lane if that is another Ray. Nobody answers here: then it leaves the lane alone,
-        # and a lane's placement group goes with its runner anyway. Children inherit this.
-        where = {"env_vars": {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}}
+        where = {"env_vars": RUNNER_ENVIRONMENT}
         place = {"label_selector": {NODE_LABEL: node_id}} if node_id else on_head()
         runner = ray.remote(LaneRunner).options(num_cpus=0, runtime_env=where, **place).remote()
         config = {**self._config, "lane": name}
-        future = runner.run.remote(config, node_id, workers, self._slots)
+        selector = self._placements.selector(name, node_id)
+        future = runner.run.remote(config, selector, workers, self._slots)
         self._lanes.append(_Lane(name, node_id, workers, runner, future))
 
     def _drop_ended(self) -> None:
@@ -305,7 +316,8 @@ class Lanes:
             ray.kill(lane.runner)
         self._lanes = []
         if self._demand is not None:
-            self._demand.ask(0)
+            self._demand.ask(0, known=())
+            self._placements.close()
 
 
 def run_on_ray(

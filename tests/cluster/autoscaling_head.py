@@ -16,7 +16,7 @@ import psutil
 
 RAY = Path(sys.executable).parent / "ray"
 HEAD_ID = "f" * 51 + "00000"
-MOST_NODES = 5
+MOST_NODES = 3
 
 
 def configuration(address: str) -> dict:
@@ -41,6 +41,7 @@ def configuration(address: str) -> dict:
             "disable_node_updaters": True,
             # Nodes are told apart by their address, and these share one.
             "use_node_id_as_ip": True,
+            "launch_multiple": True,
         },
         "head_node_type": "ray.head.default",
         "available_node_types": {
@@ -53,8 +54,11 @@ def configuration(address: str) -> dict:
 
 
 @contextlib.contextmanager
-def autoscaling_head(port: int) -> Iterator[dict[str, str]]:
-    """Yields the environment of drivers; ends all processes it started."""
+def autoscaling_head(port: int, version: str = "v1") -> Iterator[dict[str, str]]:
+    """Yields the environment of drivers; ends all processes it started.
+
+    `version` of Ray's autoscaler is v1 or v2.
+    """
     folder = tempfile.mkdtemp(prefix="ray")
     address = f"127.0.0.1:{port}"
     config = Path(folder) / "autoscaling.json"
@@ -67,6 +71,11 @@ def autoscaling_head(port: int) -> Iterator[dict[str, str]]:
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
     environment.pop("RAY_ADDRESS", None)
+    of_head = {
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+    }
     with open(Path(folder) / "log", "w") as log:
         head = subprocess.Popen(
             [
@@ -75,7 +84,7 @@ def autoscaling_head(port: int) -> Iterator[dict[str, str]]:
                 f"--ray-client-server-port={port + 1}", f"--autoscaling-config={config}",
                 "--disable-usage-stats",
             ],
-            env=environment,
+            env={**environment, **(of_head if version == "v2" else {})},
             stdout=log, stderr=log,
         )  # fmt: skip
         family: set[psutil.Process] = set()

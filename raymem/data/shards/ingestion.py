@@ -260,11 +260,14 @@ def decode_on_ray(batch: Batch) -> Batch:
 
 
 def _on_ray(tasks: Sequence[DecodeTask], verbose: bool) -> Generator[Mapping[str, int]]:
+    # Ray takes seconds to import, and nothing but this needs it.
+    from raymem.fleet.cluster import on_cpu_nodes
+
     with ray_data(verbose=verbose) as ray:
         rows = ray.data.from_items(
             [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
         )
-        done = rows.map_batches(decode_on_ray, batch_size=1, num_cpus=1)
+        done = rows.map_batches(decode_on_ray, batch_size=1, num_cpus=1, **on_cpu_nodes())
         for batch in batches_of(ray, done, "decoding"):
             for images, bad in zip(batch["images"], batch["bad"], strict=True):
                 yield {"images": int(images), "bad": int(bad)}
