@@ -203,7 +203,7 @@ def test_a_group_that_diverges_as_a_whole_stops(images):
         images, dataclasses.replace(MLP, learning_rate=1e30), [0, 1], on_epoch=epochs.append
     )
     assert all(isinstance(result, DivergedError) for result in results)
-    assert len(epochs) < 5
+    assert set(epochs) < {1, 2, 3, 4}  # of 12
 
 
 class OnDevice(TorchDispatchMode):

@@ -57,6 +57,7 @@ def run_fleet(
     cpus_per_trial: int = 1,
     gpus_per_trial: float | None = None,
     workers_per_trial: int = 1,
+    models_per_step: int | None = None,
     max_workers: int | None = None,
     extras: Extras | None = None,
     verbose: bool = False,

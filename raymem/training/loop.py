@@ -23,7 +23,7 @@ from raymem.training.optimizer import Optimizer, rates
 from raymem.training.precision import products_of
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, Steps
-from raymem.training.step import Feed, Replayed, SingleStep, memory_format_of, say_once
+from raymem.training.step import Feed, Replayed, SingleStep, memory_format_of
 from raymem.training.stream import Batches, Piece, pieces
 
 OnEpoch = Callable[[int], None]
@@ -122,17 +122,9 @@ def longest(steps: Steps) -> int:
 
 
 def _can_be_captured(device: torch.device, recipe: Recipe, ranks: Ranks) -> bool:
-    if device.type != "cuda":
-        return False
-    for bad, what in (
-        (recipe.precision == "float16", "float16's loss scale is decided on the host"),
-        (recipe.compile, "the model is compiled"),
-        (not ranks.alone, "several workers share each batch"),
-    ):
-        if bad:
-            say_once(f"steps are not captured as a CUDA graph: {what}")
-            return False
-    return True
+    # float16's loss scale is decided on the host, and workers wait for each other there.
+    decided_on_host = recipe.precision == "float16" or recipe.compile or not ranks.alone
+    return device.type == "cuda" and not decided_on_host
 
 
 @dataclass(kw_only=True)
