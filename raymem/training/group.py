@@ -183,28 +183,32 @@ class _Run:
         if len(which) < 2:
             self.one_by_one(which)
             return
+        trained = self._try(which)
+        if isinstance(trained, _Trained):
+            self._judge(which, trained)
+            return
+        # What was tried is gone with its exception: its memory is free.
+        if self.images.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for part in trained:
+            self.together(part)
+
+    def _try(self, which: Sequence[int]) -> list[Sequence[int]] | _Trained:
+        """The trained models; or the groups to try instead."""
         try:
             with by_itself(self.members[which[0]].seeds.init, self.threads), out_of_memory_named():
-                trained = self._train(which)
+                return self._train(which)
         except OutOfMemoryError:
             half = len(which) // 2
             say_once(
                 f"{len(which)} models in one step do not fit the device's memory; {half} at once"
             )
-            trained = [which[:half], which[half:]]
+            return [which[:half], which[half:]]
         except RaymemError:
             raise
         except Exception as error:  # whatever vmap or a model in it cannot do
             say_once(f"models are trained one by one: {first_line(error)}")
-            self.one_by_one(which)
-            return
-        if isinstance(trained, list):
-            if self.images.device.type == "cuda":
-                torch.cuda.empty_cache()
-            for part in trained:
-                self.together(part)
-            return
-        self._judge(which, trained)
+            return [[i] for i in which]
 
     def _train(self, which: Sequence[int]) -> list[Sequence[int]] | _Trained:
         """The trained models; or smaller groups, of those that are at the same step."""
