@@ -729,6 +729,7 @@ def test_ray_gives_what_this_process_gives(small, tmp_path):
         assert (tmp_path / "here" / key).read_bytes() == (tmp_path / "there" / key).read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Data's own settings
 @pytest.mark.parametrize(
     ("resources", "held"),
     [({CPU_NODE: 1}, {"CPU": 1.0, CPU_NODE: 0.001}), ({}, {"CPU": 1.0})],
@@ -759,7 +760,8 @@ def test_decoding_takes_cpu_nodes_where_there_are_such(
     finally:
         ray.shutdown()
     seen = [ast.literal_eval(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert seen == [held] * 4
+    # Ray Data adds the memory it has seen tasks take.
+    assert [{name: n for name, n in row.items() if name != "memory"} for row in seen] == [held] * 4
 
 
 @pytest.mark.slow

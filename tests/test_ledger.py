@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raymem.fleet.blame import FAILURES_IN_A_ROW
 from raymem.fleet.ledger import (
     DEATHS_ALLOWED,
-    FAILURES_IN_A_ROW,
     LEASE_SECONDS,
     RESTARTS_WITHOUT_COMMIT,
     Ledger,

@@ -50,7 +50,8 @@ from raymem.cli import main
 from raymem.curvature.streaming.scoring_model import read_weights
 from raymem.data.shards import Transform
 from raymem.data.shards.shard_readers import read_shard
-from raymem.fleet.ledger import STORE_FAILURES_IN_A_ROW, Ledger
+from raymem.fleet.blame import STORE_FAILURES_IN_A_ROW
+from raymem.fleet.ledger import Ledger
 from raymem.models import build_model
 from raymem.store import DriverLock, Files
 from raymem.store import files as files_module
@@ -618,10 +619,12 @@ def test_one_worker_without_a_network_does_not_end_a_fleet():
     for _ in range(STORE_FAILURES_IN_A_ROW):
         ledger.finish("bad", ledger.lease("bad").key, "store", "no answer")
         ledger.finish("good", ledger.lease("good").key, "committed")
-    assert ledger.progress().fatal is None
+    assert ledger.lease("bad") is None
+    assert ledger.progress().workers_retired == 1
+    # Where the only worker left cannot reach the store, nobody can.
     for _ in range(STORE_FAILURES_IN_A_ROW):
         assert ledger.progress().fatal is None
-        ledger.finish("bad", ledger.lease("bad").key, "store", "no answer")
+        ledger.finish("good", ledger.lease("good").key, "store", "no answer")
     assert (ledger.progress().fatal, ledger.progress().fatal_kind) == ("no answer", "store")
 
 

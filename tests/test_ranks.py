@@ -133,3 +133,26 @@ def test_shares_cut_a_batch_without_rest(n, world):
     parts = [rows[Ranks(rank=rank, world=world).part(n)] for rank in range(world)]
     assert [row for part in parts for row in part] == rows
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def error_of(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError("no error")
+
+
+def raises_gloo():
+    raise RuntimeError("[third_party/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("call", "is_of_a_peer"),
+    [(lambda: 1 / 0, False), (raises_gloo, True), (dist.barrier, True)],
+    ids=["own", "gloo in C++", "torch.distributed"],
+)
+def test_a_lost_peer_is_told_from_an_own_error(call, is_of_a_peer):
+    error = error_of(call)
+    assert Ranks(rank=1, world=2).lost_a_peer(error) == is_of_a_peer
+    assert not ALONE.lost_a_peer(error)

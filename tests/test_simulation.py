@@ -77,9 +77,51 @@ def test_idle_workers_do_not_keep_the_ledger_busy():
     assert report["calls_a_second"] < 300
 
 
+BAD_NODE = {"workers": 64, "lane": 8, "trials": 320, "hours": 0.1}
+
+
+def test_a_bad_node_of_eight_costs_its_share_of_the_fleet():
+    report, without = simulate(bad_nodes=1, **BAD_NODE), simulate(**BAD_NODE)
+    assert (report["done"], report["given_up"], report["fatal"]) == (320, 0, None)
+    assert report["nodes_retired"] == 1
+    assert 4 <= report["workers_retired"] <= 8
+    # 56 workers do the work of 64, in six waves in place of five.
+    assert 1.0 < report["hours"] / without["hours"] < 6 / 5 + 0.1
+    # Each failure took a second.
+    assert report["lost_share"] < 1e-3
+
+
+def test_a_bad_worker_of_eight_is_retired_with_its_node():
+    report = simulate(workers=8, lane=1, trials=80, bad_nodes=1)
+    assert (report["done"], report["given_up"], report["fatal"]) == (80, 0, None)
+    assert (report["workers_retired"], report["nodes_retired"]) == (2, 1)
+
+
+def test_a_bad_device_is_retired_and_its_node_goes_on():
+    report = simulate(bad_devices=3, **BAD_NODE)
+    assert (report["done"], report["given_up"], report["fatal"]) == (320, 0, None)
+    assert (report["workers_retired"], report["nodes_retired"]) == (3, 0)
+
+
+def test_most_nodes_bad_end_the_fleet_at_once():
+    report = simulate(bad_nodes=5, **BAD_NODE)
+    assert (report["done"], report["fatal"]) == (0, "as simulated")
+    assert report["hours"] * 3600 < 60
+
+
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 10**6), bad_nodes=st.integers(0, 2), bad_devices=st.integers(0, 4))
+def test_bad_nodes_among_all_other_faults_make_no_trial_be_given_up(seed, bad_nodes, bad_devices):
+    """Up to two nodes of eight, and single workers of others; nodes and workers die as well."""
+    faults = {**EVERYTHING, "workers": 24, "poison": 0, "crash_hours": math.inf, "driver_kills": ()}
+    report = simulate(seed=seed, bad_nodes=bad_nodes, bad_devices=bad_devices, **faults)
+    assert report["fatal"] is None
+    assert report["innocent"] == 0
+
+
 class LeasesTwice(Ledger):
-    def _next(self, lane):
-        key = super()._next(lane)
+    def _next(self, place):
+        key = super()._next(place)
         if key is not None:
             self._pending.append(key)
         return key

@@ -30,6 +30,8 @@ from raymem.store import DriverLock, Store
 from raymem.training import Recipe, check_private_recipe, default_device
 
 Engine = Literal["ray", "serial"]
+# In driver.json, for `raymem status`.
+NOTICES_SHOWN = 10
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
@@ -68,7 +70,9 @@ def run_fleet(
     goes on where it was. `engine="serial"` runs the same trials in this process, without Ray.
     `gpus_per_trial` is 1 by default where the cluster has GPUs, else 0; fractions pack small
     models. `workers_per_trial` of them train each model together, each with its share of every
-    batch. `extras` says which trials measure curvature, and which keep their weights.
+    batch. `models_per_step` of them are trained at once by each worker, in the same steps; None: on
+    a GPU as many as it is faster with, on a CPU one. `extras` says which trials measure curvature,
+    and which keep their weights.
 
     The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
     another live driver has it, StoreFullError without space, StoreError if it does not answer,
@@ -96,7 +100,7 @@ def run_fleet(
             store.delete_checkpoint(key)
         pending = [key for key in wanted if key not in done]
         ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
-        told = [False]
+        told, notices_said = [False], [0]
 
         def watch(watched: _Watched, progress: Progress) -> None:
             latest.update(
@@ -105,7 +109,11 @@ def run_fleet(
                 running=progress.running,
                 rate=progress.rate,
                 seconds_left=progress.seconds_left,
+                notices=progress.notices[-NOTICES_SHOWN:],
             )
+            for notice in progress.notices[notices_said[0] :]:
+                line.say(notice)
+            notices_said[0] = len(progress.notices)
             for lost in watched.take_lost():
                 store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
             line.show(progress)
@@ -121,7 +129,11 @@ def run_fleet(
         try:
             progress = ledger.progress()
             if not progress.complete:
-                job = Job.of(examples, plan, recipe, store, cpus_per_trial, extras)
+                job = Job.of(
+                    examples, plan, recipe, store, cpus_per_trial, extras,
+                    models_per_step=1 if workers_per_trial > 1 else models_per_step,
+                    gpu_share=min(1.0, gpus_per_trial or 1.0),
+                )  # fmt: skip
                 run = _run_serial if engine == "serial" else _run_ray
                 slots = {
                     "cpus_per_trial": cpus_per_trial,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -25,6 +26,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from raymem.errors import FleetError
+from raymem.fleet.blame import Home
 from raymem.fleet.cluster import draining_nodes, is_private, on_head
 from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.ledger import Ledger, Progress
@@ -100,9 +102,11 @@ def lane_worker(config: dict[str, Any]) -> None:
     worker = f"{config['lane']}/{rank}/{uuid.uuid4().hex[:8]}"
     ranks = Ranks.of_process_group() if config["together"] else ALONE
     if ranks.rank == 0:
-        ledger.register(worker, config["lane"], rank)
+        ledger.register(worker, config["lane"], rank, _home(config, rank))
     device = ray.train.torch.get_device() if config["gpu"] else torch.device("cpu")
     job: Job = ray.get(config["job"][0])
+    # Any rank may have to say what went wrong, in the name of the first.
+    worker = ranks.share(worker)
     hurry = threading.Event()
     with _beating(ledger, worker, hurry) if ranks.rank == 0 else contextlib.nullcontext():
         work(
@@ -114,6 +118,19 @@ def lane_worker(config: dict[str, Any]) -> None:
             hurry=hurry,
             count_images=image_counter(job.study_hash),
         )
+
+
+def _home(config: dict[str, Any], rank: int) -> Home:
+    """Where this worker runs, as the ledger blames nodes and devices."""
+    devices = ray.get_gpu_ids()
+    # Lanes of several workers have no fixed slot on their node's CPUs.
+    slot = config["lane"] if config["together"] else f"slot {rank}"
+    node = ray.get_runtime_context().get_node_id()
+    return Home(
+        node="" if config["spans"] else node,
+        host=f"{socket.gethostname()} ({node[:8]})",
+        seat=f"GPU {devices[0]}" if devices else slot,
+    )
 
 
 @contextlib.contextmanager
@@ -209,7 +226,7 @@ class Lanes:
         nodes = {
             node["NodeID"]: self._slots.on(node["Resources"])
             for node in alive
-            if node["NodeID"] not in going
+            if node["NodeID"] not in {*going, *progress.retired_nodes}
         }
         for node_id, fit in nodes.items():
             dead_too_often = self._deaths.get(node_id, 0) >= RUNNER_DEATHS_ALLOWED
@@ -267,6 +284,11 @@ class Lanes:
                 "--engine serial to see why"
             )
         elif time.monotonic() - self._waiting_since > self._patience():
+            if progress.retired_nodes:
+                raise FleetError(
+                    f"{len(progress.retired_nodes)} nodes are retired, and no other has room: "
+                    f"{progress.notices[-1]}; then run the same command again"
+                )
             slots = self._slots
             need = f"{slots.cpus_per_trial} CPUs and {slots.gpus_per_trial:g} GPUs"
             if slots.workers_per_trial > 1:
@@ -283,8 +305,9 @@ class Lanes:
         where = {"env_vars": RUNNER_ENVIRONMENT}
         place = {"label_selector": {NODE_LABEL: node_id}} if node_id else on_head()
         runner = ray.remote(LaneRunner).options(num_cpus=0, runtime_env=where, **place).remote()
-        config = {**self._config, "lane": name}
+        config = {**self._config, "lane": name, "spans": not node_id}
         selector = self._placements.selector(name, node_id)
+        self._ledger.expect(name, 1 if config["together"] else workers)
         future = runner.run.remote(config, selector, workers, self._slots)
         self._lanes.append(_Lane(name, node_id, workers, runner, future))
 

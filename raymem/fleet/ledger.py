@@ -2,17 +2,19 @@
 
 A plain class without Ray and without I/O; a Ray actor of it serves a fleet, the serial engine and
 simulations use it as it is. Workers call `register`, then `lease` and `finish` in turn, `beat` now
-and then; the driver calls `progress`, `release_lane` and `stop`.
+and then; the driver calls `expect`, `progress`, `release_lane` and `stop`. Who is to blame for
+failures, `raymem.fleet.blame` decides.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from raymem.fleet.blame import DIVERGENCES_ALLOWED, Blame, Home, Need, Place
 from raymem.store import Failure, TrialKey
 
 Outcome = Literal[
@@ -23,14 +25,7 @@ Outcome = Literal[
 
 COMMITTED = ("committed", "duplicate", "drift")
 LEASE_SECONDS = 120.0
-# A trial is trained again with the same seed once, to tell a fault from divergence, then with a
-# new one; the third divergence is final.
-DIVERGENCES_ALLOWED = 3
-FAILURES_ALLOWED = 3
 DEATHS_ALLOWED = 3
-FAILURES_IN_A_ROW = 20
-# One worker's network may be broken; where several cannot reach the store, nobody can.
-STORE_FAILURES_IN_A_ROW = 3
 RESTARTS_WITHOUT_COMMIT = 6
 POLL_SECONDS = 0.2
 # Of all waiting workers together: a thousand of them would keep the ledger busy with nothing.
@@ -85,6 +80,12 @@ class Progress:
     """Why the fleet cannot go on."""
     fatal_kind: str | None
     """error, store, full or mismatch."""
+    workers_retired: int = 0
+    """Workers that get no more trials, because they failed where others succeed."""
+    retired_nodes: tuple[str, ...] = ()
+    """Ids of the nodes that get no more workers."""
+    notices: tuple[str, ...] = ()
+    """What to tell the user of workers and nodes that fail; it only grows."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -96,8 +97,6 @@ class Progress:
 @dataclass
 class _Trial:
     attempts: int = 0
-    divergences: int = 0
-    failures: int = 0
     deaths: int = 0
 
 
@@ -107,6 +106,10 @@ class _Worker:
     rank: int
     last_beat: float
     key: TrialKey | None = None
+
+    @property
+    def place(self) -> Place:
+        return Place(self.lane, self.rank)
 
 
 @dataclass
@@ -143,21 +146,21 @@ class Ledger:
     ) -> None:
         self._clock, self._lease_seconds = clock, lease_seconds
         self._trials: dict[TrialKey, _Trial] = {key: _Trial() for key in pending}
+        diverged: Counter[TrialKey] = Counter()
         for failure in failures:
             trial = self._trials.get(failure.key)
             if trial is not None:
                 trial.attempts = max(trial.attempts, failure.attempt)
-                trial.divergences += failure.cause == "diverged"
-        self._given_up = {
-            key for key, t in self._trials.items() if t.divergences >= DIVERGENCES_ALLOWED
-        }
+                diverged[failure.key] += failure.cause == "diverged"
+        self._given_up = {key for key, times in diverged.items() if times >= DIVERGENCES_ALLOWED}
+        self._blame = Blame(clock, diverged)
         self._pending = deque(key for key in self._trials if key not in self._given_up)
         self._workers: dict[str, _Worker] = {}
         self._lanes: dict[str, _Lane] = {}
         self._done: set[TrialKey] = set()
         self._lost: list[Lost] = []
         self._done_before = done_before
-        self._drift = self._deaths = self._failures_in_a_row = 0
+        self._drift = self._deaths = 0
         self._first_lease: float | None = None
         self._last_commit = clock()
         self._stopped = False
@@ -165,25 +168,33 @@ class Ledger:
 
     # For workers
 
-    def register(self, worker: str, lane: str, rank: int) -> None:
-        """A worker starts. Whoever had its place in the lane before is dead."""
+    def register(self, worker: str, lane: str, rank: int, home: Home | None = None) -> None:
+        """A worker starts. Whoever had its place in the lane before is dead.
+
+        Without a `home`, the lane is a node, and the rank the seat there.
+        """
         state = self._lanes.setdefault(lane, _Lane())
         if rank in state.seen:
             state.restarts_without_commit += rank == min(state.seen)
             self._remove(lane, rank, blame=True)
         state.seen.add(rank)
         self._workers[worker] = _Worker(lane=lane, rank=rank, last_beat=self._clock())
+        self._blame.arrive(lane, rank, home)
 
     def lease(self, worker: str) -> Lease | None:
-        """The next trial for this worker; None when it can go home."""
+        """The next trial for this worker; None when it can go home.
+
+        So can a worker that is retired: others of its lane go on, and as long as they do, Ray Train
+        starts nobody in its place.
+        """
         me = self._workers.get(worker)
         if me is None or self._stopped or self._fatal or self.is_broken(me.lane):
             return None
-        if self._lanes[me.lane].draining:
+        if self._lanes[me.lane].draining or self._blame.is_retired(me.place):
             return None
         me.last_beat = self._clock()
         self._expire()
-        key = self._next(me.lane)
+        key = None if self._blame.is_suspended(me.place) else self._next(me.place)
         if key is None:
             waiting = self._pending or any(w.key is not None for w in self._workers.values())
             wait = max(POLL_SECONDS, len(self._workers) / POLLS_PER_SECOND)
@@ -193,7 +204,10 @@ class Ledger:
             self._first_lease = me.last_beat
         trial = self._trials[key]
         trial.attempts += 1
-        return Lease(key=key, attempt=trial.attempts, seed_attempt=max(1, trial.divergences))
+        # A trial that diverged is trained again with the same seeds once, to tell a fault from
+        # divergence, then with new ones.
+        seed_attempt = max(1, self._blame.divergences(key))
+        return Lease(key=key, attempt=trial.attempts, seed_attempt=seed_attempt)
 
     def beat(self, worker: str) -> bool:
         """The worker lives; without this its lease runs out. True if its node is about to go."""
@@ -217,14 +231,19 @@ class Ledger:
                 # that it is done.
                 self._pending.remove(key)
             self._commit(key, outcome, me)
-        elif outcome not in COMMITTED and in_time and key not in self._done:
-            self._fail(key, outcome, message)
+        elif outcome not in COMMITTED and me is not None and in_time and key not in self._done:
+            self._fail(me.place, key, outcome, message)
 
     # For the driver
+
+    def expect(self, lane: str, workers: int) -> None:
+        """A lane starts: whether most workers fail is not decided without these."""
+        self._blame.expect(lane, workers)
 
     def release_lane(self, lane: str) -> None:
         """A lane is gone, with its node: its trials go back, and are not blamed."""
         self._remove(lane, None, blame=False)
+        self._blame.leave(lane)
 
     def drain(self, lane: str) -> None:
         """The lane's node is about to go: it gets no new trial, and saves what it is training."""
@@ -236,9 +255,12 @@ class Ledger:
         self._stopped = True
 
     def is_broken(self, lane: str) -> bool:
-        """Did this lane restart again and again without committing anything?"""
+        """Did it restart again and again without committing anything, or is nobody left there?"""
         state = self._lanes.get(lane)
-        return state is not None and state.restarts_without_commit >= RESTARTS_WITHOUT_COMMIT
+        if state is None:
+            return False
+        restarts = state.restarts_without_commit
+        return restarts >= RESTARTS_WITHOUT_COMMIT or self._blame.is_lane_retired(lane)
 
     def take_lost(self) -> list[Lost]:
         """Trials given up since the last call, for the driver to record."""
@@ -264,55 +286,58 @@ class Ledger:
             complete=not left and running == 0,
             fatal=None if self._fatal is None else self._fatal[1],
             fatal_kind=None if self._fatal is None else self._fatal[0],
+            workers_retired=self._blame.workers_retired,
+            retired_nodes=self._blame.retired_nodes,
+            notices=tuple(self._blame.notices),
         )
 
     # Inside
 
-    def _next(self, lane: str) -> TrialKey | None:
+    def _next(self, place: Place) -> TrialKey | None:
         # Trials whose worker died are suspects: one at a time per lane, so that a trial that kills
         # its worker is told from those that only ran beside it.
         suspect_runs = self._deaths > 0 and any(
-            w.key is not None and w.lane == lane and self._trials[w.key].deaths > 0
+            w.key is not None and w.lane == place.lane and self._trials[w.key].deaths > 0
             for w in self._workers.values()
         )
-        for _ in range(len(self._pending)):
-            key = self._pending.popleft()
-            if key in self._done:
-                continue
-            if self._trials[key].deaths == 0 or not suspect_runs:
-                return key
-            self._pending.append(key)
+        all_idle = all(worker.key is None for worker in self._workers.values())
+        for need in Need if all_idle else (Need.NONE, Need.IDLE):
+            for n, key in enumerate(self._pending):
+                if suspect_runs and self._trials[key].deaths > 0:
+                    continue
+                if self._blame.may_train(place, key, need):
+                    del self._pending[n]
+                    return key
         return None
 
     def _commit(self, key: TrialKey, outcome: Outcome, worker: _Worker | None) -> None:
         self._done.add(key)
         self._given_up.discard(key)
         self._drift += outcome == "drift"
-        self._failures_in_a_row = 0
         self._last_commit = self._clock()
         if worker is not None:
             self._lanes[worker.lane].restarts_without_commit = 0
+        self._reconsider(self._blame.committed(None if worker is None else worker.place, key))
 
-    def _fail(self, key: TrialKey, outcome: Outcome, message: str) -> None:
-        trial = self._trials[key]
-        self._failures_in_a_row += 1
-        if outcome == "error" and not self._done:
-            self._fatal = ("error", message)
-        elif outcome == "store" and self._failures_in_a_row >= STORE_FAILURES_IN_A_ROW:
-            self._fatal = ("store", message)
-        elif self._failures_in_a_row >= FAILURES_IN_A_ROW:
-            what = f"{FAILURES_IN_A_ROW} trials in a row failed, the last because: {message}"
-            self._fatal = ("error", what)
-        if outcome == "diverged":
-            trial.divergences += 1
-        else:
-            trial.failures += 1
-        if trial.divergences >= DIVERGENCES_ALLOWED or trial.failures >= FAILURES_ALLOWED:
+    def _fail(self, place: Place, key: TrialKey, outcome: Outcome, message: str) -> None:
+        freed = self._blame.failed(place, key, outcome, message)
+        self._fatal = self._fatal or self._blame.why_all_fail(outcome, message)
+        if self._blame.is_hopeless(key):
             self._given_up.add(key)
             if outcome in ("error", "store"):
                 self._lose(key, "error", message)
         else:
-            self._pending.append(key)
+            # First of all: whether it fails elsewhere tells who is to blame.
+            self._pending.appendleft(key)
+        self._reconsider(freed)
+
+    def _reconsider(self, freed: Iterable[TrialKey]) -> None:
+        """Trials that were given up for failures of a worker that is retired now go back."""
+        for key in freed:
+            died = self._trials[key].deaths >= DEATHS_ALLOWED
+            if key in self._given_up and not died and not self._blame.is_hopeless(key):
+                self._given_up.discard(key)
+                self._pending.appendleft(key)
 
     def _remove(self, lane: str, rank: int | None, *, blame: bool) -> None:
         for name, worker in list(self._workers.items()):

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import ray
+from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -34,19 +35,6 @@ try:
     )
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
-    class _SilentPolicy(FixedScalingPolicy):  # type: ignore[misc]
-        """Asks no autoscaler for what the group holds: it is in use, and its nodes stay for that.
-
-        Such requests outlive the group by three minutes. They name its node, and while that is lost
-        Ray's second autoscaler brings nothing to anybody who asks in the same way.
-        """
-
-        def after_controller_start(self, train_run_context: Any) -> None:
-            pass
-
-        def _maybe_send_resource_request(self) -> None:
-            pass
-
     class GroupTrainer(TorchTrainer):  # type: ignore[misc]
         """Ray Train for a worker group that the driver cleans up after.
 
@@ -59,7 +47,7 @@ try:
             return [callback for callback in made if not isinstance(callback, Cleaner)]
 
         def _initialize_and_run_controller(self, **options: Any) -> Any:
-            options["scaling_policy"] = _SilentPolicy(self.scaling_config)
+            options["scaling_policy"] = _silent_policy(self.scaling_config)
             return super()._initialize_and_run_controller(**options)
 
     # A cleaner that is not there needs no answer.
@@ -69,6 +57,25 @@ except ImportError:
     GroupTrainer = TorchTrainer  # type: ignore[misc]
     # Where nobody listens: a cleaner without an answer leaves its group alone.
     RUNNER_ENVIRONMENT = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}
+
+
+def _silent_policy(config: ScalingConfig) -> Any:
+    """Ray Train's scaling policy, without its requests to an autoscaler.
+
+    What a group holds is in use, and its nodes stay for that. The requests outlive the group by
+    three minutes. They name its node, and while that is lost, Ray's second autoscaler brings
+    nothing to anybody who asks in the same way.
+    """
+
+    # A class in a function is sent by value: the controller need not import this package.
+    class Silent(FixedScalingPolicy):  # type: ignore[misc]
+        def after_controller_start(self, train_run_context: Any) -> None:
+            pass
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
+
+    return Silent(config)
 
 
 class Placements:

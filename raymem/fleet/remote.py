@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 
+from raymem.fleet.blame import Home
 from raymem.fleet.ledger import Lease, Lost, Outcome, Progress
 from raymem.store import TrialKey
 
@@ -16,9 +17,9 @@ class RemoteLedger:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def register(self, worker: str, lane: str, rank: int) -> None:
+    def register(self, worker: str, lane: str, rank: int, home: Home | None = None) -> None:
         """See Ledger.register."""
-        ray.get(self._actor.register.remote(worker, lane, rank))
+        ray.get(self._actor.register.remote(worker, lane, rank, home))
 
     def lease(self, worker: str) -> Lease | None:
         """See Ledger.lease."""
@@ -46,6 +47,10 @@ class RemoteLedger:
     def is_broken(self, lane: str) -> bool:
         """See Ledger.is_broken."""
         return bool(ray.get(self._actor.is_broken.remote(lane)))
+
+    def expect(self, lane: str, workers: int) -> None:
+        """See Ledger.expect. Does not wait for the actor, which may still be starting."""
+        self._actor.expect.remote(lane, workers)
 
     def release_lane(self, lane: str) -> None:
         """See Ledger.release_lane."""

@@ -52,6 +52,9 @@ def describe(progress: Progress) -> str:
         parts.append("workers are starting")
     if progress.failed:
         parts.append(f"{progress.failed} FAILED")
+    if progress.workers_retired:
+        workers = "worker" if progress.workers_retired == 1 else "workers"
+        parts.append(f"{progress.workers_retired} {workers} retired")
     if progress.deaths:
         parts.append(f"{progress.deaths} lost with their worker and trained again")
     if progress.drift:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,19 @@ from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
 from raymem.store.weights import weights_digest
-from raymem.training import ALONE, Images, Measured, Ranks, Recipe, TrialResult, run_trial
+from raymem.training import (
+    ALONE,
+    Images,
+    Measured,
+    Member,
+    Ranks,
+    Recipe,
+    TrialResult,
+    fast_arithmetic,
+    models_per_step,
+    run_group,
+    run_trial,
+)
 from raymem.version import VERSION
 
 Arrays = tuple[
@@ -100,6 +112,10 @@ class Job:
     """What trials do beside training and evaluation."""
     source: Source
     n_classes: int
+    models_per_step: int | None = None
+    """How many models a worker trains at once; None: as many as its device is faster with."""
+    gpu_share: float = 1.0
+    """Of a GPU, for each worker."""
 
     @classmethod
     def of(
@@ -110,6 +126,9 @@ class Job:
         store: Store,
         threads: int,
         extras: Extras,
+        *,
+        models_per_step: int | None = None,
+        gpu_share: float = 1.0,
     ) -> Job:
         """The job of a study."""
         return cls(
@@ -121,7 +140,20 @@ class Job:
             extras=extras,
             source=source_of(examples),
             n_classes=examples.n_classes,
+            models_per_step=models_per_step,
+            gpu_share=gpu_share,
         )
+
+    def models_at_once(self, images: Images) -> int:
+        """How many trials a worker with these images leases and trains in one step."""
+        if self.extras.mechanisms:  # each clips and adds noise by itself
+            return 1
+        if self.models_per_step is not None:
+            return self.models_per_step
+        with fast_arithmetic(self.threads):
+            return models_per_step(
+                images, self.recipe, self.plan.subset_size, share=self.gpu_share
+            )
 
     @property
     def data_bytes(self) -> int:
@@ -150,8 +182,8 @@ def source_of(examples: Examples) -> Source:
 class LedgerClient(Protocol):
     """The ledger as a worker sees it: the object itself, or a Ray actor behind it."""
 
-    def lease(self, worker: str) -> Lease | None:
-        """See Ledger.lease."""
+    def lease_group(self, worker: str, n: int) -> list[Lease] | None:
+        """See Ledger.lease_group."""
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """See Ledger.finish."""
@@ -170,9 +202,9 @@ def work(
 ) -> None:
     """Train trials until the ledger has none left.
 
-    Of several `ranks` that train each trial together, rank 0 leases and commits. `hurry` is set
-    when the node is about to go. Raises FleetError if one of several failed: the others may be
-    waiting for it, and only starting all of them anew helps.
+    Of several `ranks` that train each trial together, rank 0 leases and commits, all with the name
+    of its `worker`. `hurry` is set when the node is about to go. Raises FleetError if one of
+    several failed: the others may be waiting for it, and only starting all of them anew helps.
     """
     images, store = job.images(device), Store(job.store_url)
     worker_of = Attempt(job, images, store, ranks, hurry or threading.Event(), count_images)
@@ -181,10 +213,10 @@ def work(
             time.sleep(lease.wait)
             continue
         outcome, message = worker_of(lease)
-        if not ranks.alone and outcome == "error":
-            # Most likely another of them died: that is for the ledger to find out.
+        if outcome == "peer":
+            # Another of them failed, and says so; or it died, which the ledger finds out.
             raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
-        if ranks.rank == 0:
+        if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
             ledger.finish(worker, lease.key, outcome, message)
         if not ranks.alone and outcome not in (*COMMITTED, "diverged"):
             raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
@@ -202,8 +234,8 @@ class Attempt:
     hurry: threading.Event
     count_images: Callable[[int], None]
 
-    def __call__(self, lease: Lease) -> tuple[Outcome, str]:
-        """What became of the trial, and why."""
+    def __call__(self, lease: Lease) -> tuple[Outcome | Literal["peer"], str]:
+        """What became of the trial, and why; "peer" if another rank failed and this one not."""
         key = lease.key
         assert key is not None
         try:
@@ -223,7 +255,8 @@ class Attempt:
         except Exception as error:  # the user's model can raise anything; the ledger decides
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename}:{where.lineno}"
-            return "error", f"{key} failed: {type(error).__name__}: {error} ({place})"
+            outcome: Literal["peer", "error"] = "peer" if self.ranks.lost_a_peer(error) else "error"
+            return outcome, f"{key} failed: {type(error).__name__}: {error} ({place})"
 
     def _train(self, key: TrialKey, lease: Lease) -> Outcome:
         job, mask = self.job, self.job.plan.mask(key.trial)
@@ -293,19 +326,22 @@ def provenance(
         "seeds": vars(seeds),
         "seconds": round(result.seconds, 3),
         "device": device.type,
-        "arithmetic": arithmetic(device, job.threads) + by_itself,
+        "arithmetic": arithmetic(device, job.threads, job.recipe, result.how) + by_itself,
         "host": socket.gethostname(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "raymem": VERSION,
     }
 
 
-def arithmetic(device: torch.device, threads: int) -> str:
-    """Two results of a trial may differ between these, and must not within one."""
+def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> str:
+    """Two results of a trial may differ between these, and must not within one.
+
+    `how` is the result's: alone, or in a group of how many.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return (
         f"{name} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__} threads "
-        f"{threads}"
+        f"{threads}, {recipe.precision}, evaluated in float32, {how}"
     )
 
 

@@ -47,6 +47,7 @@ def describe_store(store: Store) -> str:
             f"driver: process {driver['pid']} on {driver['host']} since {driver['started']}"
         )
         lines.append(_rate(driver["progress"]))
+        lines += driver["progress"].get("notices", [])
     lines += [*streamed, _until(store)]
     if done:
         lines.append(_cost(store, sorted(done)))

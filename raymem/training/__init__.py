@@ -9,6 +9,7 @@ scaled as one tensor on the device; there is no data loader and no Python per im
 """
 
 from raymem.models import margins
+from raymem.training.calibrate import models_per_step
 from raymem.training.checkpoint import Checkpoints
 from raymem.training.group import Member, run_group
 from raymem.training.history import SubsetHistory
@@ -45,6 +46,7 @@ __all__ = [
     "learning_rate_factor",
     "margins",
     "measure",
+    "models_per_step",
     "run_group",
     "run_trial",
     "train",

@@ -6,6 +6,7 @@ torch.distributed, which whoever starts the workers has made (Ray Train does).
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,17 @@ class Ranks:
     def alone(self) -> bool:
         """Does one worker train the model?"""
         return self.world == 1
+
+    def lost_a_peer(self, error: BaseException) -> bool:
+        """Is `error` of this worker only that another one did not answer?"""
+        if self.alone:
+            return False
+        place = traceback.extract_tb(error.__traceback__)[-1].filename.replace("\\", "/")
+        # DistributedDataParallel exchanges gradients in C++, where only the message tells.
+        said = str(error).lower()
+        return "/torch/distributed/" in place or any(
+            word in said for word in ("gloo", "nccl", "connection closed by peer")
+        )
 
     def part(self, n: int) -> slice:
         """This worker's share of n rows; shares differ by one row at most, larger ones first."""
