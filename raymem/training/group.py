@@ -68,8 +68,8 @@ def run_group(
 
     `subset_size` is the plan's: all take the same steps. Of each member there is a result, or the
     exception that `run_trial` would have raised; the others are not touched by it. `on_result`
-    hears of each when it is there, `on_epoch` of each member's epochs. On a GPU the step is replayed
-    as a CUDA `graph`.
+    hears of each when it is there, `on_epoch` of each member's epochs. On a GPU the step is
+    replayed as a CUDA `graph`.
 
     Where memory is short, the halves are trained one after the other. Models that cannot be stacked
     (see `why_alone`; also those that draw at random while they train, and those that change
