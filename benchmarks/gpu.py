@@ -142,6 +142,17 @@ def groups_are_right(bench: Bench) -> None:
         bench.check(f"{recipe.model}: the same group twice, the same bits", same)
 
 
+def large_groups_run(bench: Bench) -> None:
+    """Half precision in a layout of channels last, which groups leave: it trains in a group."""
+    recipe = bench.recipe(RESNET18, epochs=1)
+    results = bench.together(recipe, 2)
+    how = getattr(results[1], "how", repr(results[1]))
+    bench.check(f"{recipe.model}, {recipe.precision} trains in groups", "group of 2" in how, how)
+    agreed = agree(results[1], bench.alone(recipe, 1))
+    bench.check(f"{recipe.model}: a group's model agrees with the one alone", agreed > 0.6,
+                f"{agreed:.2%} of outcomes the same")  # fmt: skip
+
+
 def graphs_are_right(bench: Bench) -> None:
     """Replayed steps are the eager ones."""
     for recipe in (MLP, TINY):
@@ -349,6 +360,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "groups": (groups_are_right, 60),
     "graphs": (graphs_are_right, 60),
     "waiting": (nothing_waits, 30),
+    "large-groups": (large_groups_run, 30),
     "mlp": (mlp_rates, 60),
     "tiny": (tiny_rates, 60),
     "large": (large_rates, 45),

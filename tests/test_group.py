@@ -473,12 +473,15 @@ def test_float32_is_float32_in_a_trial_and_settings_come_back():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("medium")
     torch.backends.cudnn.allow_tf32 = True
+    deterministic = torch.backends.cudnn.deterministic
     try:
         with fast_arithmetic(1):
+            assert torch.backends.cudnn.deterministic
             assert torch.get_float32_matmul_precision() == "highest"
             assert not torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.deterministic == deterministic
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,7 +1,7 @@
-"""How many models a device trains best in one step: tried out, twice as many each time.
+"""How many models a device trains best in one step: tried out, four times as many each time.
 
 A GPU that one small model leaves idle takes more of them in the same time, until it is busy or
-full.
+full. Few models may be slower than one: their convolutions have groups.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from raymem.training.trial import by_itself, fresh_model
 MOST = 256
 # Of the memory that is free: evaluation needs some as well, and so does what grows unseen.
 SHARE_OF_MEMORY = 0.7
-# Twice as many models must give so much more, or they are not worth their memory.
+# Larger groups must give so much more, or they are not worth their memory, and what is lost with
+# their worker.
 WORTH = 1.1
-TIMED_STEPS = 20
+TIMES, TIMED_STEPS = 4, 20
 
 
 def models_per_step(images: Images, recipe: Recipe, subset_size: int, *, share: float = 1.0) -> int:
@@ -51,23 +52,20 @@ def models_per_step(images: Images, recipe: Recipe, subset_size: int, *, share: 
 def best_number(attempt: Callable[[int], tuple[float, float]], room: float) -> int:
     """The number of models that is worth it; `attempt` gives images per second, and bytes.
 
-    >>> busy_from_eight = lambda G: (min(G, 8) * 1000.0, G * 1e6)
-    >>> best_number(busy_from_eight, 1e9), best_number(busy_from_eight, 5e6)
-    (8, 4)
+    >>> busy_from_sixteen = lambda G: (min(G, 16) * 1000.0, G * 1e6)
+    >>> best_number(busy_from_sixteen, 1e9), best_number(busy_from_sixteen, 5e6)
+    (16, 4)
     """
-    best, before, G = 1, 0.0, 1
-    while G <= MOST:
+    rates: dict[int, float] = {}
+    G, used = 1, 0.0
+    while G <= MOST and TIMES * used <= room:
         try:
-            rate, used = attempt(G)
+            rates[G], used = attempt(G)
         except (torch.OutOfMemoryError, MemoryError):
             break
-        if rate < WORTH * before:
-            break
-        best, before = G, rate
-        if 2 * used > room:
-            break
-        G *= 2
-    return best
+        G *= TIMES
+    enough = max(rates.values(), default=0.0) / WORTH
+    return min((G for G, rate in rates.items() if rate >= enough), default=1)
 
 
 def tried(images: Images, recipe: Recipe, subset_size: int, G: int) -> tuple[float, float]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from raymem.errors import first_line
+from raymem.training.batches import Stream
 from raymem.training.history import History, SubsetHistory
-from raymem.training.stream import Stream
 
 
 class Checkpoints(Protocol):

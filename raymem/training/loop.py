@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raymem.errors import DivergedError, TrialError
 from raymem.plan import Seeds
+from raymem.training.batches import Batches, Piece, pieces
 from raymem.training.checkpoint import Checkpoints, Moves, Training
 from raymem.training.history import History, SubsetHistory
 from raymem.training.images import Images
@@ -24,7 +25,6 @@ from raymem.training.precision import products_of
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, Steps
 from raymem.training.step import Feed, Replayed, SingleStep, memory_format_of
-from raymem.training.stream import Batches, Piece, pieces
 
 OnEpoch = Callable[[int], None]
 

@@ -17,17 +17,22 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @contextlib.contextmanager
 def fast_arithmetic(threads: int) -> Iterator[None]:
-    """So many threads, denormals flushed to zero, and float32 in full; put back afterwards."""
+    """So many threads, denormals flushed to zero, float32 in full, and convolutions that give the
+    same bits each time; put back afterwards."""
     threads_before, flushed_before = torch.get_num_threads(), _flushes_denormals()
+    deterministic_before = torch.backends.cudnn.deterministic
     torch.set_num_threads(threads)
     # Models that memorize drive gradients into denormals: 10 to 100 times slower on CPUs.
     torch.set_flush_denormal(True)
+    # By itself cuDNN adds up weight gradients of float32 in any order.
+    torch.backends.cudnn.deterministic = True
     try:
         with float32_products(tf32=False):
             yield
     finally:
         torch.set_num_threads(threads_before)
         torch.set_flush_denormal(flushed_before)
+        torch.backends.cudnn.deterministic = deterministic_before
 
 
 @contextlib.contextmanager

@@ -168,6 +168,9 @@ class StackedStep:
             if hasattr(module, COUNTER):
                 setattr(module, COUNTER, None)
             own = [name for name, _ in module.named_parameters(recurse=False)]
+            if isinstance(module, NORMS):
+                # cuDNN's gradient asks for the layout of its input; vmap knows one only.
+                module.register_forward_pre_hook(_contiguous)
             if half is None:
                 continue
             if isinstance(module, NORMS):
@@ -196,6 +199,10 @@ def _share(tensors: Sequence[Tensor]) -> Tensor:
     for g, tensor in enumerate(tensors):
         tensor.data = stacked[g]
     return stacked
+
+
+def _contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
 def _casting_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raymem.errors import first_line
+from raymem.training.batches import Batches
 from raymem.training.checkpoint import Training
 from raymem.training.history import History
 from raymem.training.images import Draws, Images, as_input, take
@@ -27,7 +28,6 @@ from raymem.training.optimizer import Optimizer
 from raymem.training.precision import autocast
 from raymem.training.ranks import Ranks
 from raymem.training.recipe import Recipe
-from raymem.training.stream import Batches
 
 # Eager steps before the capture: libraries choose their kernels and take their memory.
 WARM_UP = 3
