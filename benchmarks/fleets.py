@@ -138,8 +138,8 @@ def slices(groups: int, size: int) -> list[slice]:
 
 
 def outcomes(study: Study) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    store, M = Store(study.store), len(study.examples.test_ids)
-    tables = [store.trial(TrialKey(math.inf, t)).slice(M) for t in range(study.trials)]
+    store, N = Store(study.store), len(study.examples.train_ids)
+    tables = [store.trial(TrialKey(math.inf, t)).slice(0, N) for t in range(study.trials)]
 
     def stack(name: str) -> np.ndarray:
         return np.array([t[name].to_numpy(zero_copy_only=False) for t in tables])

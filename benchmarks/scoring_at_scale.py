@@ -51,19 +51,19 @@ class Learner:
 
     def __init__(self, N: int, M: int) -> None:
         generator = np.random.default_rng(1)
-        self.p_out = generator.beta(2.0, 0.7, M + N).clip(1e-3, 1 - 1e-3)
-        self.p_in = 1 - (1 - self.p_out) * generator.beta(0.7, 2.0, M + N)
+        self.p_out = generator.beta(2.0, 0.7, N + M).clip(1e-3, 1 - 1e-3)
+        self.p_in = 1 - (1 - self.p_out) * generator.beta(0.7, 2.0, N + M)
         self.N, self.M = N, M
 
     def trial(self, mask: np.ndarray, seed: int) -> TrialResult:
         generator = np.random.default_rng((2, seed))
-        inside = np.concatenate([np.zeros(self.M, bool), mask])
+        inside = np.concatenate([mask, np.zeros(self.M, bool)])
         p = np.where(inside, self.p_in, self.p_out)
         # With logistic noise the margin is positive with probability p.
         margin = (np.log(p / (1 - p)) + generator.logistic(size=len(p))).astype(np.float32)
         sides = [
             Evaluation(correct=part > 0, margin=part)
-            for part in (margin[self.M :], margin[: self.M])
+            for part in (margin[: self.N], margin[self.N :])
         ]
         n = int(mask.sum())
         history = SubsetHistory(

@@ -11,9 +11,8 @@ curvature and the paper's score of all 20,000 (the machine shared).
 
 The first 20,000 training and 5,000 test images of Fashion-MNIST, 40 trials each, 2026-11-26:
 accuracy 97.3% in and 87.0% out without privacy, 78.1% and 77.6% at epsilon 8; mean memorization
-0.104 and 0.005, mean curvature 6.08 and 1.29. Curvature of out-models goes with memorization
-(rank correlation 0.70), the loss more so (0.75), and beyond the loss curvature falls with it
-(-0.14). docs/results.md has the tables.
+0.104 and 0.005, mean curvature 6.08 and 1.29. Curvature of out-models is correlated with
+memorization (rank correlation 0.70), the loss more so (0.75). docs/results.md has the tables.
 """
 
 from raymem import JobOptions, Recipe, Study, run_job

@@ -6,63 +6,74 @@ Each stage is a module; this is the public door to all of them.
 """
 
 # Before torch: with torch loaded first, pyarrow's threads abort some processes as they exit.
+from typing import TYPE_CHECKING
+
 import pyarrow.parquet as _  # noqa: F401
 
-from raymem.cli import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
-from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
-from raymem.curvature.streaming import ScoringModel, StageSummary, measure_kept, stream_curvature
-from raymem.data import Cache, CachedExamples, Examples, flip_labels, load_examples
-from raymem.data.shards import IngestSummary, Transform, ingest, list_shards
-from raymem.errors import (
-    CurvatureError,
-    DamagedObjectError,
-    DivergedError,
-    ExamplesError,
-    FleetError,
-    ImportFileError,
-    OutOfMemoryError,
-    PlanError,
-    PrivacyError,
-    RaymemError,
-    RecipeError,
-    ResultMismatchError,
-    StoreError,
-    StoreFullError,
-    StoreHeldError,
-    StudyMismatchError,
-    TrialError,
-)
-from raymem.fleet import Progress, run_fleet
-from raymem.interop import export, import_fleet, import_npz, import_scores
-from raymem.links import Correlation, Links, correlations, find_links
-from raymem.plan import Plan, Seeds
-from raymem.privacy import (
-    Bound,
-    Mechanism,
-    Privacy,
-    bounds_on_memorization,
-    mechanism_for,
-    one_run_epsilon,
-)
-from raymem.scores import (
-    EpsilonSummary,
-    Estimate,
-    InfluencePairs,
-    Membership,
-    Memorization,
-    PairRule,
-    find_pairs,
-    influence,
-    membership,
-    memorization,
-    score,
-)
-from raymem.show.notebook import Opened
-from raymem.show.notebook import open_store as open
-from raymem.store import Problem, Store, Target, TrialKey, merge, verify
-from raymem.study import Study
-from raymem.training import Images, Measured, Recipe, TrialResult, measure, run_trial
+from raymem.lazy import lazy_attributes
 from raymem.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from raymem.cli import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
+    from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
+    from raymem.curvature.streaming import (
+        ScoringModel,
+        StageSummary,
+        measure_kept,
+        stream_curvature,
+    )
+    from raymem.data import Cache, CachedExamples, Examples, flip_labels, load_examples
+    from raymem.data.shards import IngestSummary, Transform, ingest, list_shards
+    from raymem.errors import (
+        CurvatureError,
+        DamagedObjectError,
+        DivergedError,
+        ExamplesError,
+        FleetError,
+        ImportFileError,
+        OutOfMemoryError,
+        PlanError,
+        PrivacyError,
+        RaymemError,
+        RecipeError,
+        ResultMismatchError,
+        StoreError,
+        StoreFullError,
+        StoreHeldError,
+        StudyMismatchError,
+        TrialError,
+    )
+    from raymem.fleet import Progress, run_fleet
+    from raymem.interop import export, import_fleet, import_npz, import_scores
+    from raymem.links import Correlation, Links, correlations, find_links
+    from raymem.plan import Plan, Seeds
+    from raymem.privacy import (
+        Bound,
+        Mechanism,
+        Privacy,
+        bounds_on_memorization,
+        mechanism_for,
+        one_run_epsilon,
+    )
+    from raymem.scores import (
+        EpsilonSummary,
+        Estimate,
+        InfluencePairs,
+        Membership,
+        Memorization,
+        PairRule,
+        find_pairs,
+        influence,
+        membership,
+        memorization,
+        score,
+    )
+    from raymem.show.notebook import Opened
+    from raymem.show.notebook import open_store as open
+    from raymem.store import Problem, Store, Target, TrialKey, merge, verify
+    from raymem.study import Study
+    from raymem.training import Images, Recipe, TrialResult, run_trial
+    from raymem.training.measure import Measured, measure
 
 __all__ = [
     "Bound",
@@ -151,3 +162,5 @@ __all__ = [
     "stream_curvature",
     "verify",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

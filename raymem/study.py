@@ -13,6 +13,7 @@ from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming import StageSummary, measure_kept
 from raymem.data import CachedExamples, Examples
 from raymem.data.shards import list_shards
+from raymem.encoding import json_ready
 from raymem.errors import PlanError
 from raymem.fleet import (
     Engine,
@@ -279,8 +280,7 @@ class Study:
             value, forecast = until.value(seen), until.forecast(seen)
             if forecast is not None:  # it stops at the ends of blocks only
                 forecast = math.ceil(forecast / block) * block
-            known = None if math.isnan(value) else value
-            looks.append({"trials": trials, "value": known, "forecast": forecast})
+            looks.append({"trials": trials, "value": json_ready(value), "forecast": forecast})
             store.write_note(
                 "until", {"rule": str(until), "most_trials": self.trials, "looks": looks}
             )

@@ -99,7 +99,13 @@ def influence(masks, correct):
     return found
 
 
-def kept_pairs(masks, correct, mem, y_train, y_test, *, least, least_mem, z, top, same_class):
+def hypergeometric_tail(k, n, m, T):
+    """P(X >= k) of m marked among n drawn of T, in exact integers."""
+    ways = sum(math.comb(m, j) * math.comb(T - m, n - j) for j in range(k, min(n, m) + 1))
+    return ways / math.comb(T, n)
+
+
+def kept_pairs(masks, correct, mem, y_train, y_test, *, least, least_mem, level, top, same_class):
     """The pairs a rule keeps, by looking at each: {(i, j): strong}."""
     T, values, kept = len(masks), influence(masks, correct), {}
     for j in range(len(y_test)):
@@ -109,9 +115,10 @@ def kept_pairs(masks, correct, mem, y_train, y_test, *, least, least_mem, z, top
             if value is None or (same_class and y_train[i] != y_test[j]):
                 continue
             column.append((-value, i))
-            n_in, p = sum(mask[i] for mask in masks), sum(row[j] for row in correct) / T
-            null = math.sqrt(p * (1 - p) * (1 / n_in + 1 / (T - n_in)))
-            if mem[i] >= least_mem and value >= least and value >= z * null:
+            n_in, right = sum(mask[i] for mask in masks), sum(row[j] for row in correct)
+            both = sum(mask[i] and row[j] for mask, row in zip(masks, correct, strict=True))
+            p = hypergeometric_tail(both, n_in, right, T)
+            if mem[i] >= least_mem and value >= least and p <= level:
                 kept[i, j] = True
         for negative, i in sorted(column)[:top]:
             if negative < -1e-4:

@@ -53,8 +53,8 @@ def test_a_trial_holds_what_its_model_gives(done, digits):
     """From the kept weights, in this test's own way: one example at a time."""
     found = trial_columns(done, 0)
     for name in MEASURED:
-        assert np.isnan(found[name][:M]).all()
-        assert np.isfinite(found[name][M:]).all()
+        assert np.isnan(found[name][N:]).all()
+        assert np.isfinite(found[name][:N]).all()
     model = build_model("mlp-16", n_classes=10, image_shape=(8, 8, 1)).eval()
     model.load_state_dict(Store(done.store).weights(TrialKey(math.inf, 0)))
     seed = done.plan.seeds(0).init
@@ -68,17 +68,17 @@ def test_a_trial_holds_what_its_model_gives(done, digits):
             "curvature_paper": paper_score(model, x, y, seed=seed),
         }  # fmt: skip
         for name, value in expected.items():
-            assert found[name][M + i] == pytest.approx(float(value), rel=2e-3, abs=1e-12), name
-        loss = np.logaddexp(0, -found["margin"][M + i])
+            assert found[name][i] == pytest.approx(float(value), rel=2e-3, abs=1e-12), name
+        loss = np.logaddexp(0, -found["margin"][i])
         assert loss == pytest.approx(float(c.loss), rel=1e-3, abs=1e-7)
 
 
 def test_scores_are_means_over_out_and_over_in_models_apart(done):
     trials = [trial_columns(done, t) for t in range(40)]
-    inside = np.array([t["in_subset"][M:] for t in trials], bool)
+    inside = np.array([t["in_subset"][:N] for t in trials], bool)
     rows = done.scores().slice(0, N)
     for name in MEASURED:
-        values = np.array([t[name][M:] for t in trials], np.float64)
+        values = np.array([t[name][:N] for t in trials], np.float64)
         for arm, member in (("in", inside), ("out", ~inside)):
             got = rows[f"{name}_{arm}"].to_numpy()
             for i in range(0, N, 97):
@@ -97,7 +97,7 @@ def test_scores_are_means_over_out_and_over_in_models_apart(done):
         assert test_rows[name].null_count == M
     table = done.scores("trials")
     assert set(table["curvature_mode"].to_pylist()) == {"gauss-newton"}
-    means = [np.nanmean(t["curvature"][M:][~mask]) for t, mask in zip(trials, inside, strict=True)]
+    means = [np.nanmean(t["curvature"][:N][~mask]) for t, mask in zip(trials, inside, strict=True)]
     np.testing.assert_allclose(table["curvature_out"].to_numpy(), means, rtol=1e-6)
     assert (table["curvature_seconds"].to_numpy() > 0).all()
 
@@ -165,7 +165,7 @@ def test_only_the_first_blocks_measure_if_asked(digits, tmp_path):
     assert set(rows["n_curvature_in"].to_pylist()) == {14}
     assert set(rows["n_curvature_out"].to_pylist()) == {6}
     assert set(rows["n_out"].to_pylist()) == {12}
-    values = np.array([trial_columns(study, t)["curvature"][M + 9] for t in range(20)])
+    values = np.array([trial_columns(study, t)["curvature"][9] for t in range(20)])
     out = ~np.array([study.plan.mask(t)[9] for t in range(20)])
     assert rows["curvature_out"][9].as_py() == pytest.approx(values[out].mean())
     # More trials with curvature can be asked for later; what is trained stays as it is.
@@ -188,7 +188,7 @@ def test_an_example_counts_where_all_of_its_measures_are_numbers(digits, tmp_pat
     table, about = store.trial(key), store.provenance(key)
     at = table.column_names.index("curvature_squared")
     values = table["curvature_squared"].to_pylist()
-    values[M] = None
+    values[0] = None
     spoiled = table.set_column(at, table.schema.field(at), pa.array(values, pa.float32()))
     (tmp_path / key.object_key).unlink()
     store.commit(key, spoiled, about)

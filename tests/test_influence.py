@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raymem import Examples, PairRule, Plan, Recipe, Study, find_pairs, influence
-from raymem.scores import Bits, join_pairs, pairs_work
+from raymem.scores import Bits, hypergeometric_tail, join_pairs, pairs_work
 from raymem.scores import influence_table as scoring_pairs
 from raymem.scores.running_sums import Outcomes
 
@@ -70,10 +70,10 @@ def test_kept_pairs_are_those_of_the_rule_whatever_the_tiles(
     monkeypatch, balanced, same_class, top
 ):
     masks, correct, mem, y_train, y_test = fleet(balanced=balanced)
-    rule = PairRule(top=top, z=1.5, same_class=same_class)
+    rule = PairRule(top=top, level=0.1, same_class=same_class)
     expected = reference.kept_pairs(
-        masks.tolist(), correct.tolist(), mem, y_train, y_test, least=0.15, least_mem=0.25, z=1.5,
-        top=top, same_class=same_class,
+        masks.tolist(), correct.tolist(), mem, y_train, y_test, least=0.15, least_mem=0.25,
+        level=0.1, top=top, same_class=same_class,
     )  # fmt: skip
     assert sum(expected.values()) > 5
     for test_tile, train_tile in ((512, 4096), (8, 8), (16, 24)):
@@ -92,7 +92,7 @@ def test_kept_pairs_are_those_of_the_rule_whatever_the_tiles(
 def test_parts_joined_are_the_whole_and_max_pairs_is_hard():
     masks, correct, mem, y_train, y_test = fleet()
     for most in (1_000_000, 12):
-        rule = PairRule(z=1.5, max_pairs=most)
+        rule = PairRule(level=0.1, max_pairs=most)
         whole = find_pairs(masks, correct, mem, y_train, y_test, rule)
         parts = [
             find_pairs(masks, correct, mem, y_train, y_test, rule, tests=slice(s, s + 8))
@@ -104,7 +104,7 @@ def test_parts_joined_are_the_whole_and_max_pairs_is_hard():
         assert whole.dropped == joined.dropped
         if most == 12:
             assert len(whole.influence) == 12
-            full = find_pairs(masks, correct, mem, y_train, y_test, PairRule(z=1.5))
+            full = find_pairs(masks, correct, mem, y_train, y_test, PairRule(level=0.1))
             assert whole.dropped == len(full.influence) - 12
             assert list(as_dict(whole).items()) == list(as_dict(full).items())[:12]
 
@@ -155,7 +155,7 @@ def test_pairs_of_one_class_are_all_pairs_of_each_class_alone(seed, trials, clas
     # Unequal classes; the last ones may be on one side only, or nowhere.
     y_train = (classes * generator.random(N) ** 2).astype(int)
     y_test = (classes * generator.random(M) ** 2).astype(int) + generator.integers(0, 2)
-    rule = PairRule(z=1.0, top=top, same_class=True)
+    rule = PairRule(level=0.2, top=top, same_class=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module(), "TEST_TILE", tiles[0])
         patch.setattr(module(), "TRAIN_TILE", tiles[1])
@@ -172,7 +172,7 @@ def test_pairs_of_one_class_are_all_pairs_of_each_class_alone(seed, trials, clas
         i, j = np.flatnonzero(y_train == label), np.flatnonzero(y_test == label)
         alone = find_pairs(
             masks[:, i], correct[:, j], mem[i], np.zeros(len(i)), np.zeros(len(j)),
-            PairRule(z=1.0, top=top, same_class=False),
+            PairRule(level=0.2, top=top, same_class=False),
         )  # fmt: skip
         expected["train_index"].append(i[alone.train_index])
         expected["test_index"].append(j[alone.test_index])
@@ -236,24 +236,59 @@ def test_by_default_about_one_pair_is_kept_by_chance():
         rule = PairRule(min_influence=0, top=0)
         pairs = find_pairs(masks, correct, np.ones(200), *labels, rule)
         assert pairs.considered == 20_000
-        assert stats.norm.sf(pairs.z) * 20_000 == pytest.approx(1)
+        assert pairs.level * 20_000 == pytest.approx(1)
         strong += len(pairs.strong)
     assert 10 <= strong <= 80
 
 
-def test_under_permuted_masks_the_threshold_keeps_what_it_says():
+def test_under_permuted_masks_the_level_keeps_what_it_says():
     generator = np.random.default_rng(3)
     masks = Plan(n=400).masks(range(200))
     correct = generator.random((200, 300)) < generator.uniform(0.3, 0.7, 300)
-    for z in (1.5, 2.0, 3.0):
-        rule = PairRule(min_influence=0, top=0, z=z)
+    for level in (0.05, 0.02, 0.001):
+        rule = PairRule(min_influence=0, top=0, level=level)
         pairs = find_pairs(masks, correct, np.ones(400), np.zeros(400), np.zeros(300), rule)
-        expected = stats.norm.sf(z)
-        # 120,000 pairs, of which those of one row or column are nearly independent.
-        noise = math.sqrt(expected * (1 - expected) / 120_000)
-        assert len(pairs.strong) / 120_000 == pytest.approx(
-            expected, abs=8 * noise + 0.05 * expected
-        )
+        # 120,000 pairs, of which those of one row or column are nearly independent. Counts are
+        # discrete, so that fewer pass than the level allows.
+        noise = math.sqrt(level * (1 - level) / 120_000)
+        assert 0.6 * level - 8 * noise < len(pairs.strong) / 120_000 < level + 8 * noise
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.7, 0.8, 0.9])
+def test_one_false_pair_is_expected_at_any_ratio(ratio):
+    """A million pairs without influence, influence of 0.15 or more: the exact p-value lets one pass
+    by chance, at 100, 200 and 400 trials; a normal approximation far more from ratio 0.8 on."""
+    generator = np.random.default_rng(0)
+    exact, normal, pairs = 0, 0, 1_000_000
+    for T in (100, 200, 400):
+        n_in = round(ratio * T)
+        right = generator.binomial(T, generator.uniform(0.02, 0.98, pairs))
+        k = generator.hypergeometric(right, T - right, n_in)
+        p = right / T
+        value = k / n_in - (right - k) / (T - n_in)
+        null = np.sqrt(p * (1 - p) * (1 / n_in + 1 / (T - n_in)))
+        at = np.flatnonzero(value >= 0.15)
+        tail = hypergeometric_tail(k[at], np.full(len(at), n_in), right[at], T, below=1 / pairs)
+        exact += int((tail <= 1 / pairs).sum())
+        normal += int((value[at] >= stats.norm.isf(1 / pairs) * null[at]).sum())
+    # Three expected; nine or more of a Poisson number of mean 3 have a probability of 0.4%.
+    assert exact <= 8
+    if ratio >= 0.8:
+        assert normal > 3 * max(3, exact)
+
+
+def test_tails_are_those_of_exact_integers():
+    generator = np.random.default_rng(1)
+    for T in (1, 7, 40, 300):
+        n, m = (generator.integers(0, T + 1, 50) for _ in range(2))
+        k = generator.integers(0, T + 1, 50)
+        found = hypergeometric_tail(k, n, m, T)
+        expected = [
+            reference.hypergeometric_tail(*map(int, at), T) for at in zip(k, n, m, strict=True)
+        ]
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    # A tail whose first term is above the level is not summed.
+    assert hypergeometric_tail(np.array([5]), np.array([10]), np.array([10]), 20, below=0.01) == 1
 
 
 def test_bits_pack_and_unpack():
@@ -296,7 +331,7 @@ def test_on_ray_tasks_the_pairs_are_the_same(monkeypatch):
     for mask, right in zip(masks, correct, strict=True):
         outcomes.append(np.concatenate([np.zeros(30, bool), mask]), np.append(right, mask))
     for by_class in (False, True):
-        arguments = (outcomes, mem, y_train, y_test, PairRule(z=1.5, same_class=by_class))
+        arguments = (outcomes, mem, y_train, y_test, PairRule(level=0.1, same_class=by_class))
         here = scoring_pairs.influence_pairs(*arguments)
         with monkeypatch.context() as patch:
             patch.setattr(scoring_pairs, "WORK_FOR_RAY", 0)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 from raymem import CurvatureRule, Recipe, Store, Study, correlations
 from raymem.links import (
@@ -21,7 +21,7 @@ from raymem.links import (
 from raymem.links.binned import crossed
 from raymem.links.curvature import MEASURES, Coefficient, correlate
 from raymem.links.sums import Sums
-from raymem.show import links_text
+from raymem.show import correlations_text, links_text
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +137,10 @@ def test_a_study_without_curvature_compares_what_it_has(digits, tmp_path):
     expected = stats.spearmanr(*([r[n] for r in both] for n in ("memorization", "learning_epoch")))
     assert by_name["learning_epoch"].spearman.value == pytest.approx(expected[0], abs=1e-9)
     links = find_links(Store(tmp_path))
-    assert links.verdicts[0] == "link 1: not known, curvature was not measured"
+    assert str(links.verdicts[0]) == "link 1: not known, curvature was not measured"
     assert (links.bins, links.costs) == ({}, {})
     text = links_text(links)
-    assert "\n".join(links.verdicts) in text
+    assert "\n".join(map(str, links.verdicts)) in text
     assert "Memorization and what a fleet gives beside it" in text
     assert "curvature_" not in text
 
@@ -198,25 +198,35 @@ def test_intervals_cover_the_expected_coefficient_at_their_rate():
     assert (covered >= 0.87 * repeats).all(), covered
 
 
-def test_cosines_and_partial_correlations_are_those_of_their_definitions(study):
+def test_cosines_are_those_of_their_definitions(study):
     ((_, found),) = correlations(Store(study.store)).items()
     for c in found:
-        mem, x, loss = pairs_of(study, c.measure)
+        mem, x, _ = pairs_of(study, c.measure)
         cosine = mem @ x / np.linalg.norm(mem) / np.linalg.norm(x)
         assert c.cosine.value == pytest.approx(cosine)
         # The mean over all shuffles has a closed form.
         null = len(x) * mem.mean() * x.mean() / np.linalg.norm(mem) / np.linalg.norm(x)
         assert c.cosine_null == pytest.approx(null, abs=0.02)
-        if c.measure == "loss_out":
-            assert math.isnan(c.partial.value)
+
+
+def test_curvature_is_compared_at_equal_loss_and_nothing_else_is(study):
+    ((_, found),) = correlations(Store(study.store)).items()
+    for c in found:
+        if not c.measure.startswith("curvature"):
+            assert c.at_equal_loss is None
             continue
+        mem, x, loss = pairs_of(study, c.measure)
         # By residuals of ranks on the ranks of the loss.
         design = np.stack([stats.rankdata(loss), np.ones(len(loss))], 1)
         residuals = [
             r - design @ np.linalg.lstsq(design, r, rcond=None)[0]
             for r in (stats.rankdata(mem), stats.rankdata(x))
         ]
-        assert c.partial.value == pytest.approx(np.corrcoef(residuals)[0, 1], abs=1e-6)
+        expected = np.corrcoef(residuals)[0, 1]
+        assert c.at_equal_loss.given_loss_out == pytest.approx(expected, abs=1e-6)
+    text = correlations_text({math.inf: found})
+    assert "None of these is a test" in text
+    assert "beyond" not in text
 
 
 def test_the_least_c1_makes_the_line_a_bound_and_no_smaller_does(study):
@@ -258,7 +268,7 @@ def test_instruments_and_reliabilities_undo_what_noise_does():
         plain.append(found.slope)
         instrumented.append(found.slope_instrumented)
         attenuated.append(found.pearson.value)
-        restored.append(found.disattenuated[1])
+        restored.append(found.pearson_disattenuated)
     error = np.std(instrumented) / np.sqrt(30)
     assert np.mean(plain) < 3 - 5 * error
     assert abs(np.mean(instrumented) - 3) < 4 * error
@@ -268,7 +278,7 @@ def test_instruments_and_reliabilities_undo_what_noise_does():
     assert abs(np.mean(restored) - 1) < 4 * error + 0.005
 
 
-def test_paper_bins_are_fifty_with_both_of_its_fits():
+def test_paper_bins_are_fifty_with_all_of_its_fits():
     rng = np.random.default_rng(0)
     mem = np.concatenate([rng.uniform(0, 0.1, 5000), rng.uniform(0, 1, 1000), [-0.2, 1.0]])
     x = 2 * mem + 0.5 + rng.normal(0, 0.3, len(mem))
@@ -279,8 +289,27 @@ def test_paper_bins_are_fifty_with_both_of_its_fits():
     assert bins.mean[2] == pytest.approx(x[inside].mean())
     slope, intercept = np.polyfit(bins.memorization, bins.mean, 1)
     assert (bins.straight.slope, bins.straight.intercept) == pytest.approx((slope, intercept))
-    scaled = np.polyfit(bins.memorization / np.sqrt(bins.examples), bins.mean, 1)
-    assert (bins.scaled.slope, bins.scaled.intercept) == pytest.approx(tuple(scaled))
+    root = np.sqrt(bins.examples)
+    for found, regressor in (
+        (bins.equation_15, bins.memorization / root),
+        (bins.imagenet_notebook, bins.memorization * root),
+    ):
+        direct = optimize.lsq_linear(
+            np.stack([regressor, np.ones(50)], 1), bins.mean, ([0, -np.inf], np.inf)
+        )
+        assert (found.slope, found.intercept) == pytest.approx(tuple(direct.x), abs=1e-6)
+    direct = optimize.lsq_linear(
+        np.stack([bins.memorization * root, bins.examples, np.ones(50)], 1), bins.mean,
+        ([0, 0, -np.inf], np.inf),
+    )  # fmt: skip
+    plane = bins.cifar100_notebook
+    assert (plane.slope, plane.per_example, plane.intercept) == pytest.approx(
+        tuple(direct.x), abs=1e-6
+    )
+    residual = np.var(
+        bins.mean - np.stack([bins.memorization * root, bins.examples, np.ones(50)], 1) @ direct.x
+    )
+    assert plane.r_squared == pytest.approx(1 - residual / np.var(bins.mean), abs=1e-6)
     large = bins.examples >= 20
     weighted = np.polyfit(
         bins.memorization[large], bins.mean[large], 1, w=np.sqrt(bins.examples[large])
@@ -396,7 +425,7 @@ def test_noise_that_both_share_is_undone_too():
             mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
             np.random.default_rng(k), replicates=2,
         )  # fmt: skip
-        restored.append(found.disattenuated[1])
+        restored.append(found.pearson_disattenuated)
     # Without noise the measure is twice the memorization: a correlation of 1.
     error = np.std(restored) / np.sqrt(20)
     assert abs(np.mean(restored) - 1) < 4 * error + 0.01
@@ -444,17 +473,19 @@ def test_bins_of_other_trials_have_the_true_slope():
 
 
 @pytest.mark.parametrize(
-    ("beyond", "says"),
-    [((0.3, 0.1, 0.5), "says something"), ((0.1, -0.1, 0.3), "says nothing"),
-     ((-0.3, -0.5, -0.1), "goes the other way")],
+    ("rho", "says"),
+    [((0.3, 0.1, 0.5), "is positively correlated with"),
+     ((0.1, -0.1, 0.3), "has no significant correlation with"),
+     ((-0.3, -0.5, -0.1), "is negatively correlated with")],
 )  # fmt: skip
-def test_the_verdict_on_link_1_says_which_way(study, beyond, says):
+def test_the_verdict_on_link_1_says_which_way(study, rho, says):
     (found,) = correlations(Store(study.store)).values()
-    value, low, high = beyond
+    value, low, high = rho
     rows = [
-        dataclasses.replace(row, partial=Coefficient(value=value, low=low, high=high))
+        dataclasses.replace(row, spearman=Coefficient(value=value, low=low, high=high))
         if row.measure == "curvature_out" else row
         for row in found
     ]  # fmt: skip
-    (sentence,) = verdicts_on_link1({math.inf: rows})
-    assert f"it {says} ({value:.2f} [{low:.2f}, {high:.2f}])" in sentence
+    (verdict,) = verdicts_on_link1({math.inf: rows})
+    assert f"curvature of out-models {says} memorization" in verdict.text
+    assert f"Spearman {value:.2f} [{low:.2f}, {high:.2f}]" in verdict.text

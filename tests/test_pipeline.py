@@ -99,7 +99,7 @@ def test_scores_agree_with_the_double_loop(odds):
     study, (summary,) = odds
     store = Store(study.store)
     tables = [store.trial(TrialKey(math.inf, t)) for t in range(33)]
-    train = [t.slice(20) for t in tables]
+    train = [t.slice(0, 60) for t in tables]
     masks = [t["in_subset"].to_pylist() for t in train]
     rows = train_rows(study)
 
@@ -127,7 +127,7 @@ def test_scores_agree_with_the_double_loop(odds):
     assert rows["n_out"].to_pylist() == [33 - n for n in counts]
 
     test = study.scores().slice(60)
-    right = [t.slice(0, 20)["correct"].to_pylist() for t in tables]
+    right = [t.slice(60)["correct"].to_pylist() for t in tables]
     assert column(test, "accuracy_out") == pytest.approx(np.mean(right, axis=0))
     assert test["memorization"].null_count == test["n_in"].null_count == 20
     assert summary.accuracy_test == pytest.approx(np.mean(right))
@@ -233,7 +233,7 @@ def test_under_permuted_masks_nothing_is_memorized(tmp_path):
     store = Store(study.store)
     correct = np.array(
         [
-            store.trial(TrialKey(math.inf, t))["correct"].to_numpy(zero_copy_only=False)[20:]
+            store.trial(TrialKey(math.inf, t))["correct"].to_numpy(zero_copy_only=False)[:60]
             for t in range(160)
         ]
     )

@@ -23,6 +23,7 @@ from raymem.scores import (
     power_to_list,
     trials_for,
 )
+from raymem.show import dry_run
 from raymem.show.dry_run import Cluster, planned, warnings
 
 RECIPE = Recipe(model="mlp-32", epochs=6, learning_rate=0.2)
@@ -94,10 +95,20 @@ def test_a_plan_says_what_it_costs_elsewhere(study):
     assert "mean of 3; the process had" in text
     assert "would take less than a minute, half a minute to start; " in text
     assert " s of a core in all" in text
-    assert "price: 0.0" in text
     assert "this  0.7    40 " in text
     # The store is not made by asking.
     assert "not made yet" in text
+
+
+def test_the_price_is_that_of_all_machines_for_the_time_it_takes(study, monkeypatch):
+    """40 trials of 8 hours here: an hour each there, 40 at once, on 10 machines at 3 an hour."""
+    monkeypatch.setattr(dry_run, "timed_trial", lambda *_, **__: (8 * 3600.0, 5000))
+    text = planned(study(), Cluster(machines=10, at_once=4, times_faster=8.0, price=3.0))
+    assert "would take 1 h 0 min, half a minute to start; 40 hours of a core in all" in text
+    assert "price: 30.00 at 3 a machine and hour" in text
+    half = planned(study(trials=20), Cluster(machines=10, at_once=4, times_faster=8.0, price=3.0))
+    assert "price: 15.00 " in half
+    assert "price" not in planned(study(), Cluster())
 
 
 def test_plans_that_cannot_answer_are_told_so(study):

@@ -334,6 +334,12 @@ def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_pa
     assert len(other.done()) == 4
     assert {key.epsilon for key in Store(store).done()} == {math.inf}
     links = Store(store).note("links")
+    # The run ends with what it showed, and what it did not.
+    ending = text.split("What these trials show, and what they do not:\n")[1].strip().splitlines()
+    assert [line[:7] for line in ending] == ["link 1:", "link 2:", "link 3:"]
+    assert all("Not shown: " in line or "not known" in line for line in ending)
+    for line, said in zip(ending, links["verdicts"], strict=True):
+        assert line.startswith(said["text"])
     assert links["links_2_and_3_from"] == other.url
     assert [row["epsilon"] for row in links["link_3_memorization_and_epsilon"]] == [2, "inf"]
     page = (store / "report.html").read_text()

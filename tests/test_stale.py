@@ -134,9 +134,9 @@ def test_fleets_that_share_only_numbers_are_not_joined(tmp_path):
     both = command("links", one.url, two.url).output
     assert both.endswith("link 1: not known, curvature was not measured\n")
     as_json = json.loads(command("links", one.url, two.url, "--json").output)
-    assert as_json["verdicts_against"] == {
-        two.url: ["link 1: not known, curvature was not measured"]
-    }
+    (verdict,) = as_json["verdicts_against"][two.url]
+    assert verdict["text"] == "link 1: not known, curvature was not measured"
+    assert verdict["estimate"] is None
     twice = command("links", one.url, one.url)
     assert twice.exit_code == 1
     assert "given twice" in twice.output

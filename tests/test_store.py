@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from learners import memorizes_everything, memorizes_nothing, numbered_examples, recipe
@@ -218,12 +220,28 @@ def test_trial_files_have_the_columns_and_the_words(trained):
     assert {field.name: str(field.type) for field in schema} == expected
     assert all(field.metadata[b"meaning"] for field in schema)
     table = store.trial(KEY)
-    assert table["split"].to_pylist() == ["test"] * 20 + ["train"] * 60
-    assert table["index"].to_pylist() == [*range(20), *range(60)]
+    assert table["split"].to_pylist() == ["train"] * 60 + ["test"] * 20
+    assert table["index"].to_pylist() == [*range(60), *range(20)]
     inside = table["in_subset"].to_pylist()
-    assert inside == [None] * 20 + trained.plan.mask(3).tolist()
+    assert inside == trained.plan.mask(3).tolist() + [None] * 20
+    assert table.select(["split", "index"]).equals(store.examples().select(["split", "index"]))
     assert [v is None for v in table["cumulative_loss"].to_pylist()] == [not i for i in inside]
     assert set(table["epsilon"].to_pylist()) == {math.inf}
+
+
+def test_trials_whose_test_rows_come_first_are_damage(trained):
+    """By position they would be taken for training examples."""
+    store = Store(trained.store)
+    table, about = store.trial(KEY), store.provenance(KEY)
+    n_train = trained.plan.n
+    turned = pa.concat_tables([table.slice(n_train), table.slice(0, n_train)])
+    store.files.delete(KEY.object_key)
+    store.commit(KEY, turned, about)
+    with pytest.raises(DamagedObjectError, match="test rows among its training rows"):
+        trained.score()
+    with pytest.raises(DamagedObjectError, match="test rows among its training rows"):
+        store.train_rows(KEY, ["correct"])
+    assert problems_of(store) == {("damaged", KEY.object_key)}
 
 
 def test_all_trials_scan_as_one_table(trained):
@@ -263,8 +281,6 @@ def test_a_commit_is_once_and_a_different_result_is_noticed(trained):
 def test_the_digest_sees_values_nulls_and_names(trained):
     table = Store(trained.store).trial(KEY)
     same = encode(table, {"seconds": 1})
-    import pyarrow as pa
-
     assert digest(pq.read_table(pa.BufferReader(same))) == digest(table)
     first = table["cumulative_loss"].null_count
     assert first > 0
@@ -360,6 +376,12 @@ def test_a_damaged_index_and_an_edited_study_are_found(trained):
 # The lock
 
 
+def driver_of(files):
+    """Who holds the lock, by driver.json: process, host."""
+    record = json.loads(files.read("driver.json"))
+    return record["pid"], record["host"]
+
+
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
     files = Files(tmp_path)
     with DriverLock(files):
@@ -367,7 +389,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
             DriverLock(files).__enter__()
         assert caught.value.exit_code == 3
     with DriverLock(files):
-        pass
+        assert driver_of(files) == (os.getpid(), socket.gethostname())
     assert files.list() == []
 
 
@@ -395,7 +417,10 @@ def test_a_process_number_used_again_is_not_the_driver(tmp_path):
     record["process_started"] -= 1000
     files.create("driver.json", json.dumps(record).encode())
     with DriverLock(files):
-        pass
+        now = json.loads(files.read("driver.json"))
+        assert now["token"] != record["token"]
+        assert now["process_started"] == psutil.Process().create_time()
+    assert files.list() == []
 
 
 def test_a_driver_elsewhere_lives_while_its_counter_moves(tmp_path, monkeypatch):
@@ -413,7 +438,7 @@ def test_a_driver_elsewhere_lives_while_its_counter_moves(tmp_path, monkeypatch)
         DriverLock(files).__enter__()
     monkeypatch.setattr(lock_module.time, "sleep", naps.append)
     with DriverLock(files):
-        pass
+        assert driver_of(files) == (os.getpid(), socket.gethostname())
     assert naps == [15.0, 15.0]
 
 
@@ -430,7 +455,8 @@ def test_a_torn_lock_is_no_lock(tmp_path):
     files = Files(tmp_path)
     files.create("driver.json", b'{"tok')
     with DriverLock(files):
-        pass
+        assert driver_of(files) == (os.getpid(), socket.gethostname())
+    assert files.list() == []
 
 
 def test_progress_is_in_the_lock(tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from raymem import Store, import_npz, score
 from raymem.links import diagnostics, find_twins
+from raymem.links.twins import _compared
 
 T, N = 240, 60
 
@@ -60,3 +62,38 @@ def test_chance_makes_no_twins(tmp_path):
         assert found.pairs == found.targets * (N - 1)
         having += bool(found.rows)
     assert having <= 2
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.7, 0.8, 0.9])
+def test_twins_by_chance_are_as_rare_at_any_ratio(ratio):
+    """Searches among targets that no example explains: 100 in which one false twin or more has a
+    probability of 5% each. By a normal approximation nearly every one at ratio 0.9 had some."""
+    exact = normal = 0
+    level = 0.05 / (40 * 80)
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        masks = rng.random((200, 80)) < ratio
+        right = rng.random((200, 40)) < rng.uniform(0.1, 0.95, 40)
+        with_twin, without, p = _compared(masks, right, np.arange(40), level)
+        exact += bool((p <= level).any())
+        if ratio == 0.9:
+            normal += bool((z_scores(masks, right, with_twin - without) > isf(level)).any())
+    # 5 expected; 13 or more of 100 have a probability of 0.15%.
+    assert exact <= 12
+    assert ratio < 0.9 or normal > 50
+
+
+def isf(level):
+    return stats.norm.isf(level)
+
+
+def z_scores(masks, right, difference):
+    """What a normal approximation says of those differences above 0.3, [M, C]."""
+    out = ~masks[:, :40]
+    n_all = out.sum(0)[:, None]
+    n_with = out.T.astype(int) @ masks
+    p = (out & right).sum(0)[:, None] / n_all
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = difference / np.sqrt(p * (1 - p) * (1 / n_with + 1 / (n_all - n_with)))
+    z[np.arange(40), np.arange(40)] = 0
+    return np.where(np.isfinite(z) & (difference > 0.3), z, 0)

@@ -5,12 +5,17 @@ run_job             a fleet: ingest, plan, train, measure curvature, score
 run_curvature_job   curvature of shards under given models
 """
 
+from typing import TYPE_CHECKING
+
 from raymem.cli import exchange, read
 from raymem.cli.base import absolute_store, command_errors, main
-from raymem.cli.job_curvature import run_curvature_job
-from raymem.cli.job_options import JobOptions, Machine
-from raymem.cli.job_study import STAGES, PrivateStudy, run_job, score_and_print
-from raymem.cli.smoke import Smoke
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.cli.job_curvature import run_curvature_job
+    from raymem.cli.job_options import JobOptions, Machine
+    from raymem.cli.job_study import STAGES, PrivateStudy, run_job, score_and_print
+    from raymem.cli.smoke import Smoke
 
 __all__ = [
     "STAGES",
@@ -27,3 +32,5 @@ __all__ = [
     "run_job",
     "score_and_print",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

@@ -12,11 +12,9 @@ import click
 
 from raymem.cli.base import command_errors, debug_option, main
 from raymem.data import load_examples
-from raymem.data.shards import ingest
 from raymem.errors import ImportFileError
 from raymem.fleet import ProgressLine, duration
-from raymem.interop import EXPORTS, FORMATS, export, import_fleet, import_scores
-from raymem.scores import score
+from raymem.interop import EXPORTS, FORMATS, export
 from raymem.show import ingest_text, merge_text, summary_text
 from raymem.store import merge
 
@@ -85,6 +83,9 @@ def import_command(
 
     Example: raymem import npz fleet.npz runs/imported
     """
+    from raymem.interop import import_fleet, import_scores
+    from raymem.scores import score
+
     with command_errors(debug):
         examples = load_examples(data) if data else None
         if format not in SCORES:
@@ -149,5 +150,7 @@ def ingest_command(data: str, cache: str, debug: bool, **options: Any) -> None:
 
     Example: raymem ingest /data/imagenet /data/imagenet-64 --size 64 --on-bad quarantine
     """
+    from raymem.data.shards import ingest
+
     with command_errors(debug):
         click.echo(ingest_text(ingest(data, cache, **options)))

@@ -12,6 +12,7 @@ from raymem.cli.base import absolute_store, command_errors
 from raymem.curvature import CurvatureRule, PaperRule
 from raymem.curvature.streaming import ScoringModel, StreamSummary, stream_curvature
 from raymem.data.shards import list_shards
+from raymem.encoding import epsilon_name
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, duration
 from raymem.store import Store, TrialKey
@@ -202,8 +203,8 @@ def _models(
     if not keys:
         source.study()  # says so if there is no store at all
         raise RecipeError(
-            f"{source.url} keeps no models at epsilon {epsilon:g}; train its study with "
-            "--keep-models"
+            f"{source.url} keeps no models at epsilon {epsilon_name(epsilon)}; train its study "
+            "with --keep-models"
         )
     if name is not None and len(keys) > 1:
         raise RecipeError("--name needs exactly one --trial")

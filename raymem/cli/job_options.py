@@ -13,7 +13,6 @@ from raymem.curvature import CurvatureRule, PaperRule
 from raymem.data import NAMED, Examples, flip_labels, load_examples
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, Extras
-from raymem.links import most_memorized
 from raymem.plan import Kind
 from raymem.privacy import EPSILON_GRIDS, Privacy
 from raymem.scores import Until
@@ -72,6 +71,8 @@ class JobOptions:
         examples = self.load_examples()
         drawn: dict[str, Any] = {"kind": self.kind}
         if self.pool is not None:
+            from raymem.links import most_memorized
+
             drawn = {"kind": "candidate-pool", "pool": most_memorized(examples, *self.pool)}
         return Study(
             examples=examples,

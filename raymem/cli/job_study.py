@@ -26,20 +26,12 @@ from raymem.cli.job_options import (
 )
 from raymem.cli.smoke import Smoke, check_rows
 from raymem.curvature import CurvatureRule, PaperRule
+from raymem.encoding import epsilon_name
 from raymem.fleet import duration
-from raymem.links import find_links
 from raymem.privacy import Privacy
 from raymem.scores import PairRule, Until
-from raymem.show import (
-    as_text,
-    for_people,
-    links_text,
-    pairs_for_people,
-    summary_text,
-    write_report,
-)
+from raymem.show import as_text, for_people, pairs_for_people, summary_text, top, where
 from raymem.show.dry_run import Cluster, planned
-from raymem.show.tables import top, where
 from raymem.store import Store
 from raymem.study import Study
 from raymem.training import Recipe
@@ -187,8 +179,8 @@ def private_option(private: PrivateStudy | None) -> Callable[[Any], Any]:
         type=click.IntRange(0),
         default=private.trials,
         help="Models at each epsilon "
-        f"({', '.join(f'{e:g}' for e in private.epsilons)}) of the private study in STORE_private; "
-        "0: none.",
+        f"({', '.join(map(epsilon_name, private.epsilons))}) of the private study in "
+        "STORE_private; 0: none.",
     )
 
 
@@ -242,12 +234,27 @@ def run_stages(study: Study, stage: str, way: Way, private: Study | None = None)
         click.echo("\nThe same examples under differential privacy:")
         _run(private, stage, dataclasses.replace(way, until=None))
     if stage in ("all", "report"):
+        from raymem.show import write_report
+
         for each, other in ((private, None), (study, private)):
             if each is not None:
                 where = write_report(
                     each.store, each.examples, private=None if other is None else other.store
                 )
                 click.echo(f"report:  {where}")
+    if stage == "all" and (study.curvature or study.privacy or private):
+        click.echo(conclusions(study.open_store()))
+
+
+def conclusions(store: Store) -> str:
+    """The verdicts of links.json: what a run ends with."""
+    from raymem.links import Verdict
+
+    verdicts = (store.note("links") or {}).get("verdicts", [])
+    lines = [
+        str(Verdict(text=said["text"], not_shown=said["not_shown"] or "")) for said in verdicts
+    ]
+    return "\nWhat these trials show, and what they do not:\n" + "\n".join(lines)
 
 
 def _run(study: Study, stage: str, way: Way) -> None:
@@ -325,6 +332,10 @@ def links_and_print(study: Study) -> None:
     store = study.open_store()
     if study.curvature is None and study.privacy is None:
         return
+    # Not at the top: training would start seconds later.
+    from raymem.links import find_links
+    from raymem.show import links_text
+
     found = find_links(store)
     store.write_note("links", found.as_dict())
     click.echo("\n" + links_text(found, brief=True))

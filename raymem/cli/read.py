@@ -1,4 +1,7 @@
-"""Commands that read one store, or compare several."""
+"""Commands that read one store, or compare several.
+
+What takes seconds to import (scipy, figures) is imported by the commands that use it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import pyarrow as pa
@@ -15,29 +18,19 @@ from pyarrow.csv import write_csv
 
 from raymem.cli.base import command_errors, debug_option, main, row_options
 from raymem.errors import StoreError
-from raymem.links import (
-    Links,
-    correlations_across,
-    correlations_as_dict,
-    find_links,
-    label_errors,
-    verdicts_on_link1,
-)
-from raymem.scores import join_curvature, membership
 from raymem.show import (
     as_text,
-    correlations_text,
     describe_store,
     example_text,
     for_people,
-    label_errors_text,
-    links_text,
-    membership_text,
     pairs_for_people,
-    write_report,
+    top,
+    where,
 )
-from raymem.show.tables import top, where
 from raymem.store import Store, verify
+
+if TYPE_CHECKING:
+    from raymem.links import Links
 
 SHOWN_PROBLEMS = 20
 SCORES = ("fz-scores", "c-scores")
@@ -84,6 +77,8 @@ def scores_command(
         opened = Store(store)
         table = opened.scores()
         if model:
+            from raymem.scores import join_curvature
+
             table = join_curvature(opened, table, model)
         if memorized:
             table = where(table, "memorized == true")
@@ -168,6 +163,9 @@ def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
 
     Example: raymem links runs/privacy_digits
     """
+    from raymem.links import correlations_across, find_links, verdicts_on_link1
+    from raymem.show import correlations_text, links_text
+
     with command_errors(debug):
         opened = [Store(store) for store in stores]
         if len({store.url for store in opened}) < len(opened):
@@ -183,10 +181,12 @@ def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
             click.echo(links_text(links))
         for url, rows in across.items():
             click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n")
-            click.echo("\n".join(verdicts_on_link1(rows)))
+            click.echo("\n".join(map(str, verdicts_on_link1(rows))))
 
 
 def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str, Any]:
+    from raymem.links import correlations_as_dict, verdicts_on_link1
+
     if len(found) == 1:
         return next(iter(found.values())).as_dict()
     return {
@@ -194,7 +194,10 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
         "memorization_of_the_first_against": {
             url: correlations_as_dict(rows) for url, rows in across.items()
         },
-        "verdicts_against": {url: verdicts_on_link1(rows) for url, rows in across.items()},
+        "verdicts_against": {
+            url: [verdict.as_dict() for verdict in verdicts_on_link1(rows)]
+            for url, rows in across.items()
+        },
     }
 
 
@@ -212,6 +215,9 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
 
     Example: raymem membership runs/feldman_digits
     """
+    from raymem.scores import membership
+    from raymem.show import membership_text
+
     with command_errors(debug):
         opened = Store(store)
         found = membership(opened, targets=targets)
@@ -236,6 +242,9 @@ def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool
 
     Example: raymem errors runs/feldman_digits
     """
+    from raymem.links import label_errors
+    from raymem.show import label_errors_text
+
     with command_errors(debug):
         found = label_errors(Store(store), epsilon)
         if not found.known:
@@ -262,6 +271,8 @@ def report_command(store: str, data: str | None, private: str | None, debug: boo
 
     Example: raymem report runs/feldman_digits
     """
+    from raymem.show import write_report
+
     with command_errors(debug):
         click.echo(f"report: {write_report(store, data, private=private)}")
 

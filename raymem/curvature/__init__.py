@@ -13,6 +13,10 @@ by std^2, and a step h of the normalized image is a step h * std here. Published
 normalized images; to do as they do, pass the inner net and normalized x.
 """
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from raymem.curvature.paper import PaperRule, paper_score
 from raymem.curvature.trace import CHECKED, Curvature, CurvatureRule, Mode, curvature, pick_mode
 
@@ -26,3 +30,17 @@ __all__ = [
     "paper_score",
     "pick_mode",
 ]
+
+
+class _Callable(ModuleType):
+    """This package, which can be called: `raymem.curvature(...)` is `curvature(...)` in it.
+
+    Importing a package sets it as an attribute of its parent, whatever is there; so `raymem`'s
+    attribute is always the package.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> Curvature:
+        return curvature(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

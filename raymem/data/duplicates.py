@@ -9,8 +9,6 @@ import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.sparse import csgraph
 
 # Root mean square difference of pixels on the 0..255 scale, below which two images are near
 # duplicates.
@@ -126,6 +124,10 @@ def _squared_distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 def _connected(n: int, links: list[tuple[int, int]]) -> list[NDArray[np.int64]]:
     if not links:
         return []
+    # scipy takes a second to import; few sets have near duplicates.
+    from scipy import sparse
+    from scipy.sparse import csgraph
+
     a, b = np.array(links, np.int64).T
     graph = sparse.coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n))
     _, group = csgraph.connected_components(graph, directed=False)

@@ -4,12 +4,18 @@ In:  examples, plan, recipe, and a store whose target says what is wanted.
 Out: trial objects in the store. `run_fleet` is all there is to call; rerunning it resumes.
 """
 
-from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
-from raymem.fleet.forecast import estimated_trial, timed_trial
-from raymem.fleet.ledger import Ledger, Progress
-from raymem.fleet.repeat import Repeat, repeat_trial
-from raymem.fleet.report import ProgressLine, duration
-from raymem.fleet.work import Extras
+from typing import TYPE_CHECKING
+
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
+    from raymem.fleet.forecast import estimated_trial, timed_trial
+    from raymem.fleet.ledger import Ledger, Progress
+    from raymem.fleet.repeat import Repeat, repeat_trial
+    from raymem.fleet.report import ProgressLine, duration
+    from raymem.fleet.work import Extras
+
 
 __all__ = [
     "Engine",
@@ -26,3 +32,5 @@ __all__ = [
     "stop_signals",
     "timed_trial",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow.csv import write_csv
 
+from raymem.encoding import epsilon_name
 from raymem.errors import ImportFileError, StoreError
 from raymem.store import Store, TrialKey
 from raymem.store.columns import as_markdown
@@ -63,8 +64,8 @@ def _keys(store: Store, epsilon: float) -> list[TrialKey]:
     if not keys:
         known = sorted({key.epsilon for key in store.done()})
         raise StoreError(
-            f"{store.url} has no trials at epsilon {epsilon:g}; there are "
-            f"{', '.join(f'{e:g}' for e in known) or 'none'}: see --epsilon"
+            f"{store.url} has no trials at epsilon {epsilon_name(epsilon)}; there are "
+            f"{', '.join(map(epsilon_name, known)) or 'none'}: see --epsilon"
         )
     return keys
 
@@ -74,15 +75,15 @@ def _split(store: Store) -> dict[str, pa.Table]:
     return {s: index.filter(pc.equal(index["split"], s)) for s in ("train", "test")}
 
 
-def _trial(store: Store, key: TrialKey, M: int) -> dict[str, NDArray[Any]]:
+def _trial(store: Store, key: TrialKey, N: int) -> dict[str, NDArray[Any]]:
     """Its columns, train and test apart."""
     table = store.trial(key, ["in_subset", "correct", "margin"])
     correct, margin = (table[name].to_numpy() for name in ("correct", "margin"))
     return {
-        "mask": table["in_subset"].to_numpy()[M:].astype(bool),
-        "correct_train": correct[M:].astype(bool), "correct_test": correct[:M].astype(bool),
-        "margins_train": margin[M:].astype(np.float32),
-        "margins_test": margin[:M].astype(np.float32),
+        "mask": table["in_subset"].to_numpy()[:N].astype(bool),
+        "correct_train": correct[:N].astype(bool), "correct_test": correct[N:].astype(bool),
+        "margins_train": margin[:N].astype(np.float32),
+        "margins_test": margin[N:].astype(np.float32),
     }  # fmt: skip
 
 
@@ -92,8 +93,8 @@ def _labels(table: pa.Table) -> NDArray[np.int64] | None:
 
 def _npz(store: Store, path: Path, epsilon: float) -> None:
     split = _split(store)
-    M = split["test"].num_rows
-    found = [_trial(store, key, M) for key in _keys(store, epsilon)]
+    N = split["train"].num_rows
+    found = [_trial(store, key, N) for key in _keys(store, epsilon)]
     arrays: dict[str, Any] = {"masks": np.array([t["mask"] for t in found])}
     for name in ("correct_train", "correct_test", "margins_train", "margins_test"):
         arrays[name] = np.array([t[name] for t in found])
@@ -110,10 +111,10 @@ def _npz(store: Store, path: Path, epsilon: float) -> None:
 
 def _fz(store: Store, path: Path, epsilon: float) -> None:
     split = _split(store)
-    M = split["test"].num_rows
+    N, M = split["train"].num_rows, split["test"].num_rows
     ratio = path / f"{store.plan().subset_ratio:g}"
     for key in _keys(store, epsilon):
-        t = _trial(store, key, M)
+        t = _trial(store, key, N)
         inside, removed = np.flatnonzero(t["mask"]), np.flatnonzero(~t["mask"])
         run = ratio / f"{key.trial:06d}"
         run.mkdir(parents=True)
@@ -147,9 +148,9 @@ def _fz(store: Store, path: Path, epsilon: float) -> None:
 
 
 def _lira(store: Store, path: Path, epsilon: float) -> None:
-    M = _split(store)["test"].num_rows
+    N = _split(store)["train"].num_rows
     for key in _keys(store, epsilon):
-        t = _trial(store, key, M)
+        t = _trial(store, key, N)
         folder = path / f"experiment_{key.trial:06d}"
         folder.mkdir(parents=True)
         np.save(folder / "keep.npy", t["mask"])

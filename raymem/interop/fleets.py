@@ -232,22 +232,22 @@ def _digest(arrays: dict[str, NDArray[Any]]) -> str:
 
 def _trial_table(arrays: dict[str, NDArray[Any]], trial: int) -> pa.Table:
     (_, N), M = arrays["masks"].shape, arrays["correct_test"].shape[1]
-    is_test = np.arange(M + N) < M
+    is_test = np.arange(N + M) >= N
     values: dict[str, Any] = {
-        "trial": np.full(M + N, trial, np.int32),
-        "epsilon": np.full(M + N, math.inf),
-        "split": ["test"] * M + ["train"] * N,
-        "index": np.concatenate([np.arange(M), np.arange(N)]),
+        "trial": np.full(N + M, trial, np.int32),
+        "epsilon": np.full(N + M, math.inf),
+        "split": ["train"] * N + ["test"] * M,
+        "index": np.concatenate([np.arange(N), np.arange(M)]),
         "in_subset": pa.array(
-            np.concatenate([np.zeros(M, bool), arrays["masks"][trial]]), mask=is_test
+            np.concatenate([arrays["masks"][trial], np.zeros(M, bool)]), mask=is_test
         ),
-        "correct": np.concatenate([arrays["correct_test"][trial], arrays["correct_train"][trial]]),
+        "correct": np.concatenate([arrays["correct_train"][trial], arrays["correct_test"][trial]]),
     }
     if "margins_train" in arrays:
-        both = [arrays["margins_test"][trial], arrays["margins_train"][trial]]
+        both = [arrays["margins_train"][trial], arrays["margins_test"][trial]]
         values["margin"] = np.concatenate(both).astype(np.float32)
     schema = columns.schema(columns.TRIAL)
-    arrow = [values.get(f.name, pa.nulls(M + N, f.type)) for f in schema]
+    arrow = [values.get(f.name, pa.nulls(N + M, f.type)) for f in schema]
     return pa.Table.from_arrays(
         [pa.array(a, f.type) for a, f in zip(arrow, schema, strict=True)], schema=schema
     )

@@ -7,7 +7,7 @@ against epsilon (Theorem 5.4), with its bounds and an audit that could refute th
 
 from raymem.links.across import correlations_across, joined
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
-from raymem.links.binned import Crossed, Line, PaperBins, paper_bins
+from raymem.links.binned import Crossed, Line, PaperBins, Plane, paper_bins
 from raymem.links.cleaning import LabelErrors, Ranking, label_errors
 from raymem.links.costs import Costs, costs
 from raymem.links.curvature import (
@@ -20,19 +20,26 @@ from raymem.links.curvature import (
     measures_of,
 )
 from raymem.links.diagnostics import Finding, diagnostics, red
-from raymem.links.epsilons import Link2, Observed, fit_link2, link2
+from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
+from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.pool import most_memorized
-from raymem.links.together import Links, correlations_as_dict, find_links, verdicts_on_link1
+from raymem.links.together import Links, correlations_as_dict, find_links
 from raymem.links.twins import Twins, find_twins
+from raymem.links.two_stages import Parameter
+from raymem.links.verdicts import Verdict, verdicts_on_link1
 
 __all__ = [
+    "METHODS",
+    "NOT_A_TEST",
     "Audit",
     "BoundCheck",
+    "Change",
     "Coefficient",
     "Correlation",
     "Costs",
     "Crossed",
+    "EqualLoss",
     "Finding",
     "Fit",
     "LabelErrors",
@@ -41,10 +48,13 @@ __all__ = [
     "Links",
     "Observed",
     "PaperBins",
+    "Parameter",
+    "Plane",
     "PoolMean",
     "Ranking",
     "Shape",
     "Twins",
+    "Verdict",
     "by_memorization",
     "correlations",
     "correlations_across",

@@ -1,4 +1,4 @@
-"""The paper's figure of link 1: memorization in bins, mean curvature in each, and two fits.
+"""The paper's figure of link 1: memorization in bins, mean curvature in each, and its fits.
 
 Ravikumar et al. 2024, section 6.3: 50 bins of width 0.02. Means of bins hide the spread within
 them, so that lines through bins fit far better than examples do: read them beside the correlations
@@ -31,6 +31,17 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plane:
+    """measure = slope x + per_example n + intercept, neither coefficient negative, over bins."""
+
+    slope: float
+    per_example: float
+    intercept: float
+    r_squared: float
+    """Of the means of bins; NaN if they do not vary."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PaperBins:
     """A measure in bins of memorization."""
 
@@ -44,9 +55,15 @@ class PaperBins:
     """Mean of the measure."""
     straight: Line | None
     """x is memorization, bins count alike, as in the paper. None with fewer than three bins."""
-    scaled: Line | None
-    """x is memorization over the square root of the bin's examples: the paper's loss bound of each
-    bin (eq. 15). The number of examples in a bin is then a regressor, and explains by itself."""
+    equation_15: Line | None
+    """x is memorization / sqrt(n), n the bin's examples: the loss bound of each bin as eq. 15 of
+    the paper has it. In this fit and the next two the number of examples in a bin is part of the
+    regressor, and explains by itself."""
+    imagenet_notebook: Line | None
+    """x is memorization sqrt(n): the fit that the paper's ImageNet notebook computes."""
+    cifar100_notebook: Plane | None
+    """x is memorization sqrt(n), and n is a second regressor: the fit that the paper's CIFAR-100
+    notebook computes."""
     weighted: Line | None
     """x is memorization; bins count as their examples, those below 20 are left out."""
     crossed: Crossed | None = None
@@ -115,7 +132,9 @@ def paper_bins(
         memorization=x,
         mean=mean,
         straight=line(x, mean, ones),
-        scaled=line(x / np.sqrt(counts), mean, ones),
+        equation_15=line(x / np.sqrt(counts), mean, ones),
+        imagenet_notebook=line(x * np.sqrt(counts), mean, ones),
+        cifar100_notebook=_plane(x * np.sqrt(counts), counts.astype(np.float64), mean),
         weighted=line(x[large], mean[large], counts[large].astype(np.float64)),
         crossed=halves,
     )
@@ -125,14 +144,26 @@ def line(x: Floats, y: Floats, weights: Floats) -> Line | None:
     """The line with a slope of 0 or more that fits best; None with fewer than three points."""
     if len(x) < 3:
         return None
+    (slope,), intercept, r_squared = _rising(x[:, None], y, weights)
+    return Line(slope=slope, intercept=intercept, r_squared=r_squared)
+
+
+def _plane(x: Floats, n: Floats, y: Floats) -> Plane | None:
+    if len(x) < 4:
+        return None
+    (slope, per_example), intercept, r_squared = _rising(np.stack([x, n], 1), y, np.ones(len(x)))
+    return Plane(slope=slope, per_example=per_example, intercept=intercept, r_squared=r_squared)
+
+
+def _rising(x: Floats, y: Floats, weights: Floats) -> tuple[list[float], float, float]:
+    """Least squares of y [n] on the columns of x [n, k] with coefficients of 0 or more and a free
+    intercept: coefficients, intercept, R^2."""
     root = np.sqrt(weights / weights.sum())
     # The intercept is free: its two signs are two columns.
-    scale = max(float(np.abs(x).max()), 1e-300)
-    design = np.stack([x / scale, np.ones(len(x)), -np.ones(len(x))], 1) * root[:, None]
-    (slope, up, down), residual = optimize.nnls(design, y * root)
+    scale = np.maximum(np.abs(x).max(0), 1e-300)
+    one = np.ones((len(x), 1))
+    design = np.concatenate([x / scale, one, -one], 1) * root[:, None]
+    (*slopes, up, down), residual = optimize.nnls(design, y * root)
     spread = float(((root**2) * (y - (root**2) @ y) ** 2).sum())
-    return Line(
-        slope=float(slope / scale),
-        intercept=float(up - down),
-        r_squared=1 - float(residual) ** 2 / spread if spread > 0 else float("nan"),
-    )
+    r_squared = 1 - float(residual) ** 2 / spread if spread > 0 else float("nan")
+    return [float(v) for v in np.array(slopes) / scale], float(up - down), r_squared

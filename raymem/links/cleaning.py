@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.links.rows import Floats, floats, train_at
 from raymem.store import Store
@@ -72,8 +73,10 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     scored = store.scores()
     here = train_at(scored, epsilon)
     if not here.num_rows:
-        known = ", ".join(f"{e:g}" for e in sorted(set(scored["epsilon"].to_pylist()))) or "none"
-        raise StoreError(f"{store.url} has no scores at epsilon {epsilon:g}; there are {known}")
+        known = ", ".join(map(epsilon_name, sorted(set(scored["epsilon"].to_pylist())))) or "none"
+        raise StoreError(
+            f"{store.url} has no scores at epsilon {epsilon_name(epsilon)}; there are {known}"
+        )
     suspicion, believed = floats(here, "loss_out"), floats(here, "p_true_out")
     if not np.isfinite(suspicion).any():  # imported without margins
         believed = floats(here, "accuracy_out")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raymem.encoding import epsilon_name
 from raymem.links.curvature import Correlation
 from raymem.scores import forecast_trials
 from raymem.store import Store
@@ -59,7 +60,7 @@ def costs(store: Store, found: Mapping[float, list[Correlation]]) -> dict[float,
         seconds = math.fsum(row["seconds"] for row in here)
         measuring = math.fsum(row["curvature_seconds"] or 0.0 for row in measured)
         models = math.fsum(row["seconds"] for row in measured)
-        reliability = summary.get(f"eps-{epsilon:.12g}", {}).get("reliability")
+        reliability = summary.get(f"eps-{epsilon_name(epsilon)}", {}).get("reliability")
         mem = math.nan if reliability is None else float(reliability)
         curv = next((c.reliability for c in correlations if c.measure == "curvature_out"), math.nan)
         result[epsilon] = Costs(

@@ -1,4 +1,4 @@
-"""How memorization goes with curvature, and with the cheaper numbers any claim must beat.
+"""Correlation of memorization with curvature, and with the cheaper measures it is compared to.
 
 In:  scores/examples.parquet and scores/folds.parquet of one epsilon.
 Out: correlations over training examples, with intervals over trials and examples.
@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
+from raymem.links.equal_loss import EqualLoss, at_equal_loss
 from raymem.links.halves import in_halves, pearson
 from raymem.links.rows import ROUNDING, Floats, floats, train_at
 from raymem.links.sums import Sums
-from raymem.scores import correlation_interval
+from raymem.scores import correlation_interval, most_tied, spearman_ceiling
 from raymem.store import Store
 
 # Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.
@@ -35,8 +36,8 @@ OTHER = "memorization"
 # Measures that are 1 - a share in the scores, by that share's name. 1 - accuracy_out is 1 - C-score
 # (Jiang et al. 2021) at one subset ratio.
 COMPLEMENTS = {"p_true": "p_wrong", "accuracy_out": "wrong_out"}
-# What a measure must say more than, for its partial correlation.
-GIVEN = "loss_out"
+# Memorization above it is what the AUC looks for: the threshold of Feldman & Zhang's lists.
+MEMORIZED = 0.25
 PERMUTATIONS = 200
 REPLICATES = 300
 # Of more examples, so many drawn ones: more only cost time.
@@ -55,13 +56,15 @@ class Coefficient:
     high: float
 
     def shown(self, digits: int) -> str:
-        """For people; empty if it is not known.
+        """As text; empty if it is not known.
 
         >>> Coefficient(value=0.557, low=0.516, high=0.595).shown(2)
         '0.56 [0.52, 0.59]'
         """
         if math.isnan(self.value):
             return ""
+        if math.isnan(self.low):
+            return f"{self.value:.{digits}f}"
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
@@ -73,21 +76,36 @@ class Correlation:
     """Column of scores/examples.parquet, or p_wrong: 1 - p_true, or wrong_out: 1 - accuracy_out,
     which is memorization itself wherever models fit what they train on."""
     spearman: Coefficient
-    """Of ranks."""
+    """Of ranks. Its interval, like those below, is around what this many trials give on average:
+    noise in memorization and in the measure attenuates that, and the interval does not cover the
+    correlation without noise."""
+    ceiling: float
+    """The largest Spearman correlation that these values can have in any pairing; ties in
+    memorization keep it below 1 (see `raymem.scores.spearman_ceiling`)."""
+    tied: float
+    """Share of the examples that have the most frequent value of memorization."""
+    tied_at: float
+    """That value, mostly 0."""
+    among_memorized: Coefficient
+    """Spearman's among examples with memorization above 0."""
+    auc: Coefficient
+    """Probability that the measure ranks an example with memorization above 0.25 over one without;
+    NaN if there are not both."""
     pearson: Coefficient
     """Of values."""
+    pearson_disattenuated: float
+    """Pearson's between memorization of one half of the folds and the measure of the other, over
+    the square root of what the halves agree with themselves: an estimate of the correlation without
+    noise, also without noise that both share. NaN with one fold."""
     cosine: Coefficient
     """Of the two as vectors (Garg et al. 2024); unrelated positive ones have a high one too."""
     cosine_null: float
     """Its mean when the measure is shuffled among examples."""
-    partial: Coefficient
-    """Spearman's, given loss_out: what the measure says beyond that; NaN for loss_out itself."""
+    at_equal_loss: EqualLoss | None
+    """Rank correlations at equal loss, by several methods, as a description; None for measures
+    other than curvature, and without the loss of out-models."""
     reliability: float
     """Split-half reliability of the measure; NaN with one fold."""
-    disattenuated: tuple[float, float]
-    """Spearman's and Pearson's between memorization of one half of the folds and the measure of the
-    other, over the square root of what the halves agree with themselves: without noise, also that
-    which both have from the same models. NaN with one fold."""
     slope: float
     """L of measure = L memorization + k, by least squares over examples; not negative."""
     slope_low: float
@@ -236,11 +254,12 @@ def correlate(
     halves = in_halves(sums, names, chosen, generator)
     found = []
     for name in names:
-        spearman, pearson, cosine, partial = (
+        spearman, pearson, cosine, among, auc = (
             _interval(value, [row[kind] for row in resamples[name]])
             for kind, value in enumerate(estimates[name])
         )
         both = np.isfinite(mem) & np.isfinite(values[name])
+        tied_at, tied = most_tied(mem[both])
         fitted = _bound(mem[both], values[name][both])
         drawn = np.array(slopes[name])[np.isfinite(slopes[name])]
         half = Z * float(drawn.std(ddof=1)) if len(drawn) > 1 else math.nan
@@ -248,12 +267,17 @@ def correlate(
             Correlation(
                 measure=name,
                 spearman=spearman,
+                ceiling=spearman_ceiling(mem[both], values[name][both]),
+                tied=tied,
+                tied_at=tied_at,
+                among_memorized=among,
+                auc=_as_auc(auc),
                 pearson=pearson,
+                pearson_disattenuated=halves[name].pearson,
                 cosine=cosine,
                 cosine_null=_shuffled_cosine(mem[both], values[name][both], generator),
-                partial=partial,
+                at_equal_loss=at_equal_loss(name, mem, values, halves[name]),
                 reliability=halves[name].reliability,
-                disattenuated=(halves[name].spearman, halves[name].pearson),
                 slope_low=max(0.0, fitted["slope"] - half),
                 slope_high=fitted["slope"] + half,
                 slope_instrumented=halves[name].slope,
@@ -266,52 +290,66 @@ def correlate(
 
 
 def _all_kinds(mem: Floats, values: dict[str, Floats]) -> dict[str, tuple[float, ...]]:
-    """Spearman, Pearson, cosine, partial Spearman given loss_out: of each measure over the examples
-    that have it, memorization, and loss_out where that is known at all.
+    """Spearman, Pearson, cosine, Spearman among examples with memorization above 0, and Somers' D
+    for memorization above 0.25 (2 AUC - 1): of each measure over the examples that have it and
+    memorization.
 
     A measure that no example has (no fold with it was drawn) is NaN.
     """
-    given = values.get(GIVEN)
-    known = np.isfinite(mem) & np.isfinite(mem if given is None else given)
-    ranks = _Ranks(mem, given)
+    known = np.isfinite(mem)
+    ranks = _Ranks(mem)
     found: dict[str, tuple[float, ...]] = {}
     for name, column in values.items():
         has = known & np.isfinite(column)
         if has.sum() < 3 or np.ptp(mem[has]) == 0:
-            found[name] = (math.nan,) * 4
+            found[name] = (math.nan,) * 5
             continue
         x, y = column[has], mem[has]
-        of_mem, of_given = ranks.over(has)
         of_x = stats.rankdata(x)
-        rho, partial = pearson(of_mem, of_x), math.nan
-        if of_given is not None:
-            partial = _partial(rho, pearson(of_mem, of_given), pearson(of_x, of_given))
         size = max(float(np.linalg.norm(y) * np.linalg.norm(x)), 1e-300)
-        cosine = float(y @ x) / size
-        found[name] = rho, pearson(y, x), cosine, partial
+        found[name] = (
+            pearson(ranks.over(has), of_x),
+            pearson(y, x),
+            float(y @ x) / size,
+            _among(y > ROUNDING, y, x),
+            _somers(y > MEMORIZED + ROUNDING, of_x),
+        )
     return found
 
 
 class _Ranks:
-    """Ranks of memorization and of the loss among some examples; most measures have the same."""
+    """Ranks of memorization among some examples; most measures are known for the same ones."""
 
-    def __init__(self, mem: Floats, given: Floats | None) -> None:
-        self.mem, self.given = mem, given
-        self._known: dict[bytes, tuple[Floats, Floats | None]] = {}
+    def __init__(self, mem: Floats) -> None:
+        self.mem = mem
+        self._known: dict[bytes, Floats] = {}
 
-    def over(self, has: NDArray[np.bool_]) -> tuple[Floats, Floats | None]:
+    def over(self, has: NDArray[np.bool_]) -> Floats:
         """Of the examples in `has` [N]."""
         key = np.packbits(has).tobytes()
         if key not in self._known:
-            given = None if self.given is None else stats.rankdata(self.given[has])
-            self._known[key] = stats.rankdata(self.mem[has]), given
+            self._known[key] = stats.rankdata(self.mem[has])
         return self._known[key]
 
 
-def _partial(rho: float, given: float, with_given: float) -> float:
-    """Of two variables whose correlation is rho, given a third that goes with them so."""
-    left = (1 - with_given**2) * (1 - given**2)
-    return (rho - given * with_given) / math.sqrt(left) if left > 1e-12 else math.nan
+def _among(chosen: NDArray[np.bool_], y: Floats, x: Floats) -> float:
+    """Spearman's correlation among the chosen ones."""
+    if chosen.sum() < 3:
+        return math.nan
+    return pearson(stats.rankdata(y[chosen]), stats.rankdata(x[chosen]))
+
+
+def _somers(above: NDArray[np.bool_], ranks: Floats) -> float:
+    """2 AUC - 1 from midranks: the Mann-Whitney statistic, ties counting half."""
+    n, m = int(above.sum()), int((~above).sum())
+    if n == 0 or m == 0:
+        return math.nan
+    auc = (float(ranks[above].sum()) / n - (n + 1) / 2) / m
+    return 2 * auc - 1
+
+
+def _as_auc(somers: Coefficient) -> Coefficient:
+    return Coefficient(**{name: (1 + value) / 2 for name, value in vars(somers).items()})
 
 
 def _shuffled_cosine(mem: Floats, x: Floats, generator: np.random.Generator) -> float:

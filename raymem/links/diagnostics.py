@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import stats
 
+from raymem.encoding import epsilon_name
 from raymem.links.epsilons import plain
 from raymem.links.rows import Floats, floats, train_at
 from raymem.links.twins import Twins, find_twins
@@ -180,7 +181,9 @@ def _counts(here: pa.Table) -> list[Finding]:
 def _precision(here: pa.Table, scores: pa.Table, epsilon: float) -> list[Finding]:
     width = floats(here, "memorization_high") - floats(here, "memorization_low")
     width = width[np.isfinite(width)]
-    summary = metadata_of(scores, "scores/examples.parquet")["summary"][f"eps-{epsilon:.12g}"]
+    summary = metadata_of(scores, "scores/examples.parquet")["summary"][
+        f"eps-{epsilon_name(epsilon)}"
+    ]
     reliability = math.nan if summary["reliability"] is None else float(summary["reliability"])
     return [
         Finding(

@@ -4,54 +4,71 @@ In:  scores/trials.parquet of a study with several epsilons: each trial's mean l
 Out: L(eps) = a + b e^{-c eps} fitted to the losses, eq. 16 to the curvature, with a bootstrap over
      trials through both stages, and rivals with their cross-validated error.
 
+At finite epsilons gradients are clipped alike and only the noise differs. At epsilon inf there is
+no noise, and by default no clipping either: that point is on another curve, and is fitted only if
+gradients were clipped there too (`--clip-control`).
+
 Shapes: E epsilons, T trials (subset numbers) that all epsilons have.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from scipy import stats
 
-from raymem.links.fits import (
-    CONDITION,
-    RATES,
-    Fit,
-    Predictor,
-    Shape,
-    compared,
-    condition,
-    fit_curvature,
-    fit_loss,
-    fit_rivals,
-)
+from raymem.links.fits import Fit, Shape
 from raymem.links.rows import Floats
+from raymem.links.two_stages import CONFIDENCE, Parameter, bootstrapped, doubts, laws
 from raymem.store import Store
 
 REPLICATES = 500
-CONFIDENCE = 0.95
-# With fewer trials at each epsilon bootstrap intervals are too narrow (c was covered 80% with 10).
-TRIALS_FOR_INTERVALS = 20
 EPSILONS_FOR_FITS = 4
+Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What the trials at one epsilon show; means over the training examples, in subset or not."""
+    """What the trials at one epsilon show; means over the training examples."""
 
     epsilon: float
     trials: int
     loss: float
-    """Nats."""
+    """Nats; over examples in the subset or not."""
     loss_stderr: float
     """Over trials; NaN with fewer than two."""
     curvature: float | None
-    """Of the summed loss, nats per squared pixel unit; None: not measured."""
+    """Of the summed loss, nats per squared pixel unit, over examples in the subset or not; None:
+    not measured."""
     curvature_stderr: float | None
+    curvature_in: float | None = None
+    """Over the examples that the trial trained on."""
+    curvature_in_stderr: float | None = None
+    curvature_out: float | None = None
+    """Over those that it did not; None where every trial trains on all."""
+    curvature_out_stderr: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A difference between two means with its 95% interval; NaN ends if it is not known."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, a: float, a_stderr: float, b: float, b_stderr: float) -> Change:
+        """b - a, as if independent: trials that share subsets are correlated, and the interval is
+        then too wide."""
+        half = Z * math.hypot(a_stderr, b_stderr)
+        return cls(value=b - a, low=b - a - half, high=b - a + half)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +78,29 @@ class Link2:
     observed: list[Observed]
     curvature_modes: list[str]
     """How traces were computed; more than one are not to be compared."""
+    clipped_at_inf: bool | None = None
+    """Were gradients clipped at epsilon inf? None without epsilon inf."""
     shape: Shape | None = None
     """L(eps)."""
-    slope: float = math.nan
-    """Where the theorem has m + 1."""
-    c2: float = math.nan
-    intervals: dict[str, tuple[float, float]]
-    """95%: t of the bootstrap's standard error over trials, of a, b, c, slope, c2."""
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    """a, b, c of L(eps); slope, which stands where the theorem has m + 1; c2."""
+    slope_by_arm: dict[str, Parameter] = field(default_factory=dict)
+    """The slope fitted to the curvature of examples `in` and `out` of the subset alone."""
     fits: list[Fit]
-    """The theorem's law and its rivals over finite epsilons, best cross-validated error first."""
+    """The theorem's law, with fitted and with constant L, and its rivals over finite epsilons, best
+    cross-validated error first."""
     rises: float = math.nan
-    """Spearman correlation of mean curvature with epsilon."""
+    """Spearman correlation of mean curvature with epsilon, over the epsilons that are fitted."""
+    clipping: Change | None = None
+    """Mean curvature without clipping minus with clipping, both at epsilon inf, without noise; None
+    unless both were trained."""
     warnings: list[str]
     """Why not to believe it."""
+
+    @property
+    def fitted(self) -> list[Observed]:
+        """The epsilons that one curve can go through: all finite ones, inf if clipped."""
+        return [o for o in self.observed if math.isfinite(o.epsilon) or self.clipped_at_inf]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -81,47 +108,91 @@ class Link2:
             "measured_on": "training examples, in the subset or not",
             "observed": [plain(vars(o)) for o in self.observed],
             "curvature_modes": self.curvature_modes,
+            "clipped_at_inf": self.clipped_at_inf,
+            "fitted_epsilons": [number(o.epsilon) for o in self.fitted],
             "loss_fit": None if self.shape is None else plain(vars(self.shape)),
-            "slope_in_place_of_m_plus_1": number(self.slope),
-            "c2": number(self.c2),
-            "intervals_95": {k: [number(v) for v in pair] for k, pair in self.intervals.items()},
+            "parameters": {k: plain(vars(v)) for k, v in self.parameters.items()},
+            "slope_by_arm": {k: plain(vars(v)) for k, v in self.slope_by_arm.items()},
             "laws": [
                 plain({**vars(fit), "parameters": plain(fit.parameters)}) for fit in self.fits
             ],
             "spearman_of_curvature_with_epsilon": number(self.rises),
+            "clipping": None if self.clipping is None else plain(vars(self.clipping)),
             "warnings": self.warnings,
         }
 
 
-def link2(store: Store, *, seed: int = 0) -> Link2:
-    """Link 2 of a store with several epsilons. Raises StoreError without scores."""
-    rows = [row for row in store.scores("trials").to_pylist() if row["status"] == "done"]
+def link2(store: Store, *, unclipped: Store | None = None, seed: int = 0) -> Link2:
+    """Link 2 of a store with several epsilons. Raises StoreError without scores.
+
+    `unclipped` is a study of the same recipe whose epsilon inf was trained without clipping: where
+    `store` clipped there, the two tell what clipping alone does.
+    """
+    rows = _done(store)
     N = store.plan().n
     epsilons = sorted({row["epsilon"] for row in rows})
     modes = sorted({row["curvature_mode"] for row in rows if row["curvature_mode"]})
-
-    def matrix(name: str) -> tuple[list[int], Floats]:
-        """[E, T] of the trials that all epsilons have with that column."""
-        value = {(r["epsilon"], r["trial"]): _over_all(r, name, N) for r in rows}
-        value = {key: v for key, v in value.items() if v is not None}
-        trials = (
-            sorted(
-                {t for _, t in value}
-                & set.intersection(*({t for e, t in value if e == eps} for eps in epsilons))
-            )
-            if epsilons
-            else []
-        )
-        return trials, np.array([[value[e, t] for t in trials] for e in epsilons], np.float64)
-
-    trials, losses = matrix("loss")
-    measured, curvature = matrix("curvature")
+    trials, losses = _matrix(rows, epsilons, lambda row: _over_all(row, "loss", N))
+    measured, curvature = _matrix(rows, epsilons, lambda row: _over_all(row, "curvature", N))
+    arms = {}
     if measured:
         # The same trials in both, so that a replicate draws both together.
         losses = losses[:, [trials.index(t) for t in measured]]
+        for arm in ("in", "out"):
+            known, values = _matrix(rows, epsilons, itemgetter(f"curvature_{arm}"))
+            if known == measured:
+                arms[arm] = values
+    clipped = _clipped(rows)
+    reference = None
+    if clipped and unclipped is not None and _recipe(store) == _recipe(unclipped):
+        reference = _without_clipping(unclipped, modes)
     return fit_link2(
-        np.array(epsilons), losses, curvature if measured else None, modes=modes, seed=seed
+        np.array(epsilons),
+        losses,
+        curvature if measured else None,
+        arms=arms,
+        clipped_at_inf=clipped,
+        unclipped=reference,
+        modes=modes,
+        seed=seed,
     )
+
+
+def _done(store: Store) -> list[dict[str, Any]]:
+    return [row for row in store.scores("trials").to_pylist() if row["status"] == "done"]
+
+
+def _matrix(
+    rows: Sequence[dict[str, Any]],
+    epsilons: Sequence[float],
+    value_of: Callable[[dict[str, Any]], float | None],
+) -> tuple[list[int], Floats]:
+    """The trials that all epsilons have with a value, and the values [E, T]."""
+    value = {(r["epsilon"], r["trial"]): value_of(r) for r in rows}
+    value = {key: v for key, v in value.items() if v is not None}
+    of_each = [{t for e, t in value if e == epsilon} for epsilon in epsilons]
+    trials = sorted(set.intersection(*of_each)) if of_each else []
+    return trials, np.array([[value[e, t] for t in trials] for e in epsilons], np.float64)
+
+
+def _clipped(rows: Sequence[dict[str, Any]]) -> bool | None:
+    """Were gradients clipped at epsilon inf? None without such trials."""
+    norms = [row.get("max_grad_norm") for row in rows if math.isinf(row["epsilon"])]
+    return all(norm is not None and math.isfinite(norm) for norm in norms) if norms else None
+
+
+def _recipe(store: Store) -> Any:
+    return store.study()["study"]["recipe"]
+
+
+def _without_clipping(store: Store, modes: Sequence[str]) -> Floats | None:
+    """Each trial's mean curvature at epsilon inf, [T], trained by the private mechanism's steps
+    without clipping and noise; None if there are none, or curvature was computed in other modes."""
+    rows = [r for r in _done(store) if math.isinf(r["epsilon"]) and r.get("max_grad_norm")]
+    rows = [r for r in rows if math.isinf(r["max_grad_norm"]) and r["curvature_mode"] in modes]
+    found = [_over_all(row, "curvature", store.plan().n) for row in rows]
+    known = np.array([v for v in found if v is not None], np.float64)
+    return known if len(known) else None
 
 
 def _over_all(row: dict[str, Any], name: str, N: int) -> float | None:
@@ -137,145 +208,80 @@ def fit_link2(
     losses: Floats,
     curvature: Floats | None,
     *,
+    arms: Mapping[str, Floats] | None = None,
+    clipped_at_inf: bool | None = None,
+    unclipped: Floats | None = None,
     modes: list[str] | None = None,
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Link2:
     """Link 2 from each trial's mean loss and curvature, [E, T]; rows are `epsilons`, rising.
 
-    Trials of one number share their subset at all epsilons, and are drawn together.
+    Trials of one number share their subset at all epsilons, and are drawn together. `arms` are the
+    curvature of examples `in` and `out` of the subset, [E, T] each. Epsilon inf is fitted only if
+    `clipped_at_inf`. `unclipped` [T'] is curvature at epsilon inf without clipping.
     """
-    T = losses.shape[1] if losses.size else 0
-    observed = [
-        Observed(
-            epsilon=float(epsilon),
-            trials=T,
-            loss=float(losses[k].mean()) if T else math.nan,
-            loss_stderr=_stderr(losses[k]) if T else math.nan,
-            curvature=None if curvature is None else float(curvature[k].mean()),
-            curvature_stderr=None if curvature is None else _stderr(curvature[k]),
-        )
-        for k, epsilon in enumerate(epsilons)
-    ]
-    base: dict[str, Any] = {"observed": observed, "curvature_modes": modes or []}
-    finite = np.isfinite(epsilons)
+    T, arms, modes = losses.shape[1] if losses.size else 0, arms or {}, modes or []
+    base: dict[str, Any] = {
+        "observed": _observed(epsilons, losses, curvature, arms),
+        "curvature_modes": modes,
+        "clipped_at_inf": bool(clipped_at_inf) if np.isinf(epsilons).any() else None,
+    }
     if curvature is None or T == 0:
         why = "curvature was not measured" if T else "no trial is done at all epsilons"
-        return Link2(**base, intervals={}, fits=[], warnings=[why])
-    if finite.sum() < EPSILONS_FOR_FITS:
-        why = (
-            f"{finite.sum()} finite epsilons: too few to fit a law, {EPSILONS_FOR_FITS} are needed"
-        )
-        return Link2(
-            **base, intervals={}, fits=[], warnings=[why], rises=_spearman(curvature.mean(1))
-        )
-    weights = _weights(losses)
-    shape, z, slope, c2 = _two_stages(epsilons, losses.mean(1), curvature.mean(1), weights)
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(replicates if T > 1 else 0):
-        trials = generator.integers(T, size=T)
-        s, _, k, c = _two_stages(
-            epsilons, losses[:, trials].mean(1), curvature[:, trials].mean(1), weights
-        )
-        drawn.append((s.a, s.b, s.c, k, c))
-    estimate = (shape.a, shape.b, shape.c, slope, c2)
-    intervals = {
-        name: _interval(value, column, T)
-        for name, value, column in zip(
-            ("a", "b", "c", "slope", "c2"), estimate, np.array(drawn).T, strict=False
-        )
-    }
-
-    def theorem(e: Floats, y: Floats) -> tuple[Predictor, dict[str, float]]:
-        # L(eps) is its first stage, and comes from the losses of the same epsilons.
-        rows = np.searchsorted(epsilons, e)
-        law, _, m, k = _two_stages(e, losses.mean(1)[rows], y, weights[rows])
-        return lambda at: m * law(at) * -np.expm1(-at) + k, {"slope": m, "c2": k, **vars(law)}
-
-    means = curvature.mean(1)[finite]
-    fits = [compared("theorem", theorem, epsilons[finite], means)]
-    fits = sorted([*fits, *fit_rivals(epsilons[finite], means)], key=lambda fit: fit.loo_rmse)
+        return Link2(**base, fits=[], warnings=[why])
+    use = np.isfinite(epsilons) | bool(clipped_at_inf)
+    base["clipping"] = _clipping(curvature, unclipped) if clipped_at_inf else None
+    base["rises"] = _spearman(curvature[use].mean(1))
+    finite = int(np.isfinite(epsilons).sum())
+    if finite < EPSILONS_FOR_FITS:
+        why = f"{finite} finite epsilons: too few to fit a law, {EPSILONS_FOR_FITS} are needed"
+        return Link2(**base, fits=[], warnings=[why])
+    chosen = epsilons[use], losses[use], curvature[use]
+    fitted = bootstrapped(*chosen, {k: v[use] for k, v in arms.items()}, replicates, seed)
+    fits = laws(*(values[np.isfinite(chosen[0])] for values in chosen))
     return Link2(
         **base,
-        shape=shape,
-        slope=slope,
-        c2=c2,
-        intervals=intervals,
+        shape=fitted.shape,
+        parameters=fitted.parameters,
+        slope_by_arm=fitted.by_arm,
         fits=fits,
-        rises=_spearman(curvature.mean(1)),
-        warnings=_doubts(shape, z, slope, c2, intervals, T, modes or [], fits),
+        warnings=doubts(fitted, T, modes, fits),
     )
 
 
-def _interval(value: float, replicates: Floats, T: int) -> tuple[float, float]:
-    """Percentiles of the bootstrap cover too little with twenty trials; these come near 95%."""
-    finite = replicates[np.isfinite(replicates)]
-    if len(finite) < 2 or math.isnan(value):
-        return math.nan, math.nan
-    stderr = float(finite.std(ddof=1)) * math.sqrt(T / (T - 1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, T - 1)) * stderr
-    return max(0.0, value - half), value + half
-
-
-def _two_stages(
-    epsilons: Floats, losses: Floats, curvature: Floats, weights: Floats
-) -> tuple[Shape, Floats, float, float]:
-    shape = fit_loss(epsilons, losses, weights)
-    z = shape(epsilons) * -np.expm1(-epsilons)
-    slope, c2 = fit_curvature(z, curvature)
-    return shape, z, slope, c2
-
-
-def _weights(losses: Floats) -> Floats:
-    """1 / variance of each mean; alike where it is not known. [E]"""
-    if losses.shape[1] < 2:
-        return np.ones(len(losses))
-    variance: Floats = losses.var(1, ddof=1)
-    # A mean that happens to vary little is not to decide the fit alone.
-    return np.asarray(1 / np.maximum(variance, np.median(variance) / 10 + 1e-300))
-
-
-def _doubts(
-    shape: Shape,
-    z: Floats,
-    slope: float,
-    c2: float,
-    intervals: dict[str, tuple[float, float]],
-    T: int,
-    modes: list[str],
-    fits: list[Fit],
-) -> list[str]:
-    doubts = []
-    if len(modes) > 1:
-        doubts.append(f"curvature was computed in {len(modes)} modes: {', '.join(modes)}")
-    if T < TRIALS_FOR_INTERVALS:
-        doubts.append(
-            f"{T} trials at each epsilon: intervals are too narrow with fewer than "
-            f"{TRIALS_FOR_INTERVALS}"
+def _observed(
+    epsilons: Floats, losses: Floats, curvature: Floats | None, arms: Mapping[str, Floats]
+) -> list[Observed]:
+    T = losses.shape[1] if losses.size else 0
+    found = []
+    for k, epsilon in enumerate(epsilons):
+        measured: dict[str, float | None] = {"curvature": None, "curvature_stderr": None}
+        columns = {} if curvature is None else {"curvature": curvature}
+        columns.update({f"curvature_{arm}": values for arm, values in arms.items()})
+        for name, values in columns.items():
+            measured[name] = float(values[k].mean())
+            measured[f"{name}_stderr"] = _stderr(values[k])
+        found.append(
+            Observed(
+                epsilon=float(epsilon),
+                trials=T,
+                loss=float(losses[k].mean()) if T else math.nan,
+                loss_stderr=_stderr(losses[k]) if T else math.nan,
+                **measured,
+            )
         )
-    if shape.b == 0:
-        doubts.append("the loss does not fall with epsilon: b is 0, c means nothing")
-    elif not RATES[0] * 1.01 < shape.c < RATES[-1] / 1.01:
-        doubts.append(f"c is at the edge of what was tried ({shape.c:.3g}): not identified")
-    if (parallel := condition(z)) > CONDITION:
-        doubts.append(
-            "slope and c2 are not identified: their columns are almost parallel (condition number "
-            f"{parallel:.2g}); epsilons below 1 would tell them apart"
-        )
-    for name, value in (("slope", slope), ("c2", c2)):
-        low, high = intervals.get(name, (math.nan, math.nan))
-        if value > 0 and high - low > 2 * value:
-            doubts.append(f"{name} is hardly known: {value:.3g} [{low:.3g}, {high:.3g}]")
-        if value == 0:
-            doubts.append(f"{name} is at its limit of 0: the best fit would be negative")
-    if fits[0].law != "theorem":
-        ours = next(fit for fit in fits if fit.law == "theorem")
-        doubts.append(
-            f"the law {fits[0].law} predicts left-out epsilons better: error "
-            f"{fits[0].loo_rmse:.3g}, the theorem's {ours.loo_rmse:.3g}"
-        )
-    return doubts
+    return found
+
+
+def _clipping(curvature: Floats, unclipped: Floats | None) -> Change | None:
+    """What clipping alone changes: the last epsilon, inf, against trials without it."""
+    if unclipped is None:
+        return None
+    clipped = curvature[-1]
+    return Change.between(
+        float(clipped.mean()), _stderr(clipped), float(unclipped.mean()), _stderr(unclipped)
+    )
 
 
 def _stderr(values: Floats) -> float:

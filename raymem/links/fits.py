@@ -1,4 +1,4 @@
-"""How a mean goes with epsilon: the paper's two equations, and the rivals they must beat.
+"""Laws of a mean against epsilon: the paper's two equations, and rivals.
 
 Shapes: E epsilons, rising; inf may be the last.
 """
@@ -19,7 +19,7 @@ RATES = np.geomspace(1e-3, 30, 160)
 # Exponents of the power law that are tried.
 EXPONENTS = np.linspace(0.05, 3, 60)
 # Parameters of each law; the theorem's loss has three more, fitted to other numbers.
-FREE = {"theorem": 2, "constant": 1, "logarithm": 2, "power": 3}
+FREE = {"theorem": 2, "theorem-constant-loss": 2, "constant": 1, "logarithm": 2, "power": 3}
 # Parameters whose columns are this near to parallel cannot be told apart.
 CONDITION = 1e3
 
@@ -44,7 +44,7 @@ class Fit:
     """One law fitted to means at several epsilons, and how it does on those it did not see."""
 
     law: str
-    """`theorem`, `constant`, `logarithm`, `power` or `isotonic`."""
+    """`theorem`, `theorem-constant-loss`, `constant`, `logarithm`, `power` or `isotonic`."""
     parameters: dict[str, float]
     rmse: float
     """Root mean squared residual."""
@@ -60,29 +60,47 @@ def fit_loss(epsilons: Floats, losses: Floats, weights: Floats | None = None) ->
     """The shape that fits losses [E] best, by least squares with `weights` [E] (1 / variance).
 
     Variable projection: for every rate c of a fine grid a and b are a nonnegative least-squares
-    problem with one solution; the best c is then refined.
+    problem with one solution, in closed form; the best c is then refined.
 
     >>> eps = np.array([0.5, 1, 2, 4, 8, 16])
     >>> shape = fit_loss(eps, 0.5 + 2 * np.exp(-0.3 * eps))
     >>> [round(float(v), 3) for v in (shape.a, shape.b, shape.c)]
     [0.5, 2.0, 0.3]
     """
-    root = np.ones(len(epsilons)) if weights is None else np.sqrt(weights / np.max(weights))
-
-    def solved(c: float) -> tuple[float, Floats]:
-        design = np.stack([np.ones(len(epsilons)), np.exp(-c * epsilons)], 1)
-        found, residual = optimize.nnls(design * root[:, None], losses * root)
-        return float(residual), found
-
-    best = min(RATES, key=lambda c: solved(c)[0])
+    w = np.ones(len(epsilons)) if weights is None else np.asarray(weights / np.max(weights))
+    error, _, _ = _for_rates(RATES, epsilons, losses, w)
+    best = float(RATES[int(error.argmin())])
     fine = optimize.minimize_scalar(
-        lambda log_c: solved(math.exp(log_c))[0],
+        lambda log_c: float(_for_rates(np.exp([log_c]), epsilons, losses, w)[0][0]),
         bounds=(math.log(best) - 0.1, math.log(best) + 0.1),
         method="bounded",
     )
-    c = min((float(best), math.exp(fine.x)), key=lambda rate: solved(rate)[0])
-    _, (a, b) = solved(c)
-    return Shape(a=float(a), b=float(b), c=c if b > 0 else math.nan)
+    rates = np.array([best, math.exp(fine.x)])
+    error, a, b = _for_rates(rates, epsilons, losses, w)
+    k = int(error.argmin())
+    return Shape(a=float(a[k]), b=float(b[k]), c=float(rates[k]) if b[k] > 0 else math.nan)
+
+
+def _for_rates(rates: Floats, epsilons: Floats, losses: Floats, w: Floats) -> tuple[Floats, ...]:
+    """Weighted squared error, a and b of the best a + b e^{-c eps} with a, b >= 0, for each rate.
+
+    The best of three solutions: both free, if that has no negative one, a = 0, and b = 0.
+    """
+    x = np.exp(-rates[:, None] * epsilons)
+    total, sx, sy = w.sum(), x @ w, float(w @ losses)
+    sxx, sxy = (x**2) @ w, x @ (w * losses)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        b = (total * sxy - sx * sy) / (total * sxx - sx**2)
+        alone = np.maximum(np.where(sxx > 0, sxy / sxx, 0), 0)
+    a = (sy - b * sx) / total
+    free = (a >= 0) & (b >= 0)
+    zero = np.zeros_like(alone)
+    candidates_a = np.stack([np.where(free, a, 0), zero, np.full_like(zero, max(sy / total, 0))])
+    candidates_b = np.stack([np.where(free, b, 0), alone, zero])
+    fitted = candidates_a[..., None] + candidates_b[..., None] * x
+    error = ((losses - fitted) ** 2) @ w
+    k, at = error.argmin(0), np.arange(len(rates))
+    return error[k, at], candidates_a[k, at], candidates_b[k, at]
 
 
 def fit_curvature(z: Floats, curvature: Floats) -> tuple[float, float]:
@@ -112,11 +130,13 @@ Fitter = Callable[[Floats, Floats], tuple[Predictor, dict[str, float]]]
 
 
 def fit_rivals(epsilons: Floats, values: Floats) -> list[Fit]:
-    """Laws without a theorem, fitted to values [E] at finite epsilons [E], best first.
+    """Rivals of eq. 16, fitted to values [E] at finite epsilons [E], best first.
 
+    Eq. 16 with a loss that does not depend on epsilon, slope (1 - e^-eps) + c2, neither negative;
     constant; a + b log(1 + eps); a + b eps^p with b >= 0; isotonic (rising, no form).
     """
     laws: dict[str, Fitter] = {
+        "theorem-constant-loss": _constant_loss,
         "constant": _constant,
         "logarithm": _logarithm,
         "power": _power,
@@ -161,6 +181,11 @@ def aicc(residual: Floats, free: int) -> float:
 
 def _rms(values: Floats | Sequence[float]) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _constant_loss(epsilons: Floats, values: Floats) -> tuple[Predictor, dict[str, float]]:
+    slope, c2 = fit_curvature(-np.expm1(-epsilons), values)
+    return lambda e: -slope * np.expm1(-e) + c2, {"slope": slope, "c2": c2}
 
 
 def _constant(epsilons: Floats, values: Floats) -> tuple[Predictor, dict[str, float]]:

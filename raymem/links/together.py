@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +10,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raymem.encoding import epsilon_name
 from raymem.links.across import joined
 from raymem.links.audit import Audit, link3, verdict
-from raymem.links.binned import Crossed, Line, PaperBins
+from raymem.links.binned import Crossed, Line, PaperBins, Plane
 from raymem.links.costs import Costs, costs
 from raymem.links.curvature import (
     Coefficient,
     Correlation,
     by_memorization,
     correlations,
-    has_curvature,
     in_paper_bins,
 )
 from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain
+from raymem.links.equal_loss import EqualLoss
 from raymem.links.twins import Twins, find_twins
+from raymem.links.verdicts import Verdict, verdict_on_link2, verdicts_on_link1
 from raymem.store import Store
 
 
@@ -56,29 +57,35 @@ class Links:
     """Whether to trust that one."""
 
     def __repr__(self) -> str:
-        return "\n".join(self.verdicts)
+        return "\n".join(map(str, self.verdicts))
 
     def _repr_html_(self) -> str:
-        text = "".join(f"<li>{html.escape(verdict)}</li>" for verdict in self.verdicts)
+        text = "".join(f"<li>{html.escape(str(verdict))}</li>" for verdict in self.verdicts)
         rows = [
-            (f"{epsilon:g}", c.measure, c.spearman.shown(2), c.partial.shown(2), f"{c.examples:,}")
+            (
+                epsilon_name(epsilon), c.measure, c.spearman.shown(2), f"{c.ceiling:.2f}",
+                c.among_memorized.shown(2), c.auc.shown(2), f"{c.examples:,}",
+            )
             for epsilon, found in self.correlations.items()
             for c in found
-        ]
-        names = ("epsilon", "memorization against", "Spearman [95%]", "given loss", "examples")
+        ]  # fmt: skip
+        names = (
+            "epsilon", "memorization against", "Spearman [95%]", "at most", "among mem > 0",
+            "AUC of mem > 0.25", "examples",
+        )  # fmt: skip
         head = "".join(f"<th>{name}</th>" for name in names)
         body = "".join(f"<tr>{''.join(f'<td>{v}</td>' for v in row)}</tr>" for row in rows)
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return f"<ul>{text}</ul>{table if rows else ''}"
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """Link 3 in a sentence."""
         return verdict(self.memorization)
 
     @property
-    def verdicts(self) -> list[str]:
-        """The verdict of each claim in one sentence, with its numbers."""
+    def verdicts(self) -> list[Verdict]:
+        """The verdict on each link: its estimate and interval, and what it does not show."""
         link1 = verdicts_on_link1(self.correlations)
         return [*link1, verdict_on_link2(self.curvature), self.verdict]
 
@@ -86,20 +93,22 @@ class Links:
         """JSON-ready: what links.json holds."""
         return {
             "diagnostics": _findings_as_dict(self.diagnostics),
-            "twins": {_name(epsilon): vars(twins) for epsilon, twins in self.twins.items()},
+            "twins": {epsilon_name(epsilon): vars(twins) for epsilon, twins in self.twins.items()},
             "link_1_memorization_and_curvature": correlations_as_dict(self.correlations),
-            "link_1_bins": {_name(e): bins.to_pylist() for e, bins in self.bins.items()},
+            "link_1_bins": {epsilon_name(e): bins.to_pylist() for e, bins in self.bins.items()},
             "link_1_paper_bins": {
-                _name(epsilon): [_bins_as_dict(bins) for bins in rows]
+                epsilon_name(epsilon): [_bins_as_dict(bins) for bins in rows]
                 for epsilon, rows in self.paper.items()
             },
-            "link_1_costs": {_name(e): plain(vars(found)) for e, found in self.costs.items()},
+            "link_1_costs": {
+                epsilon_name(e): plain(vars(found)) for e, found in self.costs.items()
+            },
             "links_2_and_3_from": self.private_store,
             "links_2_and_3_diagnostics": _findings_as_dict(self.private_diagnostics),
             "link_2_curvature_and_epsilon": self.curvature.as_dict(),
             "link_3_memorization_and_epsilon": [audit.as_dict() for audit in self.memorization],
-            "link_3_verdict": self.verdict,
-            "verdicts": self.verdicts,
+            "link_3_verdict": str(self.verdict),
+            "verdicts": [verdict.as_dict() for verdict in self.verdicts],
         }
 
 
@@ -119,7 +128,7 @@ def find_links(store: Store, *, private: Store | None = None, seed: int = 0) -> 
         bins=by_memorization(store),
         paper=in_paper_bins(store, list(compared), seed=seed),
         costs=costs(store, compared),
-        curvature=link2(epsilons, seed=seed),
+        curvature=link2(epsilons, unclipped=store if private else None, seed=seed),
         memorization=link3(epsilons),
         diagnostics=diagnostics(store, twins),
         twins=twins,
@@ -129,26 +138,19 @@ def find_links(store: Store, *, private: Store | None = None, seed: int = 0) -> 
 
 
 def _findings_as_dict(found: Mapping[float, Sequence[Finding]]) -> dict[str, Any]:
-    return {_name(e): [finding.as_dict() for finding in rows] for e, rows in found.items()}
-
-
-def _name(epsilon: float) -> str:
-    return "inf" if math.isinf(epsilon) else f"{epsilon:g}"
+    return {epsilon_name(e): [finding.as_dict() for finding in rows] for e, rows in found.items()}
 
 
 def correlations_as_dict(found: Mapping[float, Sequence[Correlation]]) -> dict[str, Any]:
     """JSON-ready."""
-    return {_name(epsilon): [_as_dict(row) for row in rows] for epsilon, rows in found.items()}
+    return {
+        epsilon_name(epsilon): [_as_dict(row) for row in rows] for epsilon, rows in found.items()
+    }
 
 
 def _as_dict(row: Correlation) -> dict[str, Any]:
-    values = {
-        name: plain(vars(value)) if isinstance(value, Coefficient) else value
-        for name, value in vars(row).items()
-        if name != "disattenuated"
-    }
-    named = dict(zip(("spearman", "pearson"), row.disattenuated, strict=True))
-    return plain({**values, "disattenuated": plain(named)})
+    nested = (Coefficient, EqualLoss)
+    return plain({k: plain(vars(v)) if isinstance(v, nested) else v for k, v in vars(row).items()})
 
 
 def _bins_as_dict(bins: PaperBins | Crossed) -> dict[str, Any]:
@@ -156,64 +158,6 @@ def _bins_as_dict(bins: PaperBins | Crossed) -> dict[str, Any]:
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in vars(bins).items()
     }
-    lines = {k: plain(vars(v)) for k, v in values.items() if isinstance(v, Line)}
+    lines = {k: plain(vars(v)) for k, v in values.items() if isinstance(v, Line | Plane)}
     crossed = {k: _bins_as_dict(v) for k, v in values.items() if isinstance(v, Crossed)}
     return {**values, **lines, **crossed}
-
-
-def verdicts_on_link1(found: Mapping[float, list[Correlation]]) -> list[str]:
-    """A sentence for each epsilon at which curvature was measured, or one that it was not."""
-    said = [verdict_on_link1(e, rows) for e, rows in found.items() if has_curvature(rows)]
-    return said or ["link 1: not known, curvature was not measured"]
-
-
-def verdict_on_link1(epsilon: float, rows: list[Correlation]) -> str:
-    """Does curvature go with memorization, and better than the loss does?"""
-    by_name = {row.measure: row for row in rows}
-    at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
-    curved, loss = by_name.get("curvature_out"), by_name.get("loss_out")
-    if curved is None or math.isnan(curved.spearman.value):
-        return f"link 1{at}: not known, curvature of out-models was not measured"
-    rho, beyond = curved.spearman, curved.partial
-    goes = "goes with" if rho.low > 0 else "is not seen to go with"
-    text = f"link 1{at}: curvature {goes} memorization (rank correlation {rho.shown(2)})"
-    if loss is not None and not math.isnan(beyond.value):
-        says = "says something" if beyond.low > 0 else "says nothing"
-        if beyond.high < 0:
-            says = "goes the other way"
-        text += f"; beyond the loss ({loss.spearman.value:.2f}) it {says} ({beyond.shown(2)})"
-    return text
-
-
-def verdict_on_link2(link: Link2) -> str:
-    """Does curvature rise with epsilon, and by the theorem's law?"""
-    seen = [o for o in link.observed if o.curvature is not None]
-    if len(seen) < 2:
-        return "link 2: not known, it needs curvature at several epsilons"
-    first, last = seen[0], seen[-1]
-    assert first.curvature is not None
-    assert last.curvature is not None
-    error = math.hypot(first.curvature_stderr or 0, last.curvature_stderr or 0)
-    change = last.curvature - first.curvature
-    rises = "rises" if change > 0 else "falls"
-    if not abs(change) > 2 * error:
-        rises = "is not seen to change"
-    known = f"{error:.2g}" if math.isfinite(error) else "not known, with one trial"
-    text = (
-        f"link 2: mean curvature {rises} with epsilon, from {first.curvature:.3g} at "
-        f"{first.epsilon:g} to {last.curvature:.3g} at {last.epsilon:g} (standard error of the "
-        f"change {known})"
-    )
-    most = max(seen, key=lambda o: o.curvature or 0.0)
-    if most is not first and most is not last:
-        text += f", but is largest at {most.epsilon:g} ({most.curvature:.3g})"
-    if link.fits:
-        best = link.fits[0]
-        theorem = next(fit for fit in link.fits if fit.law == "theorem")
-        text += (
-            "; of the laws tried the theorem's predicts best"
-            if best is theorem
-            else f"; the {best.law} law predicts left-out epsilons better than the theorem's "
-            f"(error {best.loo_rmse:.3g}, {theorem.loo_rmse:.3g})"
-        )
-    return text

@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy import stats
 
 from raymem.links.rows import Floats, floats, train_at
-from raymem.scores import ratio
+from raymem.scores import hypergeometric_tail, ratio
 from raymem.store import Store, TrialKey, read_ahead
 
 # P(right | out, twin in) - P(right | out, twin out): above it the twin explains the example.
@@ -51,7 +50,7 @@ class Twins:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """The best twin of each target that has one, strongest first: example_id, twin_id, label,
     memorization, right_with_twin and right_without_twin (of models that did not see the example),
-    group_memorization (against models that saw neither), z."""
+    group_memorization (against models that saw neither), p_value."""
 
 
 def find_twins(store: Store) -> dict[float, Twins]:
@@ -76,16 +75,16 @@ def _at(store: Store, here: pa.Table, keys: Sequence[TrialKey]) -> Twins:
     masks, right = _outcomes(store, keys, targets, candidates)
     classes = [np.flatnonzero(labels[targets] == label) for label in np.unique(labels[targets])]
     pairs = sum(len(t) * ((labels[candidates] == labels[targets[t[0]]]).sum() - 1) for t in classes)
-    least_z = float(stats.norm.isf(FAMILY_WISE / max(1, pairs)))
+    level = FAMILY_WISE / max(1, pairs)
     rows = []
     for places in classes:
         same = np.flatnonzero(labels[candidates] == labels[targets[places[0]]])
         own = np.searchsorted(candidates[same], targets[places])
-        with_twin, without, z = _compared(masks[:, same], right[:, places], own)
-        best = np.argmax(with_twin - without, axis=1)
+        with_twin, without, p = _compared(masks[:, same], right[:, places], own, level)
+        best = np.argmax(np.where(p <= level, with_twin - without, -math.inf), axis=1)
         for k, twin in enumerate(best):
             a, b = float(with_twin[k, twin]), float(without[k, twin])
-            if a - b > EXPLAINS and z[k, twin] > least_z:
+            if p[k, twin] <= level:
                 target = int(targets[places[k]])
                 row = _row(here, target, int(candidates[same][twin]))
                 rows.append(
@@ -94,7 +93,7 @@ def _at(store: Store, here: pa.Table, keys: Sequence[TrialKey]) -> Twins:
                         "right_with_twin": a,
                         "right_without_twin": b,
                         "group_memorization": row["accuracy_in"] - b,
-                        "z": float(z[k, twin]),
+                        "p_value": float(p[k, twin]),
                     }
                 )
     rows.sort(key=lambda row: row["right_without_twin"] - row["right_with_twin"])
@@ -116,25 +115,27 @@ def _outcomes(
 
 
 def _compared(
-    masks: NDArray[np.bool_], right: NDArray[np.bool_], own: NDArray[np.int64]
+    masks: NDArray[np.bool_], right: NDArray[np.bool_], own: NDArray[np.int64], level: float
 ) -> tuple[Floats, Floats, Floats]:
     """Share right among models without the target [M, C], with and without each candidate, and the
-    difference in standard errors; NaN-free: -inf where it is not known. `own` are the targets'
-    places among the candidates."""
+    hypergeometric p-value of a difference, 1 where it is not above EXPLAINS or not below `level`.
+
+    `own` are the targets' places among the candidates. NaN-free: shares are 0 where unknown.
+    """
     seen = masks.astype(np.float32)
     outside = 1 - seen[:, own]
     hits = outside * right
-    n_with, n_all = outside.T @ seen, outside.sum(0)[:, None]
-    k_with, k_all = hits.T @ seen, hits.sum(0)[:, None]
+    n_with, k_with = outside.T @ seen, hits.T @ seen
+    n_all, k_all = (
+        np.broadcast_to(counts.sum(0)[:, None], n_with.shape) for counts in (outside, hits)
+    )
     with_twin, without = ratio(k_with, n_with), ratio(k_all - k_with, n_all - n_with)
-    pooled = ratio(k_all, n_all)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        error = np.sqrt(pooled * (1 - pooled) * (1 / n_with + 1 / (n_all - n_with)))
-        z = (with_twin - without) / error
-    unknown = ~np.isfinite(z)
-    unknown[np.arange(len(own)), own] = True
-    with_twin = np.where(unknown, -math.inf, with_twin)
-    return with_twin, np.where(unknown, 0, without), np.where(unknown, -math.inf, z)
+    explains = with_twin - without > EXPLAINS
+    explains[np.arange(len(own)), own] = False
+    p = np.ones(explains.shape)
+    k, n, m, T = (np.rint(v[explains]).astype(np.int64) for v in (k_with, n_with, k_all, n_all))
+    p[explains] = hypergeometric_tail(k, n, m, T, below=level)
+    return np.nan_to_num(with_twin), np.nan_to_num(without), p
 
 
 def _row(here: pa.Table, target: int, twin: int) -> dict[str, Any]:

@@ -7,39 +7,45 @@ Out: a `Mechanism`, the same for all trials of that epsilon; `PrivateSteps` that
 opacus is imported here and nowhere else.
 """
 
-from raymem.privacy.bounds import (
-    Bound,
-    bounds_on_memorization,
-    fixed_size_bound,
-    honest_bound,
-    paper_bound,
-    sharp_bound,
-    tightest,
-)
-from raymem.privacy.empirical_epsilon import (
-    best_guesses,
-    certified_epsilon,
-    clopper_pearson,
-    largest_certifiable,
-    lower_limit_of_difference,
-    one_run_epsilon,
-    one_run_p_value,
-)
-from raymem.privacy.mechanism import (
-    EPSILON_GRIDS,
-    Mechanism,
-    Privacy,
-    check_epsilons,
-    mechanism_for,
-)
-from raymem.privacy.per_example import check_function, check_private, clipped_sum
-from raymem.privacy.sgd import (
-    PerExample,
-    PrivateSteps,
-    modes_of,
-    physical_batches,
-    poisson_batch,
-)
+from typing import TYPE_CHECKING
+
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.privacy.bounds import (
+        Bound,
+        bounds_on_memorization,
+        fixed_size_bound,
+        honest_bound,
+        paper_bound,
+        sharp_bound,
+        tightest,
+    )
+    from raymem.privacy.empirical_epsilon import (
+        best_guesses,
+        certified_epsilon,
+        clopper_pearson,
+        largest_certifiable,
+        lower_limit_of_difference,
+        one_run_epsilon,
+        one_run_p_value,
+    )
+    from raymem.privacy.mechanism import (
+        EPSILON_GRIDS,
+        Mechanism,
+        Privacy,
+        check_epsilons,
+        mechanism_for,
+    )
+    from raymem.privacy.per_example import check_function, check_private, clipped_sum
+    from raymem.privacy.sgd import (
+        PerExample,
+        PrivateSteps,
+        modes_of,
+        physical_batches,
+        poisson_batch,
+    )
+
 
 __all__ = [
     "EPSILON_GRIDS",
@@ -70,3 +76,5 @@ __all__ = [
     "sharp_bound",
     "tightest",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

@@ -12,44 +12,53 @@ at any time, also while the fleet runs:
     membership   scores/membership.parquet: who was in a model's subset, told from its margins
 """
 
-from raymem.scores.bits import Bits
-from raymem.scores.estimates import (
-    Estimate,
-    Memorization,
-    correlation_interval,
-    difference_of_means,
-    difference_of_proportions,
-    forecast_trials,
-    mean_and_stderr,
-    memorization,
-    ratio,
-    reliability,
-)
-from raymem.scores.influence_pairs import (
-    InfluencePairs,
-    PairRule,
-    find_pairs,
-    influence,
-    join_pairs,
-    of_one_class,
-    pairs_per_class,
-    pairs_work,
-)
-from raymem.scores.lists import list_with_fdr, probability_above
-from raymem.scores.membership_inference import Attacked, Membership, membership, read_membership
-from raymem.scores.power import (
-    expected_stderr,
-    expected_width,
-    power_of_pairs,
-    power_to_list,
-    trials_for,
-)
-from raymem.scores.roc import Attack, Rate, attack
-from raymem.scores.running_sums import look
-from raymem.scores.scoring import EpsilonSummary, score
-from raymem.scores.stopping import Look, Until
-from raymem.scores.streamed_curvature import join_curvature
-from raymem.scores.vulnerability_correlation import RankCorrelation
+from typing import TYPE_CHECKING
+
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.scores.bits import Bits
+    from raymem.scores.estimates import (
+        Estimate,
+        Memorization,
+        correlation_interval,
+        difference_of_means,
+        difference_of_proportions,
+        forecast_trials,
+        mean_and_stderr,
+        memorization,
+        most_tied,
+        ratio,
+        reliability,
+        spearman_ceiling,
+    )
+    from raymem.scores.influence_pairs import (
+        InfluencePairs,
+        PairRule,
+        find_pairs,
+        hypergeometric_tail,
+        influence,
+        join_pairs,
+        of_one_class,
+        pairs_per_class,
+        pairs_work,
+    )
+    from raymem.scores.lists import list_with_fdr, probability_above
+    from raymem.scores.membership_inference import Attacked, Membership, membership, read_membership
+    from raymem.scores.power import (
+        expected_stderr,
+        expected_width,
+        power_of_pairs,
+        power_to_list,
+        trials_for,
+    )
+    from raymem.scores.roc import Attack, Rate, attack
+    from raymem.scores.running_sums import look
+    from raymem.scores.scoring import EpsilonSummary, score
+    from raymem.scores.stopping import Look, Until
+    from raymem.scores.streamed_curvature import join_curvature
+    from raymem.scores.vulnerability_correlation import RankCorrelation
+
 
 __all__ = [
     "Attack",
@@ -73,6 +82,7 @@ __all__ = [
     "expected_width",
     "find_pairs",
     "forecast_trials",
+    "hypergeometric_tail",
     "influence",
     "join_curvature",
     "join_pairs",
@@ -81,6 +91,7 @@ __all__ = [
     "mean_and_stderr",
     "membership",
     "memorization",
+    "most_tied",
     "of_one_class",
     "pairs_per_class",
     "pairs_work",
@@ -91,5 +102,8 @@ __all__ = [
     "read_membership",
     "reliability",
     "score",
+    "spearman_ceiling",
     "trials_for",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

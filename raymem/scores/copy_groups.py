@@ -31,10 +31,13 @@ class Copies:
 
 def copies_in(index: pa.Table) -> Copies:
     """The training examples with copies in training; `index` is examples.parquet."""
-    name = "near_duplicate_group"
-    name = name if name in index.column_names else "duplicate_group"
     is_train = np.asarray(index["split"].to_pylist()) == "train"
-    number = index[name].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)[is_train]
+    number = (
+        index["near_duplicate_group"]
+        .combine_chunks()
+        .fill_null(-1)
+        .to_numpy(zero_copy_only=False)[is_train]
+    )
     groups, counts = np.unique(number, return_counts=True)
     shared = groups[(groups >= 0) & (counts > 1)]
     rows = np.flatnonzero(np.isin(number, shared))

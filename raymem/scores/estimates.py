@@ -7,11 +7,12 @@ an example: the trials that did, and did not, train on it. Undefined values are 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
@@ -58,7 +59,7 @@ def memorization(
     probability of the label: less noisy, but another estimand (a model can be right with p < 1).
 
     masks: bool [T, N], is example i in trial t's subset. correct: bool [T, N]. p_true: [T, N] in
-    [0, 1]. Intervals are 95%: Newcombe's for `correct`, Welch's t for p_true.
+    [0, 1]. Intervals are 95%: Newcombe's for `correct`, `difference_of_means` for p_true.
 
     Raises ValueError if shapes differ or values are not what they should be.
 
@@ -144,27 +145,41 @@ def difference_of_means(
 ) -> Estimate:
     """Mean in minus mean out of values in [0, 1], from sums and sums of squares; all [N].
 
-    Standard error and interval are Welch's (unequal variances, Welch-Satterthwaite degrees of
-    freedom), the interval cut to [-1, 1]; both NaN where an arm has fewer than two trials.
+    The standard error is Welch's (unequal variances). The interval is Welch's t interval
+    (Welch-Satterthwaite degrees of freedom) after one value of 0 and one of 1 were added to each
+    arm, as Agresti & Caffo 2000 do for proportions, widened to the estimate and cut to [-1, 1].
+    Values near 0 or 1 with rare others have a sample variance near 0: without the added values the
+    interval covers 40 to 90% below a difference of 0.2 at 40 to 100 trials, with them 94% or more.
+    It uses only that values are in [0, 1]. NaN where an arm has fewer than two trials.
+
+    >>> e = difference_of_means([28.0], [28.0], [28], [12.0], [12.0], [12])
+    >>> float(e.value[0]), float(e.stderr[0]), [round(float(v[0]), 2) for v in (e.low, e.high)]
+    (0.0, 0.0, [-0.13, 0.2])
     """
-    arms = ((sum_in, squares_in, n_in), (sum_out, squares_out, n_out))
-    means, variances, freedoms = [], [], []
-    for total, squares, count in arms:
-        mean, of_mean = mean_and_stderr(total, squares, count)
-        means.append(mean)
-        variances.append(of_mean**2)
-        freedoms.append(ratio(of_mean**4, np.asarray(count, np.float64) - 1))
-    value, variance = means[0] - means[1], variances[0] + variances[1]
-    stderr = np.sqrt(variance)
-    with np.errstate(invalid="ignore"):
-        freedom = np.where(variance > 0, ratio(variance**2, freedoms[0] + freedoms[1]), 1.0)
-        half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * stderr
+    arms = [
+        tuple(np.asarray(sums, np.float64) for sums in arm)
+        for arm in ((sum_in, squares_in, n_in), (sum_out, squares_out, n_out))
+    ]
+    (mean_in, of_in), (mean_out, of_out) = (mean_and_stderr(*arm) for arm in arms)
+    value, stderr = mean_in - mean_out, np.hypot(of_in, of_out)
+    centre, half = _welch([(total + 1, squares + 1, n + 2) for total, squares, n in arms])
+    known = np.isfinite(stderr)
     return Estimate(
         value=value,
         stderr=stderr,
-        low=np.maximum(value - half, -1),
-        high=np.minimum(value + half, 1),
+        low=np.where(known, np.clip(np.minimum(centre - half, value), -1, 1), np.nan),
+        high=np.where(known, np.clip(np.maximum(centre + half, value), -1, 1), np.nan),
     )
+
+
+def _welch(arms: Sequence[tuple[Floats, Floats, Floats]]) -> tuple[Floats, Floats]:
+    """Difference of two means and half its 95% t interval, from sums, sums of squares, counts."""
+    (mean_in, of_in), (mean_out, of_out) = (mean_and_stderr(*arm) for arm in arms)
+    variance = of_in**2 + of_out**2
+    freedoms = (ratio(of**4, n - 1) for of, (_, _, n) in zip((of_in, of_out), arms, strict=True))
+    freedom = ratio(variance**2, sum(freedoms, np.zeros(())))
+    half = special.stdtrit(freedom, (1 + CONFIDENCE) / 2) * np.sqrt(variance)
+    return mean_in - mean_out, half
 
 
 def mean_and_stderr(total: ArrayLike, squares: ArrayLike, n: ArrayLike) -> tuple[Floats, Floats]:
@@ -256,8 +271,46 @@ def correlation_interval(
     if math.isnan(value) or len(drawn) < 2:
         return math.nan, math.nan
     z, *others = np.arctanh(np.clip([value, *drawn], -1 + 1e-12, 1 - 1e-12))
-    half = float(stats.norm.ppf((1 + CONFIDENCE) / 2) * np.std(others, ddof=1)) * scale
+    half = float(special.ndtri((1 + CONFIDENCE) / 2) * np.std(others, ddof=1)) * scale
     return math.tanh(z - half), math.tanh(z + half)
+
+
+def spearman_ceiling(a: ArrayLike, b: ArrayLike) -> float:
+    """The largest Spearman correlation that the values a [N] and b [N] can have in any pairing.
+
+    Spearman's coefficient is Pearson's of midranks. By the rearrangement inequality it is largest
+    when both are paired in order; ties in one that the other does not share keep it below 1. If b
+    has no ties and t_g of the values of a are tied in group g, the pairing in order has the mean
+    rank of b in each group equal to the midrank of a, and the ceiling is sd(ranks a) / sd(ranks b)
+    = sqrt(1 - sum_g (t_g^3 - t_g) / (N^3 - N)). With one tied value of share s: sqrt(1 - s^3). NaN
+    if a or b does not vary or N is 0.
+
+    >>> memorization, curvature = np.zeros(1000), np.arange(1000)
+    >>> memorization[880:] = np.arange(1, 121)
+    >>> round(spearman_ceiling(memorization, curvature), 3)
+    0.564
+    """
+    from scipy.stats import rankdata  # takes a second to import
+
+    x, y = (rankdata(np.sort(np.asarray(values, np.float64))) for values in (a, b))
+    if len(x) == 0:
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / size if size > 0 else math.nan
+
+
+def most_tied(values: ArrayLike) -> tuple[float, float]:
+    """The most frequent value and its share of all; NaN without values.
+
+    >>> most_tied([0.0, 0.0, 0.3, 0.0])
+    (0.0, 0.75)
+    """
+    found, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    if len(found) == 0:
+        return math.nan, math.nan
+    most = int(counts.argmax())
+    return float(found[most]), float(counts[most] / counts.sum())
 
 
 def ratio(above: ArrayLike, below: ArrayLike) -> Floats:
@@ -274,7 +327,7 @@ def _difference(right_in: Floats, n_in: Floats, right_out: Floats, n_out: Floats
 
 def _wilson(p: Floats, n: Floats) -> tuple[Floats, Floats]:
     """Wilson's interval of a proportion; NaN goes through."""
-    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    z = float(special.ndtri((1 + CONFIDENCE) / 2))
     n = np.maximum(n, 1)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)

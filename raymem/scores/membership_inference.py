@@ -7,12 +7,11 @@ Trials are read one at a time, in three passes: sums over all of them; for each 
 the trials whose subsets depend on its subset, which are left out; sums over two halves. Memory is a
 few numbers per example, and 12 bytes per example and target.
 
-Shapes: N training and M test examples. Rows of a trial file are M test, then N train.
+Shapes: N training and M test examples. Rows of a trial are N train, then M test.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +22,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raymem.encoding import epsilon_name, from_json, json_ready
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.plan import Plan
 from raymem.scores.lira import IN, OUT, Floats, Sums, offline, online, vulnerability
-from raymem.scores.roc import LOW_FPR, Attack, attack, finite, number
+from raymem.scores.roc import LOW_FPR, Attack, attack
 from raymem.scores.vulnerability_correlation import Half, RankCorrelation, crossed
 from raymem.store import Store, TrialKey, columns, read_ahead
 
@@ -71,19 +71,17 @@ class Attacked:
         """JSON-ready; undefined numbers are null, epsilon inf is the word."""
         return {
             **vars(self),
-            "epsilon": _name(self.epsilon),
+            "epsilon": epsilon_name(self.epsilon),
             "attacks": [found.as_dict() for found in self.attacks],
-            "correlation": {
-                name: finite(value) if isinstance(value, float) else value
-                for name, value in vars(self.correlation).items()
-            },
+            "correlation": json_ready(vars(self.correlation)),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Attacked:
         """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for other data."""
         rho = data["correlation"]
-        values = {name: number(rho[name]) for name in ("value", "low", "high")}
+        names = ("value", "low", "high", "ceiling", "tied", "tied_at")
+        values = {name: from_json(rho[name]) for name in names}
         return cls(**{
             **data,
             "epsilon": float(data["epsilon"]),
@@ -107,7 +105,7 @@ class Membership:
         """membership.json."""
         return {
             "epsilons": [found.as_dict() for found in self.attacked.values()],
-            "not_attacked": {_name(epsilon): why for epsilon, why in self.refused.items()},
+            "not_attacked": {epsilon_name(epsilon): why for epsilon, why in self.refused.items()},
         }
 
     def write(self, store: Store) -> None:
@@ -186,8 +184,8 @@ class _Fleet:
                 more = "import a fleet of more trials, into another store"
             raise StoreError(
                 f"{store.url} has {single if self.keys else 'no trial'} scored at epsilon "
-                f"{epsilon:g}, whose subsets depend on each other, so none can be attacked with "
-                f"the others; {more}"
+                f"{epsilon_name(epsilon)}, whose subsets depend on each other, so none can be "
+                f"attacked with the others; {more}"
             )
         self.sums = self.sum(self.keys)
 
@@ -257,8 +255,8 @@ def _attacked(fleet: _Fleet, targets: int, table: pa.Table) -> Attacked:
     who = np.concatenate(members)
     if who.all() or not who.any():
         raise StoreError(
-            f"{store.url} has no training example at epsilon {fleet.epsilon:g} that trials of "
-            "several blocks saw and others did not; train more trials, and score them"
+            f"{store.url} has no training example at epsilon {epsilon_name(fleet.epsilon)} that "
+            "trials of several blocks saw and others did not; train more trials, and score them"
         )
     of = np.repeat(np.arange(len(members)), [len(inside) for inside in members])
     here = Attacked(
@@ -343,7 +341,3 @@ def _correlation(fleet: _Fleet) -> RankCorrelation:
         half = halves[place[fleet.group(key)] % 2]
         half.add(margins, inside, table["correct"].to_numpy().astype(bool))
     return crossed(*halves)
-
-
-def _name(epsilon: float) -> str:
-    return "inf" if math.isinf(epsilon) else f"{epsilon:.12g}"

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from raymem.encoding import from_json, json_ready
+
 Floats = NDArray[np.float64]
 Truths = NDArray[np.bool_]
 LOW_FPR, FPR = 0.001, 0.01
@@ -50,13 +52,13 @@ class Attack:
         return {
             "name": self.name,
             **{
-                name: {k: finite(v) for k, v in vars(value).items()}
+                name: json_ready(vars(value))
                 for name, value in vars(self).items()
                 if isinstance(value, Rate)
             },
             "roc": {
-                "fpr": [finite(fpr) for fpr, _ in self.roc],
-                "tpr": [finite(tpr) for _, tpr in self.roc],
+                "fpr": json_ready([fpr for fpr, _ in self.roc]),
+                "tpr": json_ready([tpr for _, tpr in self.roc]),
             },
         }
 
@@ -64,7 +66,7 @@ class Attack:
     def from_dict(cls, data: Mapping[str, Any]) -> Attack:
         """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for other data."""
         names = ("auc", "balanced_accuracy", "tpr_at_low_fpr", "tpr_at_fpr")
-        rates = {n: Rate(**{k: number(v) for k, v in data[n].items()}) for n in names}
+        rates = {n: Rate(**{k: from_json(v) for k, v in data[n].items()}) for n in names}
         curve = zip(data["roc"]["fpr"], data["roc"]["tpr"], strict=True)
         return cls(name=str(data["name"]), roc=[(float(f), float(t)) for f, t in curve], **rates)
 
@@ -135,13 +137,3 @@ def _numbers(scores: Floats, members: Truths) -> tuple[float, float, float, floa
     auc = float(np.trapezoid(tpr, fpr))
     best = float((tpr + 1 - fpr).max()) / 2
     return auc, best, at_fpr(fpr, tpr, LOW_FPR), at_fpr(fpr, tpr, FPR)
-
-
-def finite(value: float) -> float | None:
-    """For JSON: None for what is not finite."""
-    return float(value) if math.isfinite(value) else None
-
-
-def number(value: float | None) -> float:
-    """The inverse of `finite`."""
-    return math.nan if value is None else float(value)

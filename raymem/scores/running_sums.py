@@ -2,7 +2,7 @@
 
 `look` reads no more than a stopping rule needs, without scoring.
 
-Shapes: N training and M test examples, F folds. Rows of a trial file are M test, then N train.
+Shapes: N training and M test examples, F folds. Rows of a trial are N train, then M test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raymem.scores.estimates import reliability
 from raymem.scores.stopping import Look
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.store import Store, TrialKey, columns, read_ahead
-from raymem.store.trials import metadata_of
+from raymem.store.trials import metadata_of, train_part
 
 LARGEST_NUMBER_OF_FOLDS = 20
 NEEDED = (
@@ -49,12 +49,12 @@ class Outcomes:
         self._right: list[NDArray[np.bool_]] = []
 
     def append(self, inside: NDArray[np.bool_], right: NDArray[np.bool_]) -> None:
-        """Add one trial; both in the order of trial files, [M + N]."""
-        M = self.correct.width
-        self.masks.append(inside[M:])
-        self.correct.append(right[:M])
-        self._inside.append(inside[M + self.members])
-        self._right.append(right[M + self.members])
+        """Add one trial; both [N + M]."""
+        N = self.masks.width
+        self.masks.append(inside[:N])
+        self.correct.append(right[N:])
+        self._inside.append(inside[self.members])
+        self._right.append(right[self.members])
 
     def of_members(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """In the subset, right: each [T, members]."""
@@ -143,11 +143,12 @@ def _add(
         raise StudyMismatchError(
             f"{key.object_key} belongs to another study; run `raymem verify STORE --repair`"
         )
-    M, N = outcomes.correct.width, outcomes.masks.width
-    if table.num_rows != M + N or table["in_subset"].null_count != M:
+    N, M = outcomes.masks.width, outcomes.correct.width
+    n_train = train_part(table, key).num_rows
+    if (n_train, table.num_rows) != (N, N + M):
         raise DamagedObjectError(
-            f"{key.object_key} has {table.num_rows} rows, {table['in_subset'].null_count} of them "
-            f"test, instead of {M + N} and {M}; run `raymem verify STORE --repair`"
+            f"{key.object_key} has {n_train} train and {table.num_rows - n_train} test rows, the "
+            f"study {N} and {M}; run `raymem verify STORE --repair`"
         )
     inside = _numpy(table, "in_subset", False)
     right = _numpy(table, "correct", False)
@@ -166,7 +167,7 @@ def _add(
         _add_curvature(sums, table, inside)
     outcomes.append(inside, right)
     out = ~inside
-    out[:M] = False
+    out[N:] = False
     return {
         "trial": key.trial,
         "epsilon": key.epsilon,
@@ -176,7 +177,7 @@ def _add(
         "subset_size": int(inside.sum()),
         "accuracy_in": _mean(right[inside]),
         "accuracy_out": _mean(right[out]),
-        "accuracy_test": _mean(right[:M]),
+        "accuracy_test": _mean(right[N:]),
         "loss_in": _mean(loss[inside]),
         "loss_out": _mean(loss[out]),
         **_curvature_row(table, about, inside, out),

@@ -9,7 +9,6 @@ Shapes: N training and M test examples, F folds.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raymem.encoding import epsilon_name, json_ready
 from raymem.plan import Plan
 from raymem.scores.copy_groups import Copies, copies_in, group_columns
 from raymem.scores.estimates import (
@@ -74,8 +74,8 @@ class EpsilonSummary:
     """Influence pairs above 0.15, and above the noise."""
     pairs: int
     """Influence pairs kept in all."""
-    pairs_z: float
-    """Standard errors above zero that strong pairs had to be."""
+    pairs_level: float
+    """Largest p-value that strong pairs could have."""
     pairs_considered: int
     """Pairs among which strong ones were looked for."""
     curvature_modes: tuple[str, ...]
@@ -106,7 +106,7 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
         trial_rows += _unfinished(store, done)
         about = {
             "study_hash": body["hash"],
-            "summary": {f"eps-{s.epsilon:.12g}": _as_json(s) for s in summaries},
+            "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
         }
         private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
         trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
@@ -158,11 +158,10 @@ class _Scorer:
         return _summary(epsilon, rows, table, sampled, pairs), rows
 
     def _kept(self, epsilon: float, folds: Iterable[Sums], sampled: list[Sums]) -> Iterator[Sums]:
-        """The folds, train first, kept for their table, and what split halves need of them."""
+        """The folds, kept for their table, and what split halves need of them."""
         N = self.plan.n
         train = slice(0, N, math.ceil(N / EXAMPLES_FOR_RELIABILITY))
-        for number, raw in enumerate(folds):
-            sums = _train_first(raw, N)
+        for number, sums in enumerate(folds):
             self.folds.add(epsilon, number, sums)
             sampled.append({name: sums[name][train].copy() for name in FOR_RELIABILITY})
             yield sums
@@ -295,7 +294,7 @@ def _summary(
         memorized=int(pc.sum(table["memorized"]).as_py() or 0),
         strong_pairs=int(pairs.strong.sum()),
         pairs=len(pairs.strong),
-        pairs_z=pairs.z,
+        pairs_level=pairs.level,
         pairs_considered=pairs.considered,
         pairs_dropped=pairs.dropped,
         curvature_modes=tuple(
@@ -318,25 +317,13 @@ def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
     ]
 
 
-def _train_first(sums: Sums, n_train: int) -> Sums:
-    """Trial files have test rows first, score tables train rows first."""
-    return {name: np.concatenate([v[-n_train:], v[:-n_train]]) for name, v in sums.items()}
-
-
 def _as_table(index: pa.Table, values: dict[str, Any], of: columns.Columns) -> pa.Table:
     """The columns of `of` from `values` or the index; NaN becomes null."""
     arrays = {
-        name: pa.array(values[name], from_pandas=True) if name in values else _from(index, name)
+        name: pa.array(values[name], from_pandas=True) if name in values else index[name]
         for name in of
     }
     return pa.Table.from_pydict(arrays).cast(columns.schema(of))
-
-
-def _from(index: pa.Table, name: str) -> pa.ChunkedArray:
-    """A column of the index; indices made before near duplicates were looked for lack that one."""
-    if name == "near_duplicate_group" and name not in index.column_names:
-        name = "duplicate_group"
-    return index[name]
 
 
 def _with_more(of: columns.Columns, more: columns.Columns, names: Set[str]) -> columns.Columns:
@@ -359,12 +346,5 @@ def _mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _as_json(summary: EpsilonSummary) -> dict[str, Any]:
-    data = json.loads(json.dumps(vars(summary)))  # a copy; NaN and inf become null below
-    return {key: _finite(value) for key, value in data.items() if key != "epsilon"}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _as_dict(summary: EpsilonSummary) -> dict[str, Any]:
+    return {key: json_ready(value) for key, value in vars(summary).items() if key != "epsilon"}

@@ -6,7 +6,7 @@ Out: the columns that the trial would have if it had measured them itself.
 
 `join_curvature` puts the columns of any curvature/MODEL beside a table of scores, by example id.
 
-Shapes: N training and M test examples. Rows of a trial are M test, then N train.
+Shapes: N training and M test examples. Rows of a trial are N train, then M test.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class StreamedCurvature:
         self._size = list(study["data"].get("image_shape", ()))[:2]
         train = index.filter(pc.equal(index["split"], "train"))
         self._ids = train["example_id"].combine_chunks() if self._there else None
-        self._n_test = index.num_rows - train.num_rows
 
     def beside(
         self, key: TrialKey, table: pa.Table, about: dict[str, Any]
@@ -44,7 +43,7 @@ class StreamedCurvature:
 
         Raises StoreError if that was another model's.
         """
-        name = f"{key.folder}-{key.trial:06d}"
+        name = key.name
         if "curvature" in table.column_names or name not in self._there:
             return table, about
         record = json.loads(self._store.files.read(f"curvature/{name}/_about.json"))
@@ -76,7 +75,7 @@ class StreamedCurvature:
                 continue
             found = streamed[name].combine_chunks().to_numpy(zero_copy_only=False)
             values = np.full(table.num_rows, np.nan, np.float32)
-            values[self._n_test + known] = found[rows]
+            values[known] = found[rows]
             table = table.append_column(name, pa.array(values, from_pandas=True))
         return table
 

@@ -6,20 +6,26 @@ open_store     a store in a notebook
 planned        what a study would take and tell, before it is paid for (`show.dry_run`)
 """
 
-from raymem.show.build_report import write_report
-from raymem.show.notebook import Opened, open_store
-from raymem.show.tables import TableError, top, where
-from raymem.show.terminal_links import correlations_text, label_errors_text, links_text
-from raymem.show.terminal_membership import membership_text
-from raymem.show.terminal_scores import (
-    as_text,
-    example_text,
-    for_people,
-    ingest_text,
-    pairs_for_people,
-    summary_text,
-)
-from raymem.show.terminal_status import describe_store, merge_text
+from typing import TYPE_CHECKING
+
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.show.build_report import write_report
+    from raymem.show.notebook import Opened, open_store
+    from raymem.show.tables import TableError, top, where
+    from raymem.show.terminal_links import correlations_text, label_errors_text, links_text
+    from raymem.show.terminal_membership import membership_text
+    from raymem.show.terminal_scores import (
+        as_text,
+        example_text,
+        for_people,
+        ingest_text,
+        pairs_for_people,
+        summary_text,
+    )
+    from raymem.show.terminal_status import describe_store, merge_text
+
 
 __all__ = [
     "Opened",
@@ -41,3 +47,5 @@ __all__ = [
     "where",
     "write_report",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

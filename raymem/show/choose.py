@@ -144,8 +144,6 @@ def _pairs(store: Store, epsilon: float) -> list[Row]:
 
 def _copies(store: Store) -> list[list[Row]]:
     index = store.examples()
-    if "near_duplicate_group" not in index.column_names:
-        return []
     rows = index.filter(pc.is_valid(index["near_duplicate_group"])).to_pylist()
     groups: dict[int, list[Row]] = defaultdict(list)
     for row in rows:

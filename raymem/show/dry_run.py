@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from raymem.data import CachedExamples
+from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.fleet import duration, estimated_trial, timed_trial
-from raymem.links.audit import ALPHA
-from raymem.privacy import bounds_on_memorization, largest_certifiable, tightest
+from raymem.privacy import bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,
     expected_stderr,
@@ -263,13 +263,16 @@ def warnings(study: Study) -> list[str]:
         if above:
             found.append(
                 f"the audit by examples could refute at most epsilon {most:.1f} with {t:,} trials: "
-                f"of {', '.join(f'{e:g}' for e in above)} it can say nothing"
+                f"of {', '.join(map(epsilon_name, above))} it can say nothing"
             )
     return found
 
 
 def _certifiable(study: Study) -> float:
     """The epsilon that the audit of link 3 could refute at best, of each example by itself."""
+    from raymem.links.audit import ALPHA
+    from raymem.privacy import largest_certifiable
+
     n_in = round(study.subset_ratio * study.trials)
     drawn = study.plan.n if study.pool is None else len(study.pool)
     steps_apart = 2 if study.kind == "fixed-size" else 1
@@ -296,10 +299,10 @@ def _privacy(study: Study) -> list[str]:
         bound = tightest(bounds_on_memorization(m, study.kind))
         assert bound is not None
         lines.append(
-            f"epsilon {m.epsilon:g} (spends {m.spent_epsilon:.3f} at delta {m.delta:g}, by "
-            f"{m.accountant}): noise {m.noise_multiplier:.3f} x {m.max_grad_norm:g}, "
-            f"{m.steps:,} steps, rate {m.sample_rate:.4f}; memorization at most "
-            f"{bound.value:.3f}"
+            f"epsilon {epsilon_name(m.epsilon)} (spends {m.spent_epsilon:.3f} at delta "
+            f"{m.delta:g}, by {m.accountant}): noise {m.noise_multiplier:.3f} x "
+            f"{m.max_grad_norm:g}, {m.steps:,} steps, rate {m.sample_rate:.4f}; memorization at "
+            f"most {bound.value:.3f}"
         )
     return lines
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from raymem.encoding import epsilon_name
 from raymem.links import Links, PaperBins, measures_of
 from raymem.links.rows import train_at
 from raymem.scores import Attacked
@@ -84,7 +85,7 @@ def figures(
             "link2",
             "Link 2: mean curvature and epsilon",
             "Mean curvature at each epsilon: "
-            + ", ".join(f"{o.curvature:.3g} at {o.epsilon:g}" for o in seen)
+            + ", ".join(f"{o.curvature:.3g} at {epsilon_name(o.epsilon)}" for o in seen)
             + ".",
             lambda ax, c: _link2(ax, c, links),
         )
@@ -94,7 +95,7 @@ def figures(
             "link3",
             "Link 3: memorization and epsilon, with upper bounds",
             "Mean memorization at each epsilon: "
-            + ", ".join(f"{a.pool.value:.3f} at {a.epsilon:g}" for a in pools if a.pool)
+            + ", ".join(f"{a.pool.value:.3f} at {epsilon_name(a.epsilon)}" for a in pools if a.pool)
             + ".",
             lambda ax, c: _link3(ax, c, links),
         )
@@ -193,7 +194,7 @@ def _places(epsilons: list[float]) -> tuple[list[float], list[str]]:
     finite = [e for e in epsilons if math.isfinite(e)]
     last = math.log2(max(finite)) if finite else 0.0
     places = [math.log2(e) if math.isfinite(e) else last + 1.5 for e in epsilons]
-    return places, [f"{e:g}" for e in epsilons]
+    return places, [epsilon_name(e) for e in epsilons]
 
 
 def _epsilon_axis(ax: Any, places: list[float], names: list[str]) -> None:
@@ -211,10 +212,11 @@ def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
     )  # fmt: skip
     shape = links.curvature.shape
     finite = [p for p, o in zip(places, seen, strict=True) if math.isfinite(o.epsilon)]
+    fitted = links.curvature.parameters
     if shape is not None and len(finite) > 1:
         x = np.linspace(min(finite), max(finite), 200)
         e = 2.0**x
-        law = links.curvature.slope * shape(e) * -np.expm1(-e) + links.curvature.c2
+        law = fitted["slope"].value * shape(e) * -np.expm1(-e) + fitted["c2"].value
         ax.plot(x, law, color=colours["two"], label="the theorem's law, fitted")
     _epsilon_axis(ax, places, names)
     ax.set_ylabel("curvature, nats per squared pixel")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from raymem.encoding import epsilon_name
 from raymem.links import Finding, Links
 from raymem.plan import Plan
 from raymem.scores import Attacked
@@ -178,7 +179,8 @@ def _trust(
             continue
         is_open = " open" if k == 0 or any(f.red for f in findings) else ""
         lines.append(
-            f"<details{is_open}><summary>{of}epsilon {epsilon:g}</summary>{table}</details>"
+            f"<details{is_open}><summary>{of}epsilon {epsilon_name(epsilon)}</summary>"
+            f"{table}</details>"
         )
     return "".join(lines)
 
@@ -248,7 +250,7 @@ def _gallery(chosen: Chosen, show: _Show, without: str) -> str:
 
 def _elsewhere(row: Row) -> str:
     """What the same example is at other epsilons."""
-    values = ", ".join(f"{value:.2f} at {e:g}" for e, value in row["elsewhere"].items())
+    values = ", ".join(f"{value:.2f} at {epsilon_name(e)}" for e, value in row["elsewhere"].items())
     return f"<br>with privacy, by epsilon: {values}" if values else ""
 
 

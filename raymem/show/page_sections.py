@@ -7,11 +7,17 @@ import html
 import math
 from collections.abc import Sequence
 
-from raymem.links import Coefficient, Correlation
+from raymem.encoding import at_epsilon, epsilon_name
+from raymem.links import NOT_A_TEST, Coefficient, Correlation
 from raymem.scores import Attacked
-from raymem.show.terminal_membership import attacks_table, correlation_text
+from raymem.show.terminal_links import equal_loss_table, ties_text
+from raymem.show.terminal_membership import attacks_table, correlation_text, shown
 
-# What a person should know of each measure; more of it is what memorization should go with.
+TITLES = (
+    "measure", "what it is", "rank correlation", "at most", "among memorization > 0",
+    "AUC of memorization > 0.25", "Pearson, disattenuated", "examples",
+)  # fmt: skip
+# What each measure is; the larger, the more memorization is expected.
 MEANINGS = {
     "curvature_out": "input loss curvature under models that did not see the example",
     "curvature_in": "input loss curvature under models that did",
@@ -38,37 +44,65 @@ def compared_section(
 
     `stale` says that the attacks are of other trials than the scores: then they are left out.
     """
-    cells = [
-        (row.measure, row.spearman.shown(2), row.partial.shown(2), f"{row.examples:,}")
-        for row in sorted(rows, key=lambda row: -_order(row.spearman))
-    ]
+    cells = [_cells(row) for row in sorted(rows, key=lambda row: -_order(row.spearman))]
     cells += [
-        (
-            "vulnerability",
-            f"{a.correlation.value:.2f} [{a.correlation.low:.2f}, {a.correlation.high:.2f}]",
-            "",
-            f"{a.correlation.examples:,}",
-        )
+        ("vulnerability", shown(a.correlation), f"{a.correlation.ceiling:.2f}", "", "", "",
+         f"{a.correlation.examples:,}")
         for a in attacked
         if a.epsilon == epsilon and not stale and not math.isnan(a.correlation.value)
-    ]
+    ]  # fmt: skip
     if not cells:
         return ""
-    at = "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
-    titles = ("measure", "what it is", "rank correlation", "beyond the loss", "examples")
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    at = at_epsilon(epsilon)
+    body = [(name, MEANINGS[name], *more) for name, *more in cells]
+    return (
+        f'<h2 id="compared">What is correlated with memorization{at}</h2>\n'
+        "<p>Every measure that the same trials give, against memorization over training examples, "
+        "with 95% intervals. <i>At most</i> is the largest rank correlation that ties allow. Where "
+        "models fit what they train on, <code>wrong_out</code> is memorization itself.</p>\n"
+        f"{_table(TITLES, body, words=1)}{_notes(rows)}"
+    )
+
+
+def _cells(row: Correlation) -> tuple[str, ...]:
+    without_noise = row.pearson_disattenuated
+    return (
+        row.measure,
+        row.spearman.shown(2),
+        f"{row.ceiling:.2f}",
+        row.among_memorized.shown(2),
+        row.auc.shown(2),
+        "" if math.isnan(without_noise) else f"{without_noise:.2f}",
+        f"{row.examples:,}",
+    )
+
+
+def _notes(rows: Sequence[Correlation]) -> str:
+    """What ties and noise do, and curvature at equal loss."""
+    if not rows:
+        return ""
+    notes = f'<p class="small">{_t(ties_text(rows[0]))}</p>\n'
+    table = equal_loss_table(rows)
+    if table is None:
+        return notes
+    body = list(zip(*table.to_pydict().values(), strict=True))
+    return (
+        f"{notes}<p>Rank correlation of memorization and curvature at equal loss:</p>\n"
+        f'{_table(table.column_names, body)}<p class="small">{_t(NOT_A_TEST)}</p>\n'
+    )
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: int = 0) -> str:
+    """HTML; after each row's name `words` cells are text, the rest numbers."""
+    head = "".join(f'<th scope="col">{_t(title)}</th>' for title in titles)
     body = "".join(
-        f'<tr><th scope="row">{_t(name)}</th><td>{_t(MEANINGS[name])}</td>'
-        + "".join(f'<td class="number">{_t(cell)}</td>' for cell in more)
+        f'<tr><th scope="row">{_t(name)}</th>'
+        + "".join(f"<td>{_t(cell)}</td>" for cell in more[:words])
+        + "".join(f'<td class="number">{_t(cell)}</td>' for cell in more[words:])
         + "</tr>"
-        for name, *more in cells
+        for name, *more in rows
     )
     return (
-        f'<h2 id="compared">What goes with memorization{at}</h2>\n'
-        "<p>Every number that the same trials give, against memorization: rank correlations over "
-        "training examples, with 95% intervals. <i>Beyond the loss</i> is the partial correlation "
-        "given <code>loss_out</code>. Where models fit what they train on, <code>wrong_out</code> "
-        "is memorization itself.</p>\n"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
         "</div>\n"
     )
@@ -90,7 +124,7 @@ def membership_section(attacked: Sequence[Attacked], chart: str, stale: str = ""
         for row in table.to_pylist()
     )
     notes = "".join(
-        f'<p class="small">Epsilon {here.epsilon:g}: {_t(note)}.</p>'
+        f'<p class="small">Epsilon {epsilon_name(here.epsilon)}: {_t(note)}.</p>'
         for here in attacked
         for note in here.notes
     )
@@ -112,8 +146,8 @@ def stale_text(attacked: Sequence[Attacked], scored: dict[float, int]) -> str:
     if not late:
         return ""
     counts = ", ".join(
-        f"{a.trials:,} trials at epsilon {a.epsilon:g}, of which {scored.get(a.epsilon, 0):,} are "
-        "scored now"
+        f"{a.trials:,} trials at epsilon {epsilon_name(a.epsilon)}, of which "
+        f"{scored.get(a.epsilon, 0):,} are scored now"
         for a in late
     )
     return f"These numbers are of {counts}: run `raymem membership` again."

@@ -8,8 +8,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from raymem.encoding import at_epsilon, epsilon_name
 from raymem.fleet import duration
 from raymem.links import (
+    METHODS,
+    NOT_A_TEST,
     Audit,
     Correlation,
     Costs,
@@ -38,14 +41,14 @@ def links_text(links: Links, *, brief: bool = False) -> str:
             f"{costs_text(_at_these(links.costs, shown))}".strip(),
         ]
         if len(shown) < len(links.correlations):
-            others = ", ".join(f"{e:g}" for e in links.correlations if e not in shown)
+            others = ", ".join(epsilon_name(e) for e in links.correlations if e not in shown)
             parts.append(f"The same at epsilon {others}: raymem links shows it")
     if links.private_store is not None:
         parts.append(f"Links 2 and 3 are those of {links.private_store}")
     if len(links.memorization) > 1 or any(audit.mechanism for audit in links.memorization):
         parts += [link2_text(links.curvature), link3_text(links.memorization)]
     if parts:
-        parts.append("\n".join(links.verdicts))
+        parts.append("\n".join(map(str, links.verdicts)))
     for found in (links.diagnostics, links.private_diagnostics):
         parts += [red_text(found)] if red(found) else []
     nothing = "no links: the study measures no curvature, and is not private"
@@ -95,7 +98,7 @@ def _rounded(table: pa.Table) -> pa.Table:
 def red_text(found: Mapping[float, Sequence[Finding]]) -> str:
     """The findings that speak against trusting a run."""
     lines = [
-        f"RED{_at(epsilon)}: {finding.name}: {finding.text} (should be {finding.limit})"
+        f"RED{at_epsilon(epsilon)}: {finding.name}: {finding.text} (should be {finding.limit})"
         for epsilon, finding in red(found)
     ]
     return "\n".join(lines)
@@ -105,33 +108,23 @@ def _at_these(found: Mapping[float, T], epsilons: Sequence[float]) -> dict[float
     return {epsilon: found[epsilon] for epsilon in epsilons if epsilon in found}
 
 
-def _at(epsilon: float) -> str:
-    return "" if math.isinf(epsilon) else f" at epsilon {epsilon:g}"
-
-
 def link2_text(link: Link2) -> str:
     """Curvature against epsilon: means, fits, doubts."""
-    rows = pa.table(
-        {
-            "epsilon": [f"{o.epsilon:g}" for o in link.observed],
-            "trials": [o.trials for o in link.observed],
-            "mean loss": [_plus_minus(o.loss, o.loss_stderr) for o in link.observed],
-            "mean curvature": [
-                "" if o.curvature is None else _plus_minus(o.curvature, o.curvature_stderr)
-                for o in link.observed
-            ],
-        }
-    )
     lines = [
-        "Link 2, curvature and epsilon: means over all training examples and the trials that all "
-        f"epsilons have (+- standard error over trials):\n{as_text(rows)}"
+        "Link 2, curvature and epsilon: means over training examples and the trials that all "
+        f"epsilons have (+- standard error over trials):\n{as_text(_observed_table(link))}"
     ]
     if link.shape is not None:
-        values = {**vars(link.shape), "slope": link.slope, "c2": link.c2}
-        lines.append("fitted: L(eps) = a + b e^(-c eps), curvature = slope L(eps)(1 - e^-eps) + c2")
-        for name, value in values.items():
-            low, high = link.intervals.get(name, (math.nan, math.nan))
-            lines.append(f"  {name:5} {value:.4g} [{low:.4g}, {high:.4g}]")
+        which = "all epsilons" if link.clipped_at_inf else "finite epsilons"
+        lines.append(
+            f"fitted to {which}: L(eps) = a + b e^(-c eps), curvature = slope L(eps)(1 - e^-eps) "
+            "+ c2, with 95% intervals over trials"
+        )
+        lines += [f"  {name:5} {fitted.shown()}" for name, fitted in link.parameters.items()]
+        lines += [
+            f"  slope of the curvature of examples {arm} of the subset: {fitted.shown()}"
+            for arm, fitted in link.slope_by_arm.items()
+        ]
         lines.append(
             "  (slope stands where the theorem has m + 1, and is not m + 1: only the shape is "
             "tested)"
@@ -144,13 +137,30 @@ def link2_text(link: Link2) -> str:
     return "\n".join(lines)
 
 
+def _observed_table(link: Link2) -> pa.Table:
+    columns: dict[str, list[Any]] = {
+        "epsilon": [epsilon_name(o.epsilon) for o in link.observed],
+        "trials": [o.trials for o in link.observed],
+        "mean loss": [_plus_minus(o.loss, o.loss_stderr) for o in link.observed],
+    }
+    for title, name in (
+        ("mean curvature", "curvature"),
+        ("in the subset", "curvature_in"),
+        ("out of it", "curvature_out"),
+    ):
+        shown = [_plus_minus(getattr(o, name), getattr(o, f"{name}_stderr")) for o in link.observed]
+        if any(shown) or name == "curvature":
+            columns[title] = shown
+    return pa.table(columns)
+
+
 def link3_text(audits: Sequence[Audit]) -> str:
     """Memorization against epsilon: the pool's mean, bounds, what the data certify."""
     rows = []
     for audit in audits:
         bounds = {check.bound.name: check for check in audit.bounds}
         row = {
-            "epsilon": f"{audit.epsilon:g}",
+            "epsilon": epsilon_name(audit.epsilon),
             "trials": audit.trials,
             "mean memorization": ""
             if audit.pool is None
@@ -178,7 +188,7 @@ def link3_text(audits: Sequence[Audit]) -> str:
         f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs; upper "
         "bounds (- says nothing); examples above a bound that holds; the epsilon that the example "
         f"which says most certifies, of what it could:\n{as_text(table)}\n"
-        f"one-run audit at epsilon {audits[-1].epsilon:g}: {audits[-1].one_run_about}"
+        f"one-run audit at epsilon {epsilon_name(audits[-1].epsilon)}: {audits[-1].one_run_about}"
     )
 
 
@@ -188,7 +198,9 @@ def _bound(check: Any) -> str:
     return "-" if check.bound.vacuous else f"{check.bound.value:.3f}"
 
 
-def _plus_minus(value: float, stderr: float | None) -> str:
+def _plus_minus(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
     more = "" if stderr is None or math.isnan(stderr) else f" +- {stderr:.2g}"
     return f"{value:.4g}{more}"
 
@@ -197,35 +209,75 @@ def correlations_text(found: Mapping[float, Sequence[Correlation]]) -> str:
     """Memorization against curvature and its baselines, a table for each epsilon."""
     parts = []
     for epsilon, rows in found.items():
-        at = _at(epsilon)
+        at = at_epsilon(epsilon)
         if not rows:
             parts.append(f"Nothing to compare memorization with{at}")
             continue
-        over = _over(rows)
-        table = pa.table(
-            {
-                "memorization against": [row.measure for row in rows],
-                "Spearman": [row.spearman.shown(3) for row in rows],
-                "without noise": [_number(row.disattenuated[0]) for row in rows],
-                "given loss": [row.partial.shown(3) for row in rows],
-                "Pearson": [row.pearson.shown(3) for row in rows],
-                "cosine (shuffled)": [
-                    f"{row.cosine.value:.3f} ({row.cosine_null:.3f})" for row in rows
-                ],
-                "slope": [f"{r.slope:.3g} [{r.slope_low:.3g}, {r.slope_high:.3g}]" for r in rows],
-                "c1": [_number(row.c1) for row in rows],
-                "above line": [percent(row.violating) for row in rows],
-            }
-        )
         what, than = "Memorization and what a fleet gives beside it", ""
         if has_curvature(rows):
             what = "Link 1, memorization and curvature"
-            than = "; loss, 1 - p and gradient are what curvature must be better than"
+            than = "; loss, 1 - p and gradient are what curvature is compared with"
         parts.append(
             f"{what} over {rows[0].examples:,} training examples{at} (95% bootstrap intervals over "
-            f"{over}{than}):\n{as_text(table)}"
+            f"{_over(rows)}{than}):\n{as_text(_correlations_table(rows))}\n{ties_text(rows[0])}"
         )
-    return "\n\n".join(parts)
+        parts.append(equal_loss_text(rows))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _correlations_table(rows: Sequence[Correlation]) -> pa.Table:
+    return pa.table(
+        {
+            "memorization against": [row.measure for row in rows],
+            "Spearman": [row.spearman.shown(3) for row in rows],
+            "at most": [_number(row.ceiling) for row in rows],
+            "among mem > 0": [row.among_memorized.shown(3) for row in rows],
+            "AUC of mem > 0.25": [row.auc.shown(3) for row in rows],
+            "Pearson": [row.pearson.shown(3) for row in rows],
+            "disattenuated": [_number(row.pearson_disattenuated) for row in rows],
+            "cosine (shuffled)": [
+                f"{row.cosine.value:.3f} ({row.cosine_null:.3f})" for row in rows
+            ],
+            "slope": [f"{r.slope:.3g} [{r.slope_low:.3g}, {r.slope_high:.3g}]" for r in rows],
+            "c1": [_number(row.c1) for row in rows],
+            "bound violated": [percent(row.violating) for row in rows],
+        }
+    )
+
+
+def ties_text(row: Correlation) -> str:
+    """What ties and noise do to the coefficients of a table."""
+    return (
+        f"{percent(row.tied)} of the examples have memorization {row.tied_at:.2g}; with such ties "
+        "Spearman's correlation cannot exceed the value under 'at most'. The intervals cover the "
+        "correlation that this many trials give on average, which noise attenuates; "
+        "'disattenuated' estimates Pearson's correlation without that noise, and has no interval."
+    )
+
+
+def equal_loss_text(rows: Sequence[Correlation]) -> str:
+    """Curvature and memorization at equal loss; empty if it was not measured."""
+    table = equal_loss_table(rows)
+    if table is None:
+        return ""
+    return (
+        f"Rank correlation of memorization and curvature at equal loss:\n{as_text(table)}\n"
+        f"{NOT_A_TEST}"
+    )
+
+
+def equal_loss_table(rows: Sequence[Correlation]) -> pa.Table | None:
+    """A row for each measure of curvature, a column for each method."""
+    found = [(row.measure, row.spearman.value, row.at_equal_loss) for row in rows]
+    shown = [
+        (name, *map(_number, (rho, *equal.values)))
+        for name, rho, equal in found
+        if equal is not None
+    ]
+    if not shown:
+        return None
+    titles = ("memorization against", "all examples", *METHODS)
+    return pa.table(dict(zip(titles, zip(*shown, strict=True), strict=True)))
 
 
 def _over(rows: Sequence[Correlation]) -> str:
@@ -241,7 +293,7 @@ def costs_text(found: Mapping[float, Costs]) -> str:
     """What memorization and curvature took, a line for each epsilon."""
     lines = []
     for epsilon, c in found.items():
-        at = _at(epsilon)
+        at = at_epsilon(epsilon)
         lines.append(
             f"cost{at}: memorization from {c.trials:,} models {duration(c.training_seconds)} "
             f"(reliability {_number(c.memorization_reliability) or 'not known'}); curvature under "
@@ -258,17 +310,27 @@ def paper_bins_text(found: Mapping[float, Sequence[PaperBins]]) -> str:
     """The paper's fits through 50 bins, a line for each."""
     lines = []
     for epsilon, rows in found.items():
-        at = _at(epsilon)
+        at = at_epsilon(epsilon)
         for bins in rows:
-            if bins.straight is None or bins.scaled is None:
+            if bins.straight is None:
                 continue
             lines.append(
                 f"in the paper's bins{at}: {bins.measure} = {bins.straight.slope:.3g} mem + "
                 f"{bins.straight.intercept:.3g} (R^2 {bins.straight.r_squared:.2f} over "
-                f"{len(bins.mean)} bins; with the bound scaled by their sizes "
-                f"{bins.scaled.r_squared:.2f}{_of_the_other_half(bins)})"
+                f"{len(bins.mean)} bins{_second_fits(bins)}{_of_the_other_half(bins)})"
             )
     return "\n".join(lines)
+
+
+def _second_fits(bins: PaperBins) -> str:
+    """R^2 of the paper's second fit in its three forms, n being the examples of a bin."""
+    fits = {
+        "mem/sqrt(n), eq. 15": bins.equation_15,
+        "mem*sqrt(n), the ImageNet notebook": bins.imagenet_notebook,
+        "mem*sqrt(n) and n, the CIFAR-100 notebook": bins.cifar100_notebook,
+    }
+    shown = [f"{fit.r_squared:.2f} on {name}" for name, fit in fits.items() if fit is not None]
+    return f"; {', '.join(shown)}" if shown else ""
 
 
 def _of_the_other_half(bins: PaperBins) -> str:
@@ -289,7 +351,7 @@ def bins_text(found: Mapping[float, pa.Table]) -> str:
     """Curvature and its baselines over bins of memorization, a table for each epsilon."""
     parts = []
     for epsilon, bins in found.items():
-        at = _at(epsilon)
+        at = at_epsilon(epsilon)
         shown = pa.table(
             {
                 "memorization": [

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from raymem.scores import Attacked, Membership, Rate
-from raymem.show.terminal_scores import as_text
+from raymem.encoding import at_epsilon, epsilon_name
+from raymem.scores import Attacked, Membership, RankCorrelation, Rate
+from raymem.show.terminal_scores import as_text, percent
 
 
 def membership_text(found: Membership) -> str:
@@ -20,7 +21,7 @@ def membership_text(found: Membership) -> str:
         + as_text(attacks_table(attacked))
     ]
     for here in attacked:
-        at = "" if math.isinf(here.epsilon) else f" at epsilon {here.epsilon:g}"
+        at = at_epsilon(here.epsilon)
         parts.append(correlation_text(here))
         if here.most_vulnerable:
             parts.append(
@@ -29,7 +30,10 @@ def membership_text(found: Membership) -> str:
                 + as_text(pa.Table.from_pylist(here.most_vulnerable))
             )
         parts += [f"NOTE{at}: {note}" for note in here.notes]
-    parts += [f"epsilon {epsilon:g}: not attacked: {why}" for epsilon, why in found.refused.items()]
+    parts += [
+        f"epsilon {epsilon_name(epsilon)}: not attacked: {why}"
+        for epsilon, why in found.refused.items()
+    ]
     return "\n\n".join(parts)
 
 
@@ -37,7 +41,7 @@ def attacks_table(attacked: Sequence[Attacked]) -> pa.Table:
     """A row for each epsilon and attack, as people read it."""
     return pa.table(
         {
-            "epsilon": pa.array([f"{a.epsilon:g}" for a in attacked for _ in a.attacks]),
+            "epsilon": pa.array([epsilon_name(a.epsilon) for a in attacked for _ in a.attacks]),
             "trials": [a.trials for a in attacked for _ in a.attacks],
             "targets": [a.targets for a in attacked for _ in a.attacks],
             "attack": [one.name for a in attacked for one in a.attacks],
@@ -55,18 +59,25 @@ def attacks_table(attacked: Sequence[Attacked]) -> pa.Table:
 
 
 def correlation_text(here: Attacked) -> str:
-    """How vulnerability goes with memorization, in a sentence."""
-    at = "" if math.isinf(here.epsilon) else f" at epsilon {here.epsilon:g}"
+    """The correlation of vulnerability and memorization, in a sentence."""
+    at = at_epsilon(here.epsilon)
     rho = here.correlation
     if math.isnan(rho.value):
         return f"Vulnerability and memorization{at}: not known, one of them does not vary."
-    known = "goes with" if rho.low > 0 else "goes against"
-    goes = known if rho.low > 0 or rho.high < 0 else "is not seen to go with"
+    goes = "has no significant correlation with"
+    if rho.low > 0 or rho.high < 0:
+        goes = f"is {'positively' if rho.low > 0 else 'negatively'} correlated with"
     return (
-        f"Vulnerability {goes} memorization{at}: rank correlation {rho.value:.3f} "
-        f"[{rho.low:.3f}, {rho.high:.3f}] over {rho.examples:,} training examples "
-        "(95% bootstrap over examples; one from half of the trials, one from the other half)."
+        f"Vulnerability {goes} memorization{at}: rank correlation {shown(rho, 3)} over "
+        f"{rho.examples:,} training examples (95% bootstrap over examples; one from half of the "
+        f"trials, one from the other half), of at most {rho.ceiling:.3f}, because "
+        f"{percent(rho.tied)} of the examples have memorization {rho.tied_at:.2g} in their half."
     )
+
+
+def shown(rho: RankCorrelation, digits: int = 2) -> str:
+    """A correlation with its interval."""
+    return f"{rho.value:.{digits}f} [{rho.low:.{digits}f}, {rho.high:.{digits}f}]"
 
 
 def _rate(rate: Rate, digits: int) -> str:

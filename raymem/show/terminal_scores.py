@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymem.data.shards import IngestSummary
+from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.fleet import duration
-from raymem.scores import EpsilonSummary
 from raymem.show.tables import TableError, top
 from raymem.store import Store
+
+if TYPE_CHECKING:
+    from raymem.data.shards import IngestSummary
+    from raymem.scores import EpsilonSummary
 
 SHOWN_REJECTS = 10
 # Of accuracy in against out: training makes the difference the other way, but for chance in few
@@ -116,7 +119,7 @@ def example_text(store: Store, example_id: str, n: int) -> str:
     train = scores.filter(pc.equal(scores["split"], "train"))
     for row in scores.filter(pc.equal(scores["example_id"], example_id)).to_pylist():
         same = train.filter(pc.equal(train["epsilon"], row["epsilon"]))
-        lines += ["", f"epsilon {row['epsilon']:g}:", *_score_lines(row, same)]
+        lines += ["", f"epsilon {epsilon_name(row['epsilon'])}:", *_score_lines(row, same)]
     try:
         pairs = store.scores("influence")
     except StoreError as error:
@@ -214,7 +217,7 @@ def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
     """What the trials at each epsilon say together, a few lines each."""
     lines = []
     for s in summaries:
-        at = "" if len(summaries) == 1 else f"epsilon {s.epsilon:g}: "
+        at = "" if len(summaries) == 1 else f"epsilon {epsilon_name(s.epsilon)}: "
         if s.trials == 0:
             lines.append(f"{at}no trial is done yet")
             continue
@@ -267,8 +270,8 @@ def _pairs(s: EpsilonSummary) -> str:
     if not s.pairs_considered:
         return "influence: no pairs of a memorized training and a test example"
     text = (
-        f"influence: {s.strong_pairs:,} strong pairs of {s.pairs_considered:,} (0.15 or more, and "
-        f"{s.pairs_z:.1f} standard errors above zero), {s.pairs:,} kept"
+        f"influence: {s.strong_pairs:,} strong pairs of {s.pairs_considered:,} (0.15 or more, with "
+        f"a p-value of at most {s.pairs_level:.1g}), {s.pairs:,} kept"
     )
     return f"{text}, {s.pairs_dropped:,} DROPPED by --max-pairs" if s.pairs_dropped else text
 

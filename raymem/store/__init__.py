@@ -15,15 +15,20 @@
 Trial objects are created if absent, derived objects are replaced whole, nothing is appended to.
 """
 
-from raymem.store import columns
-from raymem.store.files import Files, read_ahead
-from raymem.store.identity import study_hash
-from raymem.store.lock import DriverLock, is_alive, read_driver
-from raymem.store.merge_stores import MergeSummary, merge
-from raymem.store.store import Store
-from raymem.store.target import Failure, Part, Target
-from raymem.store.trials import TrialKey, trial_table
-from raymem.store.verify_store import Problem, verify
+from typing import TYPE_CHECKING
+
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.store.files import Files, read_ahead
+    from raymem.store.identity import study_hash
+    from raymem.store.lock import DriverLock, is_alive, read_driver
+    from raymem.store.merge_stores import MergeSummary, merge
+    from raymem.store.store import Store
+    from raymem.store.target import Failure, Part, Target
+    from raymem.store.trials import TrialKey, trial_table
+    from raymem.store.verify_store import Problem, verify
+
 
 __all__ = [
     "DriverLock",
@@ -35,7 +40,6 @@ __all__ = [
     "Store",
     "Target",
     "TrialKey",
-    "columns",
     "is_alive",
     "merge",
     "read_ahead",
@@ -44,3 +48,5 @@ __all__ = [
     "trial_table",
     "verify",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

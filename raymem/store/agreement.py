@@ -144,7 +144,7 @@ class Agreement:
         Left out is what was measured under a model that is not the one whose trial stays. Raises
         StudyMismatchError if the shards of one model were made in two ways.
         """
-        trials = {f"{key.folder}-{key.trial:06d}": key for key in self.every}
+        trials = {key.name: key for key in self.every}
         streamed = {store: store.streamed() for store in self.stores}
         found = []
         for model in sorted(set().union(*streamed.values())):

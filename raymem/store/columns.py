@@ -134,8 +134,8 @@ SCORES_EXAMPLES: Columns = {
         pa.float64(), "p_true_in - p_true_out: less noisy, another estimand", "-1..1"
     ),
     "memorization_soft_stderr": Column(pa.float64(), "its standard error", "-1..1"),
-    "memorization_soft_low": Column(pa.float64(), "lower end of Welch's 95% t interval", "-1..1"),
-    "memorization_soft_high": Column(pa.float64(), "upper end of Welch's 95% t interval", "-1..1"),
+    "memorization_soft_low": Column(pa.float64(), "lower end of its 95% interval", "-1..1"),
+    "memorization_soft_high": Column(pa.float64(), "upper end of its 95% interval", "-1..1"),
     "memorized_probability": Column(
         pa.float64(),
         "posterior probability that memorization is above 0.25 (Jeffreys priors)",
@@ -379,8 +379,8 @@ INFLUENCE: Columns = {
     "memorization": Column(pa.float64(), "memorization of the training example", "-1..1"),
     "strong": Column(
         pa.bool_(),
-        "influence >= 0.15 and above the noise of all pairs, memorization >= 0.25; false: only "
-        "among the most influential of its test example",
+        "influence >= 0.15, memorization >= 0.25, and a p-value that one pair in all has by "
+        "chance; false: only among the most influential of its test example",
     ),
 }
 

@@ -158,4 +158,4 @@ class Derived:
 
 def as_json(body: Mapping[str, Any]) -> bytes:
     """As stores write it."""
-    return json.dumps(body, indent=1).encode() + b"\n"
+    return json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"

@@ -27,7 +27,6 @@ from raymem.store.store import Store
 from raymem.store.target import Target
 from raymem.store.trials import TrialKey
 from raymem.store.verify_store import check_index, check_table, check_trial, sound_study
-from raymem.store.weights import decode_weights
 
 Place = Store | str | os.PathLike[str]
 Step = Callable[[], None]
@@ -225,6 +224,8 @@ class _Merge:
 
     def _copy_weights(self, key: TrialKey, about: Mapping[str, Any]) -> None:
         """Those of the run that `about` is of, if anybody kept them."""
+        from raymem.store.weights import decode_weights
+
         name, committed = key.weights_key, key in self.both.done[self.out]
         if about.get("weights") is None or (committed and key in self.both.kept[self.out]):
             return

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from torch import Tensor
 
 from raymem.data import Examples, group_column
+from raymem.encoding import epsilon_name
 from raymem.errors import (
     DamagedObjectError,
     PlanError,
@@ -27,8 +27,10 @@ from raymem.store.derived import FORMAT, SHOWN, Derived, as_json
 from raymem.store.identity import changed_examples, differences, study_hash
 from raymem.store.target import Failure, Part, Target
 from raymem.store.trials import TrialKey
-from raymem.store.weights import decode_weights, encode_weights
 from raymem.version import VERSION
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 READERS = 8
 
@@ -137,7 +139,7 @@ class Store(Derived):
     def target(self, target: Target) -> None:
         if target == self.target and self.files.exists("target.json"):
             return
-        epsilons = [f"{epsilon:.12g}" for epsilon in target.epsilons]
+        epsilons = [epsilon_name(epsilon) for epsilon in target.epsilons]
         body: dict[str, Any] = {"trials": target.trials, "epsilons": epsilons}
         if target.part is not None:
             body["part"] = vars(target.part)
@@ -215,6 +217,8 @@ class Store(Derived):
         self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]
     ) -> None:
         """Keep a trial's weights, before it is committed with their digest."""
+        from raymem.store.weights import encode_weights  # torch, which readers of tables never need
+
         self.files.replace(key.weights_key, encode_weights(weights, provenance))
 
     def kept(self) -> set[TrialKey]:
@@ -224,6 +228,8 @@ class Store(Derived):
 
     def weights(self, key: TrialKey) -> dict[str, Tensor]:
         """A trial's state dict. Raises StoreError if it was not kept."""
+        from raymem.store.weights import decode_weights
+
         try:
             data = self.files.read(key.weights_key)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -277,13 +283,13 @@ class Store(Derived):
         return trials.decode(data, key.object_key, None if names is None else list(names))
 
     def train_rows(self, key: TrialKey, names: Sequence[str]) -> pa.Table:
-        """Columns of one trial's N training examples, in their order; test rows come before them.
+        """Columns of one trial's N training examples, in their order.
 
         Memorization, twins and attacks are of training examples only.
         """
         asked = [*names, *([] if "in_subset" in names else ["in_subset"])]
         table = self.trial(key, asked)
-        return table.slice(table["in_subset"].null_count).select(list(names))
+        return trials.train_part(table, key).select(list(names))
 
     def provenance(self, key: TrialKey) -> dict[str, Any]:
         """What is recorded of how one trial came about; reads the object's footer only."""

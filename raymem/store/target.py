@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from raymem.encoding import epsilon_name
 from raymem.errors import PlanError
 from raymem.store.trials import TrialKey
 
@@ -51,7 +52,7 @@ class Target:
     """Only these of the trials; None: all."""
 
     def __post_init__(self) -> None:
-        named = tuple(float(f"{epsilon:.12g}") for epsilon in self.epsilons)
+        named = tuple(float(epsilon_name(epsilon)) for epsilon in self.epsilons)
         object.__setattr__(self, "epsilons", named)
 
     def wanted(self) -> list[TrialKey]:

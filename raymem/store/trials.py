@@ -1,25 +1,27 @@
 """One trial as one Parquet object: its table, its provenance, its digest.
 
-Shapes: N training and M test examples. Rows are sorted by split and index: M test, then N train.
+Shapes: N training and M test examples. Rows are N train, then M test, each by index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raymem.encoding import at_epsilon, epsilon_name
 from raymem.errors import DamagedObjectError
 from raymem.store import columns
-from raymem.training import TrialResult
+
+if TYPE_CHECKING:
+    from raymem.training import TrialResult
 
 KEY = re.compile(
     r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
@@ -47,7 +49,12 @@ class TrialKey(NamedTuple):
     @property
     def folder(self) -> str:
         """The folder of its epsilon."""
-        return f"eps-{self.epsilon:.12g}"
+        return f"eps-{epsilon_name(self.epsilon)}"
+
+    @property
+    def name(self) -> str:
+        """Its name where trials of all epsilons are in one folder: eps-inf-000017."""
+        return f"{self.folder}-{self.trial:06d}"
 
     @property
     def object_key(self) -> str:
@@ -84,12 +91,12 @@ class TrialKey(NamedTuple):
         return found if key in (*own, failed) else None
 
     def __str__(self) -> str:
-        at = "" if math.isinf(self.epsilon) else f" at epsilon {self.epsilon:g}"
+        at = at_epsilon(self.epsilon)
         return f"trial {self.trial}{at}"
 
 
 def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> pa.Table:
-    """The table of one trial: M + N rows, mask is bool [N].
+    """The table of one trial: N + M rows, mask is bool [N].
 
     Columns are those of `columns.TRIAL`, and of `columns.TRIAL_CURVATURE` if it was measured.
     """
@@ -97,23 +104,23 @@ def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> 
     subset = np.flatnonzero(mask)
 
     def over_all(values: NDArray[Any], missing: NDArray[np.bool_]) -> pa.Array:
-        spread = np.zeros(M + N, values.dtype)
-        spread[M + subset] = values
-        absent = np.ones(M + N, bool)
-        absent[M + subset] = missing
+        spread = np.zeros(N + M, values.dtype)
+        spread[subset] = values
+        absent = np.ones(N + M, bool)
+        absent[subset] = missing
         return pa.array(spread, mask=absent)
 
     history = result.history
     none = np.zeros(len(subset), bool)
-    is_test = np.arange(M + N) < M
+    is_test = np.arange(N + M) >= N
     arrays = {
-        "trial": pa.array(np.full(M + N, key.trial, np.int32)),
-        "epsilon": pa.array(np.full(M + N, key.epsilon)),
-        "split": pa.array(["test"] * M + ["train"] * N),
-        "index": pa.array(np.concatenate([np.arange(M), np.arange(N)])),
-        "in_subset": pa.array(np.concatenate([np.zeros(M, bool), mask]), mask=is_test),
-        "correct": pa.array(np.concatenate([result.test.correct, result.train.correct])),
-        "margin": pa.array(np.concatenate([result.test.margin, result.train.margin])),
+        "trial": pa.array(np.full(N + M, key.trial, np.int32)),
+        "epsilon": pa.array(np.full(N + M, key.epsilon)),
+        "split": pa.array(["train"] * N + ["test"] * M),
+        "index": pa.array(np.concatenate([np.arange(N), np.arange(M)])),
+        "in_subset": pa.array(np.concatenate([mask, np.zeros(M, bool)]), mask=is_test),
+        "correct": pa.array(np.concatenate([result.train.correct, result.test.correct])),
+        "margin": pa.array(np.concatenate([result.train.margin, result.test.margin])),
         "cumulative_loss": over_all(history.cumulative_loss, none),
         "learning_epoch": over_all(history.learning_epoch, history.learning_epoch == 0),
         "forgetting_count": over_all(history.forgetting_count, none),
@@ -122,10 +129,25 @@ def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> 
     if result.curvature is not None:
         found = {k: v for k, v in result.curvature.values.items() if k in columns.TRIAL_CURVATURE}
         for name, values in found.items():
-            spread = np.concatenate([np.zeros(M, np.float32), values])
+            spread = np.concatenate([values, np.zeros(M, np.float32)])
             arrays[name] = pa.array(spread, mask=is_test | ~np.isfinite(spread))
         of.update({k: c for k, c in columns.TRIAL_CURVATURE.items() if k in found})
     return pa.Table.from_pydict(arrays, schema=columns.schema(of))
+
+
+def train_part(table: pa.Table, key: TrialKey) -> pa.Table:
+    """The rows of training examples of a trial's table that has `in_subset`, which test rows lack.
+
+    Raises DamagedObjectError if they are not the first.
+    """
+    n_test = table["in_subset"].null_count
+    train = table.slice(0, table.num_rows - n_test)
+    if train["in_subset"].null_count:
+        raise DamagedObjectError(
+            f"{key.object_key} has test rows among its training rows; run `raymem verify STORE "
+            "--repair`, then the job"
+        )
+    return train
 
 
 def digest(table: pa.Table) -> str:

@@ -167,7 +167,7 @@ def check_trial(data: bytes, key: TrialKey, plan: Plan, study_hash: str) -> dict
     if not set(columns.TRIAL) <= set(table.column_names):
         missing = sorted(set(columns.TRIAL) - set(table.column_names))
         raise DamagedObjectError(f"has no column {', '.join(missing)}")
-    inside = table["in_subset"].drop_null().to_numpy(zero_copy_only=False)
+    inside = trials.train_part(table, key)["in_subset"].to_numpy()
     if plan.is_known and not np.array_equal(inside, plan.mask(key.trial)):
         raise DamagedObjectError("its subset is not the plan's")
     named = (table["epsilon"][0].as_py(), table["trial"][0].as_py())

@@ -9,10 +9,16 @@ holds the set. The mathematics is in `raymem.curvature`, which needs torch only 
 this: it uses the store, and the fleet's progress line and signals.
 """
 
-from raymem.curvature.streaming.gather import BadImage, StreamSummary
-from raymem.curvature.streaming.kept import StageSummary, measure_kept
-from raymem.curvature.streaming.scoring_model import ScoringModel
-from raymem.curvature.streaming.stream import stream_curvature
+from typing import TYPE_CHECKING
+
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.curvature.streaming.gather import BadImage, StreamSummary
+    from raymem.curvature.streaming.kept import StageSummary, measure_kept
+    from raymem.curvature.streaming.scoring_model import ScoringModel
+    from raymem.curvature.streaming.stream import stream_curvature
+
 
 __all__ = [
     "BadImage",
@@ -22,3 +28,5 @@ __all__ = [
     "measure_kept",
     "stream_curvature",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)

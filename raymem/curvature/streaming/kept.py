@@ -156,20 +156,11 @@ def measure_kept(
     return summary
 
 
-def folder_of(key: TrialKey) -> str:
-    """The folder in curvature/ of the model that a trial kept.
-
-    >>> folder_of(TrialKey(float("inf"), 17))
-    'eps-inf-000017'
-    """
-    return f"{key.folder}-{key.trial:06d}"
-
-
 def _missing(store: Store, stage: Stage) -> list[tuple[int, int]]:
     """(model, shard) of what is not in the store, model by model."""
     missing = []
     for model, key in enumerate(stage.keys):
-        done = store.streamed_shards(folder_of(key))
+        done = store.streamed_shards(key.name)
         missing += [(model, i) for i, shard in enumerate(stage.shards) if shard.name not in done]
     return missing
 

@@ -98,7 +98,7 @@ class ScoringModel:
         _load(net, weights, f"{store.url} {key}")
         transform = Transform(size=(H, W), way="fit", grey=C == 1)
         return cls(
-            name=name or f"{key.folder}-{key.trial:06d}",
+            name=name or key.name,
             net=net,
             transform=PAPER if paper else transform,
             n_classes=len(study["classes"]),

@@ -9,11 +9,17 @@ It uses the store, and the fleet's progress line and signals; nothing else in `r
 it.
 """
 
-from raymem.data.shards.finish_cache import IngestSummary
-from raymem.data.shards.ingestion import ingest
-from raymem.data.shards.records import Record, Shard
-from raymem.data.shards.shard_readers import list_shards, read_shard
-from raymem.data.shards.transform import Transform
+from typing import TYPE_CHECKING
+
+from raymem.lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from raymem.data.shards.finish_cache import IngestSummary
+    from raymem.data.shards.ingestion import ingest
+    from raymem.data.shards.records import Record, Shard
+    from raymem.data.shards.shard_readers import list_shards, read_shard
+    from raymem.data.shards.transform import Transform
+
 
 __all__ = [
     "IngestSummary",
@@ -24,3 +30,5 @@ __all__ = [
     "list_shards",
     "read_shard",
 ]
+
+__getattr__ = lazy_attributes(__name__, __file__)
