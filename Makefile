@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench docs clean
+.PHONY: demo test test-all check bench gpu-check docs clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
@@ -23,6 +23,10 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+# Is training on this machine's GPU right, and how fast is it? Six minutes at most.
+gpu-check: .venv/installed-dev
+	$(BIN)/python -m benchmarks.gpu $(if $(DATA),--data $(DATA))
 
 # Remakes the pages and pictures that come from code, from the demo's store, and from
 # jobs/feldman_mnist.py --data fashion-mnist --store runs/fashion_mnist --trials 240.

@@ -215,6 +215,7 @@ class Study:
         cpus_per_trial: int = 1,
         gpus_per_trial: float | None = None,
         workers_per_trial: int = 1,
+        models_per_step: int | None = None,
         max_workers: int | None = None,
         verbose: bool = False,
     ) -> Progress:
@@ -230,6 +231,7 @@ class Study:
             cpus_per_trial=cpus_per_trial,
             gpus_per_trial=gpus_per_trial,
             workers_per_trial=workers_per_trial,
+            models_per_step=models_per_step,
             max_workers=max_workers,
             extras=self.extras(store),
             verbose=verbose,

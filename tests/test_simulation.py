@@ -120,8 +120,8 @@ def test_bad_nodes_among_all_other_faults_make_no_trial_be_given_up(seed, bad_no
 
 
 class LeasesTwice(Ledger):
-    def _next(self, place):
-        key = super()._next(place)
+    def _next(self, *how):
+        key = super()._next(*how)
         if key is not None:
             self._pending.append(key)
         return key

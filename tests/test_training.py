@@ -86,7 +86,8 @@ def test_every_example_is_evaluated_and_only_the_subset_trains(images, plan):
     assert np.array_equal(again.test.margin, result.test.margin)
 
 
-def test_history_is_what_a_plain_loop_records(images, plan):
+@pytest.mark.parametrize("nominal", [None, 210, 150])
+def test_history_is_what_a_plain_loop_records(images, plan, nominal):
     """The same training, written as one would by hand, one example's loss at a time."""
     mask, seeds = plan.mask(0), plan.seeds(0)
     subset = np.flatnonzero(mask)
@@ -98,30 +99,31 @@ def test_history_is_what_a_plain_loop_records(images, plan):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     generator = torch.Generator().manual_seed(seeds.order)
     losses, right = np.zeros(n), [[] for _ in range(n)]
-    batches = -(-n // 50)
-    for epoch in range(4):
-        for number, batch in enumerate(
-            torch.randperm(n, generator=generator).tensor_split(batches)
-        ):
-            optimizer.param_groups[0]["lr"] = 0.1 * (1 - (epoch + number / batches) / 4)
-            rows = subset[batch.numpy()]
-            x = images.x_train[rows].float().permute(0, 3, 1, 2) / 255
-            logits = net(x)
-            loss = F.cross_entropy(logits, images.y_train[rows])
-            for position, row, logit in zip(batch.tolist(), rows, logits.detach(), strict=True):
-                log_p = torch.log_softmax(logit.double(), 0)
-                losses[position] -= log_p[images.y_train[row]].item()
-                right[position].append(bool(logit.argmax() == images.y_train[row]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    steps = round(4 * (nominal or n) / 50)
+    passes = [torch.randperm(n, generator=generator) for _ in range(5)]
+    stream = torch.cat(passes)[: steps * 50]
+    for number, batch in enumerate(stream.split(50)):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - number / steps)
+        rows = subset[batch.numpy()]
+        x = images.x_train[rows].float().permute(0, 3, 1, 2) / 255
+        logits = net(x)
+        loss = F.cross_entropy(logits, images.y_train[rows])
+        for position, row, logit in zip(batch.tolist(), rows, logits.detach(), strict=True):
+            log_p = torch.log_softmax(logit.double(), 0)
+            losses[position] -= log_p[images.y_train[row]].item()
+            right[position].append(bool(logit.argmax() == images.y_train[row]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
-    history = run_trial(images, mask, recipe, seeds).history
+    history = run_trial(images, mask, recipe, seeds, subset_size=nominal).history
     expected = [reference.history(r) for r in right]
     assert history.cumulative_loss == pytest.approx(losses, rel=1e-3, abs=1e-3)
     assert history.learning_epoch.tolist() == [learned for learned, _ in expected]
     assert history.forgetting_count.tolist() == [forgotten for _, forgotten in expected]
     assert history.forgetting_count.sum() > 0
+    visits = [len(r) for r in right]
+    assert max(visits) - min(visits) == 1
 
 
 def test_learning_and_forgetting_follow_the_definition(images, plan):
@@ -206,8 +208,8 @@ def test_each_image_has_its_own_draw():
 def test_optimizers_and_schedules_learn(images, plan, optimizer, schedule):
     rate = 0.1 if optimizer == "sgd" else 0.02
     recipe = Recipe(
-        model="mlp-32", epochs=8, optimizer=optimizer, schedule=schedule, learning_rate=rate,
-        warmup=0.1, label_smoothing=0.05, nesterov=optimizer == "sgd",
+        model="mlp-32", epochs=8, batch_size=104, optimizer=optimizer, schedule=schedule,
+        learning_rate=rate, warmup=0.1, label_smoothing=0.05, nesterov=optimizer == "sgd",
     )  # fmt: skip
     assert run(images, plan, recipe).train.correct[plan.mask(0)].mean() > 0.8
 

@@ -102,6 +102,7 @@ class Machine:
     cpus_per_trial: int
     gpus_per_trial: float | None
     workers_per_trial: int
+    models_per_step: int | None
     max_workers: int | None
     verbose: bool
 
@@ -176,6 +177,20 @@ def study_options(
     )
 
 
+class ModelsPerStep(click.ParamType[int | None]):
+    """A number, or auto: None."""
+
+    name = "auto|N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | None:
+        """Raises click.BadParameter for what is neither."""
+        if value == "auto" or isinstance(value, int):
+            return None if value == "auto" else value
+        if not (str(value).isdecimal() and int(value) >= 1):
+            self.fail(f"{value!r} is neither auto nor a number from 1 on", param, ctx)
+        return int(value)
+
+
 machine_options = together(
     click.option(
         "--engine",
@@ -196,6 +211,14 @@ machine_options = together(
         type=click.IntRange(1),
         default=1,
         help="Train each model on so many GPUs (or cores) together.",
+    ),
+    click.option(
+        "--models-per-step",
+        type=ModelsPerStep(),
+        default="auto",
+        show_default=True,
+        help="Train this many models at once in each worker, in the same steps; auto: on a GPU as "
+        "many as it is faster with, on a CPU one.",
     ),
     click.option("--max-workers", type=click.IntRange(1), help="Most workers at once."),
     click.option(

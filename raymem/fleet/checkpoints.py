@@ -31,16 +31,19 @@ class StoreCheckpoints:
         seconds: float,
         hurry: threading.Event,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        share: float = 1.0,
     ) -> None:
         self.store, self.key, self.seconds, self.hurry = store, key, seconds, hurry
         self.identity = json.loads(json.dumps(identity))
         self.seconds_before = 0.0
-        """What earlier workers spent on the trial, up to the checkpoint that was loaded."""
+        """What earlier workers spent on the trial, up to the checkpoint that was loaded. Of a group
+        that is a `share` of the time."""
         self.resumed = False
         """Was one loaded?"""
         self.written = False
         """Was one saved?"""
-        self._clock = clock
+        self._clock, self._share = clock, share
         self._start = self._last = clock()
         self._hurried = False
 
@@ -75,7 +78,7 @@ class StoreCheckpoints:
         about = {
             "identity": self.identity,
             "digest": hashlib.sha256(data).hexdigest(),
-            "seconds": self.seconds_before + self._last - self._start,
+            "seconds": self.seconds_before + self._share * (self._last - self._start),
         }
         self.written = True
         self.store.write_checkpoint(self.key, json.dumps(about).encode() + b"\n" + data)

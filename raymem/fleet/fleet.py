@@ -59,6 +59,7 @@ def run_fleet(
     cpus_per_trial: int = 1,
     gpus_per_trial: float | None = None,
     workers_per_trial: int = 1,
+    models_per_step: int | None = None,
     max_workers: int | None = None,
     extras: Extras | None = None,
     verbose: bool = False,
@@ -69,7 +70,9 @@ def run_fleet(
     goes on where it was. `engine="serial"` runs the same trials in this process, without Ray.
     `gpus_per_trial` is 1 by default where the cluster has GPUs, else 0; fractions pack small
     models. `workers_per_trial` of them train each model together, each with its share of every
-    batch. `extras` says which trials measure curvature, and which keep their weights.
+    batch. `models_per_step` of them are trained at once by each worker, in the same steps; None: on
+    a GPU as many as it is faster with, on a CPU one. `extras` says which trials measure curvature,
+    and which keep their weights.
 
     The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
     another live driver has it, StoreFullError without space, StoreError if it does not answer,
@@ -126,7 +129,11 @@ def run_fleet(
         try:
             progress = ledger.progress()
             if not progress.complete:
-                job = Job.of(examples, plan, recipe, store, cpus_per_trial, extras)
+                job = Job.of(
+                    examples, plan, recipe, store, cpus_per_trial, extras,
+                    models_per_step=1 if workers_per_trial > 1 else models_per_step,
+                    gpu_share=min(1.0, gpus_per_trial or 1.0),
+                )  # fmt: skip
                 run = _run_serial if engine == "serial" else _run_ray
                 slots = {
                     "cpus_per_trial": cpus_per_trial,

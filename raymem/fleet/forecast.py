@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +49,11 @@ def timed_trial(
     )
     # The first trial of a process pays for loading kernels.
     warm_up = dataclasses.replace(recipe, epochs=1)
-    run_trial(images, mask, warm_up, plan.seeds(0), threads=threads)
+    how: dict[str, Any] = {"subset_size": plan.subset_size, "threads": threads}
+    run_trial(images, mask, warm_up, plan.seeds(0), **how)
     start = time.perf_counter()
     asked = extras.of(TrialKey(epsilon, 0))
-    result = run_trial(images, mask, recipe, plan.seeds(0), threads=threads, **asked)
+    result = run_trial(images, mask, recipe, plan.seeds(0), **how, **asked)
     seconds = time.perf_counter() - start
     return seconds, len(encode(trial_table(KEY, mask, result), {}))
 

@@ -8,6 +8,7 @@ failures, `raymem.fleet.blame` decides.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -105,7 +106,8 @@ class _Worker:
     lane: str
     rank: int
     last_beat: float
-    key: TrialKey | None = None
+    keys: set[TrialKey] = field(default_factory=set)
+    """The trials that it is training, several at once in a group."""
 
     @property
     def place(self) -> Place:
@@ -157,6 +159,7 @@ class Ledger:
         self._pending = deque(key for key in self._trials if key not in self._given_up)
         self._workers: dict[str, _Worker] = {}
         self._lanes: dict[str, _Lane] = {}
+        self._expected: dict[str, int] = {}
         self._done: set[TrialKey] = set()
         self._lost: list[Lost] = []
         self._done_before = done_before
@@ -187,6 +190,15 @@ class Ledger:
         So can a worker that is retired: others of its lane go on, and as long as they do, Ray Train
         starts nobody in its place.
         """
+        leases = self.lease_group(worker, 1)
+        return None if leases is None else leases[0]
+
+    def lease_group(self, worker: str, n: int) -> list[Lease] | None:
+        """Up to `n` trials that this worker trains together; None when it can go home.
+
+        A worker gets its share of what is left, so that none is idle at the end. Without a trial
+        for it, there is one lease without a key.
+        """
         me = self._workers.get(worker)
         if me is None or self._stopped or self._fatal or self.is_broken(me.lane):
             return None
@@ -194,14 +206,17 @@ class Ledger:
             return None
         me.last_beat = self._clock()
         self._expire()
-        key = None if self._blame.is_suspended(me.place) else self._next(me.place)
-        if key is None:
-            waiting = self._pending or any(w.key is not None for w in self._workers.values())
+        keys = [] if self._blame.is_suspended(me.place) else self._next_group(me.place, n)
+        if not keys:
+            waiting = self._pending or any(w.keys for w in self._workers.values())
             wait = max(POLL_SECONDS, len(self._workers) / POLLS_PER_SECOND)
-            return Lease(key=None, wait=wait) if waiting else None
-        me.key = key
+            return [Lease(key=None, wait=wait)] if waiting else None
+        me.keys = set(keys)
         if self._first_lease is None:
             self._first_lease = me.last_beat
+        return [self._leased(key) for key in keys]
+
+    def _leased(self, key: TrialKey) -> Lease:
         trial = self._trials[key]
         trial.attempts += 1
         # A trial that diverged is trained again with the same seeds once, to tell a fault from
@@ -220,9 +235,10 @@ class Ledger:
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """A worker is through with a trial. After its lease ran out, only a commit counts."""
         me = self._workers.get(worker)
-        in_time = me is not None and me.key == key
+        in_time = me is not None and key in me.keys
         if me is not None and in_time:
-            me.key, me.last_beat = None, self._clock()
+            me.keys.discard(key)
+            me.last_beat = self._clock()
         if outcome in ("full", "mismatch"):
             self._fatal = (outcome, message)
         elif outcome in COMMITTED and key not in self._done:
@@ -237,12 +253,15 @@ class Ledger:
     # For the driver
 
     def expect(self, lane: str, workers: int) -> None:
-        """A lane starts: whether most workers fail is not decided without these."""
+        """A lane starts: whether most workers fail is not decided without these, and groups leave
+        trials for them."""
+        self._expected[lane] = workers
         self._blame.expect(lane, workers)
 
     def release_lane(self, lane: str) -> None:
         """A lane is gone, with its node: its trials go back, and are not blamed."""
         self._remove(lane, None, blame=False)
+        self._expected.pop(lane, None)
         self._blame.leave(lane)
 
     def drain(self, lane: str) -> None:
@@ -270,7 +289,7 @@ class Ledger:
     def progress(self) -> Progress:
         """Where the fleet is."""
         self._expire()
-        running = sum(worker.key is not None for worker in self._workers.values())
+        running = sum(len(worker.keys) for worker in self._workers.values())
         left = bool(self._pending) and not self._stopped and self._fatal is None
         elapsed = 0.0 if self._first_lease is None else self._last_commit - self._first_lease
         committed = len(self._done)
@@ -293,17 +312,50 @@ class Ledger:
 
     # Inside
 
-    def _next(self, place: Place) -> TrialKey | None:
-        # Trials whose worker died are suspects: one at a time per lane, so that a trial that kills
-        # its worker is told from those that only ran beside it.
+    def _next_group(self, place: Place, n: int) -> list[TrialKey]:
+        """Trials to train together. Those whose worker died are tried in a smaller group, then
+        alone, so that the one that kills is found by few more deaths."""
+        all_idle = not any(worker.keys for worker in self._workers.values())
+        first = self._next(place, Need if all_idle else (Need.NONE, Need.IDLE))
+        if first is None:
+            return []
+        deaths = self._trials[first].deaths
+        most = {0: n, 1: math.isqrt(n)}.get(deaths, 1)
+        if most > 1:
+            most = min(most, math.ceil((len(self._pending) + 1) / max(1, self._idle())))
+        keys = [first]
+        while len(keys) < most:
+            key = self._next(place, (Need.NONE,), deaths)
+            if key is None:
+                break
+            keys.append(key)
+        return keys
+
+    def _idle(self) -> int:
+        """Workers that could train, and those that were announced and are not here yet."""
+        here = Counter(worker.lane for worker in self._workers.values())
+        starting = sum(max(0, number - here[lane]) for lane, number in self._expected.items())
+        return starting + sum(
+            not worker.keys
+            and not self._lanes[worker.lane].draining
+            and not self._blame.is_retired(worker.place)
+            for worker in self._workers.values()
+        )
+
+    def _next(
+        self, place: Place, needs: Iterable[Need], deaths: int | None = None
+    ) -> TrialKey | None:
+        """Taken from those that are pending; with so many `deaths`, if that is said."""
+        # Trials whose worker died are suspects: one group at a time per lane, so that a trial that
+        # kills its worker is told from those that only ran beside it.
         suspect_runs = self._deaths > 0 and any(
-            w.key is not None and w.lane == place.lane and self._trials[w.key].deaths > 0
+            w.lane == place.lane and any(self._trials[key].deaths > 0 for key in w.keys)
             for w in self._workers.values()
         )
-        all_idle = all(worker.key is None for worker in self._workers.values())
-        for need in Need if all_idle else (Need.NONE, Need.IDLE):
+        for need in needs:
             for n, key in enumerate(self._pending):
-                if suspect_runs and self._trials[key].deaths > 0:
+                died = self._trials[key].deaths
+                if (suspect_runs and died > 0) or deaths not in (None, died):
                     continue
                 if self._blame.may_train(place, key, need):
                     del self._pending[n]
@@ -346,14 +398,16 @@ class Ledger:
                 del self._workers[name]
 
     def _release(self, worker: _Worker, *, blame: bool) -> None:
-        key, worker.key = worker.key, None
-        if key is None or key in self._done:
-            return
+        """Its trials go back. One in a group that died is as suspect as one that was alone."""
+        keys, worker.keys = sorted(worker.keys - self._done), set()
+        self._deaths += blame and bool(keys)
+        for key in keys:
+            self._give_back(key, blame=blame)
+
+    def _give_back(self, key: TrialKey, *, blame: bool) -> None:
         trial = self._trials[key]
         trial.attempts -= 1
-        if blame:
-            self._deaths += 1
-            trial.deaths += 1
+        trial.deaths += blame
         if trial.deaths >= DEATHS_ALLOWED:
             self._given_up.add(key)
             trial.attempts += 1
@@ -369,5 +423,5 @@ class Ledger:
     def _expire(self) -> None:
         now = self._clock()
         for worker in self._workers.values():
-            if worker.key is not None and now - worker.last_beat > self._lease_seconds:
+            if worker.keys and now - worker.last_beat > self._lease_seconds:
                 self._release(worker, blame=False)

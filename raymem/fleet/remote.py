@@ -26,6 +26,11 @@ class RemoteLedger:
         lease: Lease | None = ray.get(self._actor.lease.remote(worker))
         return lease
 
+    def lease_group(self, worker: str, n: int) -> list[Lease] | None:
+        """See Ledger.lease_group."""
+        leases: list[Lease] | None = ray.get(self._actor.lease_group.remote(worker, n))
+        return leases
+
     def beat(self, worker: str) -> bool:
         """See Ledger.beat."""
         return bool(ray.get(self._actor.beat.remote(worker)))

@@ -72,7 +72,10 @@ def repeat_trial(
     device = default_device()
     images = Images.from_arrays(e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, device)
     seeds = Seeds(**about["seeds"])
-    result = run_trial(images, mask, recipe, seeds, threads=threads, **extras.of(key))
+    result = run_trial(
+        images, mask, recipe, seeds,
+        subset_size=plan.subset_size, threads=threads, **extras.of(key),
+    )  # fmt: skip
     again, first = trial_table(key, mask, result), store.trial(key)
     margins = (t["margin"].to_numpy().astype(np.float64) for t in (first, again))
     right = (t["correct"].to_numpy() for t in (first, again))
@@ -84,7 +87,11 @@ def repeat_trial(
         drift=float(np.abs(np.subtract(*margins)).max(initial=0)),
         comparable=about.get("workers", 1) == 1
         and not may_differ(
-            about, {"arithmetic": arithmetic(device, threads), "device": device.type}
+            about,
+            {
+                "arithmetic": arithmetic(device, threads, recipe, result.how),
+                "device": device.type,
+            },
         ),
     )
     store.write_note("repeat", found.as_dict())

@@ -8,10 +8,10 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,19 @@ from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
 from raymem.store.weights import weights_digest
-from raymem.training import ALONE, Images, Measured, Ranks, Recipe, TrialResult, run_trial
+from raymem.training import (
+    ALONE,
+    Images,
+    Measured,
+    Member,
+    Ranks,
+    Recipe,
+    TrialResult,
+    fast_arithmetic,
+    models_per_step,
+    run_group,
+    run_trial,
+)
 from raymem.version import VERSION
 
 Arrays = tuple[
@@ -100,6 +112,10 @@ class Job:
     """What trials do beside training and evaluation."""
     source: Source
     n_classes: int
+    models_per_step: int | None = None
+    """How many models a worker trains at once; None: as many as its device is faster with."""
+    gpu_share: float = 1.0
+    """Of a GPU, for each worker."""
 
     @classmethod
     def of(
@@ -110,6 +126,9 @@ class Job:
         store: Store,
         threads: int,
         extras: Extras,
+        *,
+        models_per_step: int | None = None,
+        gpu_share: float = 1.0,
     ) -> Job:
         """The job of a study."""
         return cls(
@@ -121,7 +140,18 @@ class Job:
             extras=extras,
             source=source_of(examples),
             n_classes=examples.n_classes,
+            models_per_step=models_per_step,
+            gpu_share=gpu_share,
         )
+
+    def models_at_once(self, images: Images) -> int:
+        """How many trials a worker with these images leases and trains in one step."""
+        if self.extras.mechanisms:  # each clips and adds noise by itself
+            return 1
+        if self.models_per_step is not None:
+            return self.models_per_step
+        with fast_arithmetic(self.threads):
+            return models_per_step(images, self.recipe, self.plan.subset_size, share=self.gpu_share)
 
     @property
     def data_bytes(self) -> int:
@@ -150,8 +180,8 @@ def source_of(examples: Examples) -> Source:
 class LedgerClient(Protocol):
     """The ledger as a worker sees it: the object itself, or a Ray actor behind it."""
 
-    def lease(self, worker: str) -> Lease | None:
-        """See Ledger.lease."""
+    def lease_group(self, worker: str, n: int) -> list[Lease] | None:
+        """See Ledger.lease_group."""
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """See Ledger.finish."""
@@ -175,20 +205,42 @@ def work(
     several failed: the others may be waiting for it, and only starting all of them anew helps.
     """
     images, store = job.images(device), Store(job.store_url)
-    worker_of = Attempt(job, images, store, ranks, hurry or threading.Event(), count_images)
-    while (lease := ranks.share(ledger.lease(worker) if ranks.rank == 0 else None)) is not None:
-        if lease.key is None:
-            time.sleep(lease.wait)
-            continue
-        outcome, message = worker_of(lease)
-        if outcome == "peer":
-            # Another of them failed, and says so; or it died, which the ledger finds out.
-            raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
-        if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
-            ledger.finish(worker, lease.key, outcome, message)
-        if not ranks.alone and outcome not in (*COMMITTED, "diverged"):
-            raise FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
+    attempt = Attempt(job, images, store, ranks, hurry or threading.Event(), count_images)
+    at_once = job.models_at_once(images) if ranks.alone else 1
+
+    def lease() -> list[Lease] | None:
+        return ledger.lease_group(worker, at_once) if ranks.rank == 0 else None
+
+    def finished(lease: Lease, outcome: Outcome, message: str) -> None:
+        assert lease.key is not None
+        ledger.finish(worker, lease.key, outcome, message)
         after_trial()
+
+    while (leases := ranks.share(lease())) is not None:
+        if leases[0].key is None:
+            time.sleep(leases[0].wait)
+        elif len(leases) > 1:
+            attempt.together(leases, finished)
+        elif ranks.alone:
+            finished(leases[0], *attempt(leases[0]))
+        else:
+            _with_others(ledger, worker, attempt, leases[0])
+            after_trial()
+
+
+def _with_others(ledger: LedgerClient, worker: str, attempt: Attempt, lease: Lease) -> None:
+    """A trial that several ranks train together."""
+    ranks, key = attempt.ranks, lease.key
+    assert key is not None
+    outcome, message = attempt(lease)
+    failed = FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
+    if outcome == "peer":
+        # Another of them failed, and says so; or it died, which the ledger finds out.
+        raise failed
+    if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
+        ledger.finish(worker, key, outcome, message)
+    if outcome not in (*COMMITTED, "diverged"):
+        raise failed
 
 
 @dataclass(frozen=True)
@@ -202,66 +254,98 @@ class Attempt:
     hurry: threading.Event
     count_images: Callable[[int], None]
 
-    def __call__(self, lease: Lease) -> tuple[Outcome | Literal["peer"], str]:
+    def __call__(self, lease: Lease) -> tuple[Any, str]:
         """What became of the trial, and why; "peer" if another rank failed and this one not."""
+        return self._outcome(lease, lambda: self._train(lease))
+
+    def together(
+        self, leases: Sequence[Lease], finished: Callable[[Lease, Outcome, str], None]
+    ) -> None:
+        """Train several trials in one step; `finished` hears of each when it is committed."""
+        left = dict(enumerate(leases))
+        trials = [_Trial.of(self, lease, share=1 / len(leases)) for lease in leases]
+
+        def committed(number: int, found: TrialResult | Exception) -> None:
+            def commit() -> Outcome:
+                if isinstance(found, Exception):
+                    raise found
+                return self._commit(leases[number], trials[number], found)
+
+            lease = left.pop(number)
+            finished(lease, *self._outcome(lease, commit))
+
+        members = [self._member(lease, trial) for lease, trial in zip(leases, trials, strict=True)]
+        try:
+            run_group(
+                self.images,
+                members,
+                self.job.recipe,
+                subset_size=self.job.plan.subset_size,
+                threads=self.job.threads,
+                on_result=committed,
+                on_epoch=lambda epoch: self.count_images(self.job.plan.subset_size),
+            )
+        except Exception as error:  # none of a single trial's: of all that are left
+            for lease in list(left.values()):
+                finished(lease, *self._outcome(lease, lambda error=error: _raised(error)))  # type: ignore[misc]
+
+    def _member(self, lease: Lease, trial: _Trial) -> Member:
+        assert lease.key is not None
+        asked = self.job.extras.of(lease.key)
+        return Member(
+            mask=trial.mask,
+            seeds=trial.seeds,
+            curvature=asked["curvature"],
+            keep_weights=asked["keep_weights"],
+            checkpoints=trial.checkpoints,
+        )
+
+    def _outcome(self, lease: Lease, work: Callable[[], Outcome]) -> tuple[Any, str]:
         key = lease.key
         assert key is not None
         try:
-            return self._train(key, lease), ""
+            return work(), ""
         except StoreFullError as error:
             return "full", str(error)
         except ResultMismatchError as error:
             return "mismatch", str(error)
         except TrialError as error:
-            cause: Any = error.cause
-            self.store.record_failure(key, lease.attempt, cause, str(error))
+            self.store.record_failure(key, lease.attempt, error.cause, str(error))
             # It would lead there again.
             self.store.delete_checkpoint(key)
-            return cause, str(error)
+            return error.cause, str(error)
         except StoreError as error:  # tried again for as long as that makes sense
             return "store", str(error)
         except Exception as error:  # the user's model can raise anything; the ledger decides
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename}:{where.lineno}"
-            outcome: Literal["peer", "error"] = "peer" if self.ranks.lost_a_peer(error) else "error"
+            outcome = "peer" if self.ranks.lost_a_peer(error) else "error"
             return outcome, f"{key} failed: {type(error).__name__}: {error} ({place})"
 
-    def _train(self, key: TrialKey, lease: Lease) -> Outcome:
-        job, mask = self.job, self.job.plan.mask(key.trial)
-        seeds = job.plan.seeds(key.trial, key.epsilon, lease.seed_attempt)
-        checkpoints = StoreCheckpoints(
-            self.store,
-            key,
-            {"study_hash": job.study_hash, "seeds": vars(seeds), "workers": self.ranks.world},
-            job.extras.checkpoint_seconds,
-            self.hurry,
-        )
-        share = int(mask.sum()) // self.ranks.world
+    def _train(self, lease: Lease) -> Outcome:
+        job, trial = self.job, _Trial.of(self, lease)
+        share = int(trial.mask.sum()) // self.ranks.world
+        assert lease.key is not None
         result = run_trial(
             self.images,
-            mask,
+            trial.mask,
             job.recipe,
-            seeds,
+            trial.seeds,
+            subset_size=job.plan.subset_size,
             threads=job.threads,
-            checkpoints=checkpoints,
+            checkpoints=trial.checkpoints,
             ranks=self.ranks,
             on_epoch=lambda epoch: self.count_images(share),
-            **job.extras.of(key),
+            **job.extras.of(lease.key),
         )
-        return self._commit(key, lease, seeds, mask, result, checkpoints)
+        return self._commit(lease, trial, result)
 
-    def _commit(
-        self,
-        key: TrialKey,
-        lease: Lease,
-        seeds: Seeds,
-        mask: NDArray[np.bool_],
-        result: TrialResult,
-        checkpoints: StoreCheckpoints,
-    ) -> Outcome:
+    def _commit(self, lease: Lease, trial: _Trial, result: TrialResult) -> Outcome:
+        key, checkpoints = lease.key, trial.checkpoints
+        assert key is not None
         if self.ranks.rank > 0:
             return "committed"
-        about = provenance(self.job, key, lease, seeds, result, self.images.device)
+        about = provenance(self.job, key, lease, trial.seeds, result, self.images.device)
         if checkpoints.resumed:
             about["resumed"] = True
             about["seconds"] = round(about["seconds"] + checkpoints.seconds_before, 3)
@@ -270,10 +354,43 @@ class Attempt:
         if result.weights is not None:
             self.store.keep_weights(key, result.weights, about)
             about["weights"] = weights_digest(result.weights)
-        committed = self.store.commit(key, trial_table(key, mask, result), about)
+        committed = self.store.commit(key, trial_table(key, trial.mask, result), about)
         if checkpoints.written or checkpoints.resumed:
             self.store.delete_checkpoint(key)
         return cast(Outcome, committed)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What a leased trial is trained on."""
+
+    mask: NDArray[np.bool_]
+    seeds: Seeds
+    checkpoints: StoreCheckpoints
+
+    @classmethod
+    def of(cls, attempt: Attempt, lease: Lease, share: float = 1.0) -> _Trial:
+        """`share`: of the worker's time, the trial's."""
+        job, key = attempt.job, lease.key
+        assert key is not None
+        seeds = job.plan.seeds(key.trial, key.epsilon, lease.seed_attempt)
+        identity = {
+            "study_hash": job.study_hash,
+            "seeds": vars(seeds),
+            "workers": attempt.ranks.world,
+        }
+        seconds = job.extras.checkpoint_seconds
+        return cls(
+            mask=job.plan.mask(key.trial),
+            seeds=seeds,
+            checkpoints=StoreCheckpoints(
+                attempt.store, key, identity, seconds, attempt.hurry, share=share
+            ),
+        )
+
+
+def _raised(error: Exception) -> Outcome:
+    raise error
 
 
 def provenance(
@@ -294,19 +411,22 @@ def provenance(
         "seeds": vars(seeds),
         "seconds": round(result.seconds, 3),
         "device": device.type,
-        "arithmetic": arithmetic(device, job.threads) + by_itself,
+        "arithmetic": arithmetic(device, job.threads, job.recipe, result.how) + by_itself,
         "host": socket.gethostname(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "raymem": VERSION,
     }
 
 
-def arithmetic(device: torch.device, threads: int) -> str:
-    """Two results of a trial may differ between these, and must not within one."""
+def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> str:
+    """Two results of a trial may differ between these, and must not within one.
+
+    `how` is the result's: alone, or in a group of how many.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return (
         f"{name} {torch.backends.cpu.get_cpu_capability()} torch {torch.__version__} threads "
-        f"{threads}"
+        f"{threads}, {recipe.precision}, evaluated in float32, {how}"
     )
 
 

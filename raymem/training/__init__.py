@@ -9,14 +9,18 @@ scaled as one tensor on the device; there is no data loader and no Python per im
 """
 
 from raymem.models import margins
+from raymem.training.calibrate import models_per_step
 from raymem.training.checkpoint import Checkpoints
+from raymem.training.group import Member, run_group
+from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input, augment, default_device
-from raymem.training.loop import OnEpoch, SubsetHistory, train
+from raymem.training.loop import OnEpoch, train
 from raymem.training.measure import Measured, Meter, batch_of, measure
+from raymem.training.precision import fast_arithmetic
 from raymem.training.private import check_private_recipe, train_privately
 from raymem.training.ranks import ALONE, Ranks
-from raymem.training.recipe import Recipe, learning_rate_factor
-from raymem.training.trial import Evaluation, TrialResult, evaluate, fast_arithmetic, run_trial
+from raymem.training.recipe import Recipe, Steps, learning_rate_factor
+from raymem.training.trial import Evaluation, TrialResult, evaluate, run_trial
 
 __all__ = [
     "ALONE",
@@ -24,10 +28,12 @@ __all__ = [
     "Evaluation",
     "Images",
     "Measured",
+    "Member",
     "Meter",
     "OnEpoch",
     "Ranks",
     "Recipe",
+    "Steps",
     "SubsetHistory",
     "TrialResult",
     "as_input",
@@ -40,6 +46,8 @@ __all__ = [
     "learning_rate_factor",
     "margins",
     "measure",
+    "models_per_step",
+    "run_group",
     "run_trial",
     "train",
     "train_privately",

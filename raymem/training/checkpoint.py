@@ -1,7 +1,8 @@
 """Where a trial was when its worker was lost: what is saved between two batches, and read back.
 
 `Training` holds all that changes while a model trains; a checkpoint is that, as bytes. On one CPU a
-resumed trial ends as the undisturbed one does, to the bit.
+resumed trial ends as the undisturbed one does, to the bit. A model trained in a group is saved as
+one trained alone is, and goes on in any group or alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from raymem.errors import first_line
+from raymem.training.batches import Stream
+from raymem.training.history import History, SubsetHistory
 
 
 class Checkpoints(Protocol):
@@ -28,13 +31,23 @@ class Checkpoints(Protocol):
         """Put it in place of the last one."""
 
 
+class Moves(Protocol):
+    """An optimizer: raymem's own, or one of torch.optim."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Copied into the tensors that are there."""
+
+
 class Training:
     """The state of one model's training: n examples in the subset, on one device."""
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Moves,
         scaler: torch.amp.GradScaler,
         n: int,
         order_seed: int,
@@ -42,63 +55,42 @@ class Training:
     ) -> None:
         device = next(model.parameters()).device
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.order = torch.Generator().manual_seed(order_seed)
-        """Shuffles, one permutation an epoch, or draws Poisson batches."""
-        self.draws = torch.Generator().manual_seed(augment_seed)
-        """Draws crops and flips."""
-        self.epoch = self.batch = 0
-        """The batch to train on next."""
-        self.epoch_order = self.order.get_state()
-        """The state of `order` before this epoch's permutation."""
-        self.cumulative_loss = torch.zeros(n, device=device)
-        self.was_right = torch.zeros(n, dtype=torch.bool, device=device)
-        """Was it right at its last visit?"""
-        self.learning_epoch = torch.zeros(n, dtype=torch.int32, device=device)
-        self.forgetting_count = torch.zeros(n, dtype=torch.int32, device=device)
-
-    HISTORY = ("cumulative_loss", "was_right", "learning_epoch", "forgetting_count")
-
-    @property
-    def n(self) -> int:
+        self.n = n
         """Examples in the subset."""
-        return len(self.was_right)
-
-    def start_epoch(self) -> Tensor:
-        """This epoch's order of the n examples, int64 [n]; the same again after a checkpoint."""
-        self.order.set_state(self.epoch_order)
-        return torch.randperm(self.n, generator=self.order)
-
-    def visit(self, place: Tensor, loss: Tensor, right: Tensor) -> None:
-        """Count what a batch showed: places in the subset, losses, was it right, all [B]."""
-        self.cumulative_loss[place] += loss
-        was_right = self.was_right[place]
-        self.forgetting_count[place] += was_right & ~right
-        since = torch.where(right & ~was_right, self.epoch + 1, self.learning_epoch[place])
-        self.learning_epoch[place] = torch.where(right, since, 0)
-        self.was_right[place] = right
+        self.stream = Stream(n, order_seed, augment_seed)
+        self.epoch = self.step = 0
+        """Epochs that are over; the step to take next."""
+        self.drawn_from = 0
+        """The step that `stream` was marked at."""
+        self.how: list[str] = []
+        """How its steps were computed: alone, in a group of how many; more than one if its worker
+        was lost."""
+        self.history = History(1, n, device)
 
     def end_epoch(self) -> None:
         """Go on to the next."""
-        self.epoch_order = self.order.get_state()
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.epoch += 1
+
+    def shown(self) -> SubsetHistory:
+        """What training showed of the subset."""
+        return self.history.row(0, self.n)
 
     def as_bytes(self, more: dict[str, Any] | None = None) -> bytes:
         """A checkpoint; `more` is for `restore` to give back: numbers, text, tensors."""
         buffer = io.BytesIO()
-        torch.save(
-            {
-                "place": [self.epoch, self.batch],
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "history": {name: getattr(self, name) for name in self.HISTORY},
-                "order": self.epoch_order,
-                "draws": self.draws.get_state(),
-                "random": _random_states(),
-                "more": more,
-            },
-            buffer,
-        )
+        history = {name: getattr(self.history, name)[0, : self.n] for name in History.NAMES}
+        state = {
+            "place": [self.epoch, self.step, self.drawn_from],
+            "how": self.how,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "history": history,
+            "stream": self.stream.marked,
+            "random": _random_states(),
+            "more": more,
+        }
+        torch.save(_by_itself(state), buffer)
         return buffer.getvalue()
 
     def restore(self, data: bytes, rank: int = 0) -> Any:
@@ -110,10 +102,10 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             for name, value in state["history"].items():
-                getattr(self, name).copy_(value)
-            self.epoch, self.batch = state["place"]
-            self.epoch_order = state["order"]
-            self.draws.set_state(state["draws"])
+                getattr(self.history, name)[0, : self.n].copy_(value)
+            self.epoch, self.step, self.drawn_from = state["place"]
+            self.how = state["how"]
+            self.stream.go_to(state["stream"])
         except Exception as error:  # unpicklers raise any kind; the way out is the same
             raise ValueError(
                 f"it is no checkpoint of this training ({first_line(error)})"
@@ -121,6 +113,18 @@ class Training:
         if rank == 0:
             _set_random_states(state["random"])
         return state["more"]
+
+
+def _by_itself(value: Any) -> Any:
+    """`value` with tensors that are views of larger ones copied: torch saves whole storages."""
+    if isinstance(value, Tensor):
+        whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        return value if whole else value.clone()
+    if isinstance(value, dict):
+        return {key: _by_itself(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_by_itself(item) for item in value)
+    return value
 
 
 def _random_states() -> dict[str, Tensor]:

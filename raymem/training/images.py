@@ -129,6 +129,50 @@ def as_input(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return images.div_(255) if x.dtype == torch.uint8 else images / 255
 
 
+Draws = dict[str, Tensor]
+"""How each image of a batch is augmented: `shift` or `box`, and `flip`, [B, ...] each."""
+
+
+def draw_augmentation(
+    B: int, recipe: Recipe, image_shape: tuple[int, int, int], draws: torch.Generator
+) -> Draws:
+    """Draw crops and flips for B images, from a CPU generator: they do not depend on the device."""
+    H, W, _ = image_shape
+    drawn: Draws = {}
+    if recipe.crop_scale is not None:
+        drawn["box"] = random_boxes(B, (H, W), recipe.crop_scale, recipe.crop_ratio, draws)
+    elif recipe.crop_padding:
+        p = recipe.crop_padding
+        drawn["shift"] = torch.randint(-p, p + 1, (2, B), generator=draws).T.contiguous()
+    if recipe.flip:
+        drawn["flip"] = torch.rand(B, generator=draws) < 0.5
+    return drawn
+
+
+def take(x: Tensor, rows: Tensor, draws: Draws, recipe: Recipe) -> Tensor:
+    """Images `rows` (int64 [B]) of x (uint8 [N, H, W, C]), cropped and flipped by their `draws`.
+
+    uint8 [B, H, W, C]; resized crops are float32, 0 to 255. All tensors are on one device.
+    """
+    _, H, W, _ = x.shape
+    if "box" in draws:
+        return resized_crops(
+            gather(x, rows), draws["box"], recipe.crop_size or H, draws.get("flip")
+        )
+    if not draws:
+        return gather(x, rows)
+    B = len(rows)
+    row_at = torch.arange(H, device=x.device).expand(B, H)
+    column_at = torch.arange(W, device=x.device).expand(B, W)
+    if "shift" in draws:
+        row_at = _reflect(row_at + draws["shift"][:, :1], H)
+        column_at = _reflect(column_at + draws["shift"][:, 1:], W)
+    if "flip" in draws:
+        column_at = torch.where(draws["flip"][:, None], column_at.flip(1), column_at)
+    # One gather instead of picking, padding, cropping and flipping in turn.
+    return x[rows[:, None, None], row_at[:, :, None], column_at[:, None, :]]
+
+
 def augment(
     x: Tensor,
     recipe: Recipe,
@@ -139,32 +183,13 @@ def augment(
 ) -> Tensor:
     """Random crops and flips of a batch x (uint8 [B, H, W, C]), each image with its own draw.
 
-    Draws come from a CPU generator, so they do not depend on the device. Where x is only a `part`
-    of a batch of `of` images, they are drawn for the whole batch: an image's draw does not depend
-    on how many workers share it. Resized crops are float32, 0 to 255.
+    Where x is only a `part` of a batch of `of` images, they are drawn for the whole batch: an
+    image's draw does not depend on how many workers share it.
     """
-    B, (_, H, W, _) = len(x) if of is None else of, x.shape
-    if recipe.crop_scale is not None:
-        boxes = random_boxes(B, (H, W), recipe.crop_scale, recipe.crop_ratio, draws)
-        mirrored = torch.rand(B, generator=draws) < 0.5 if recipe.flip else None
-        mirrored = None if mirrored is None else mirrored[part]
-        return resized_crops(x, boxes[part], recipe.crop_size or H, mirrored)
-    if recipe.crop_padding == 0 and not recipe.flip:
-        return x
-    row_at = torch.arange(H).expand(B, H)
-    column_at = torch.arange(W).expand(B, W)
-    if recipe.crop_padding:
-        p = recipe.crop_padding
-        shift = torch.randint(-p, p + 1, (2, B, 1), generator=draws)
-        row_at = _reflect(row_at + shift[0], H)
-        column_at = _reflect(column_at + shift[1], W)
-    if recipe.flip:
-        flipped = torch.rand(B, 1, generator=draws) < 0.5
-        column_at = torch.where(flipped, column_at.flip(1), column_at)
-    # One gather instead of padding, cropping and flipping in turn.
-    row_at, column_at = row_at[part], column_at[part]
-    image = torch.arange(len(x), device=x.device)[:, None, None]
-    return x[image, row_at[:, :, None].to(x.device), column_at[:, None, :].to(x.device)]
+    H, W, C = x.shape[1:]
+    drawn = draw_augmentation(len(x) if of is None else of, recipe, (H, W, C), draws)
+    here = {name: values[part].to(x.device) for name, values in drawn.items()}
+    return take(x, torch.arange(len(x), device=x.device), here, recipe)
 
 
 def _reflect(at: Tensor, size: int) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: N training examples, n in the subset, B batch.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,19 +28,12 @@ from raymem.privacy import (
     poisson_batch,
 )
 from raymem.training.checkpoint import Checkpoints
+from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input, augment
-from raymem.training.loop import (
-    OnEpoch,
-    SubsetHistory,
-    check_finite,
-    history_of,
-    memory_format_of,
-    restore,
-    set_learning_rate,
-    start,
-)
+from raymem.training.loop import OnEpoch, check_finite, restore, start_with
 from raymem.training.ranks import ALONE, Ranks
-from raymem.training.recipe import Recipe
+from raymem.training.recipe import Recipe, learning_rate_factor
+from raymem.training.step import memory_format_of
 
 
 def train_privately(
@@ -68,42 +62,58 @@ def train_privately(
     if mechanism.clips:
         mode = _tested_mode(recipe.model, images.n_classes, images.image_shape)
     frozen = frozen_state(model)
-    state, subset = start(model, images, mask, recipe, seeds)
-    private = PrivateSteps(model, state.optimizer, mechanism, seeds.noise, mode=mode)
+    memory_format = memory_format_of(recipe)
+    model.to(memory_format=memory_format).train()
+    # opacus wraps torch's own.
+    optimizer = torch_optimizer(model, recipe)
+    state, subset = start_with(model, optimizer, images, mask, recipe, seeds)
+    stream = state.stream
+    private = PrivateSteps(model, optimizer, mechanism, seeds.noise, mode=mode)
     if mechanism.secure_mode:
-        state.order.seed()
+        stream.order.seed()
         checkpoints = None
     elif (saved := restore(state, checkpoints, ranks)) is not None:
         private.restore(saved)
-        state.order.set_state(state.epoch_order)
-    memory_format = memory_format_of(recipe)
     while private.steps < mechanism.steps:
         state.epoch = private.steps * recipe.epochs // mechanism.steps
-        set_learning_rate(state.optimizer, recipe, private.steps / mechanism.steps)
-        places = poisson_batch(state.n, mechanism.sample_rate, state.order)
+        done = private.steps / mechanism.steps
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * learning_rate_factor(recipe, done)
+        places = poisson_batch(state.n, mechanism.sample_rate, stream.order)
         rows = subset[places]
         # Drawn for the whole batch: an image's crop does not depend on how batches are cut.
-        x = augment(next(iter(images.training_batches([rows]))), recipe, state.draws)
+        x = augment(next(iter(images.training_batches([rows]))), recipe, stream.draws)
         y, place = images.y_train[rows.to(images.device)], places.to(images.device)
         for part in physical_batches(places, private.batch):
             loss, right = private.add(
                 as_input(x[part], memory_format), y[part], smoothing=recipe.label_smoothing
             )
-            state.visit(place[part], loss, right)
+            state.history.visit(place[part][None], loss[None], right[None], state.epoch + 1)
         private.step()
         # Where the next step's batch is drawn from.
-        state.epoch_order = state.order.get_state()
+        stream.mark()
         if checkpoints is not None and checkpoints.due():
             checkpoints.save(state.as_bytes(private.state()))
         if private.steps * recipe.epochs // mechanism.steps > state.epoch:
-            check_finite(state, recipe)
+            check_finite(state.history, state.epoch + 1, recipe)
             on_epoch(state.epoch + 1)
     private.close()
     if mechanism.clips:
         # What fresh weights do not show, trained ones may.
         check_frozen(model, frozen)
         check_function(model, images.image_shape)
-    return history_of(state)
+    return state.shown()
+
+
+def torch_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """torch.optim's own, as `recipe` says."""
+    common: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), momentum=recipe.momentum, nesterov=recipe.nesterov, **common
+        )
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(model.parameters(), **common)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""How one model is trained: `Recipe`, and its learning rate at each moment."""
+"""How one model is trained: `Recipe`, its steps, and its learning rate at each of them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ LATER = ("crop_scale", "crop_ratio", "crop_size", "compile")
 class Recipe:
     """How one model is trained. Part of a study's identity: another recipe is another study.
 
+    Every trial of a study takes the same steps (`Steps`), however many examples are in its subset:
+    batches of exactly `batch_size` examples are cut from an endless stream of shuffled passes over
+    the subset, so that a batch may hold the end of one pass and the beginning of the next, and the
+    number of visits differs by one at most between examples. The number of steps is that of
+    `epochs` passes over a subset of the plan's nominal size.
+
     Raises RecipeError for settings that make no sense.
 
     >>> Recipe(model="mlp-512-256", epochs=10, learning_rate=0.1).batch_size
@@ -27,9 +33,9 @@ class Recipe:
     model: str | models.ModelFunction
     """A name, "module:function", or a function of n_classes and image_shape (see models.py)."""
     epochs: int
-    """Passes over the subset."""
+    """Passes over a subset of the nominal size."""
     batch_size: int = 128
-    """Largest batch; an epoch is cut into equal batches of at most this many examples."""
+    """Examples of each step; the nominal size of a subset where that is smaller."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """torch.optim's."""
     learning_rate: float = 0.1
@@ -61,8 +67,11 @@ class Recipe:
     """The side they are resized to; None: the height of the images."""
     compile: bool = False
     """torch.compile the model for training."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Training's; evaluation is always float32."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    """Of training's matrix products and convolutions. float32 is float32, also where torch's
+    settings allow less; tf32 is float32 with products of 10-bit mantissas, on GPUs that have them;
+    the other two keep weights in float32 (mixed precision). Evaluation and curvature are always
+    float32."""
     channels_last: bool = False
     """Memory format of images and weights."""
     mean: tuple[float, ...] = (0.5,)
@@ -89,7 +98,7 @@ class Recipe:
                     f"no schedule {self.schedule!r}",
                 ),
                 (
-                    self.precision not in ("float32", "bfloat16", "float16"),
+                    self.precision not in ("float32", "tf32", "bfloat16", "float16"),
                     f"no precision {self.precision!r}",
                 ),
                 (not 0 <= self.warmup < 1, f"warmup must be in [0, 1), got {self.warmup}"),
@@ -134,6 +143,35 @@ class Recipe:
         }
         data = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
         return {**data, "model": models.identity(self.model)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The steps that every trial of a study takes.
+
+    >>> steps = Steps.of(Recipe(model="mlp-8", epochs=3, batch_size=64), subset_size=100)
+    >>> steps.batch, steps.total, [steps.end(epoch) for epoch in (1, 2, 3)]
+    (64, 5, [1, 3, 5])
+    """
+
+    batch: int
+    """Examples of each step."""
+    total: int
+    """Steps of a trial."""
+    epochs: int
+    """Parts that training is cut into, of equally many steps but for one."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, subset_size: int) -> Steps:
+        """Of a recipe and a plan's nominal subset size: round(epochs * size / batch) steps."""
+        nominal = max(1, subset_size)
+        batch = min(recipe.batch_size, nominal)
+        total = round(recipe.epochs * nominal / batch)
+        return cls(batch=batch, total=total, epochs=recipe.epochs)
+
+    def end(self, epoch: int) -> int:
+        """How many steps are taken when `epoch` (from 1) is over."""
+        return epoch * self.total // self.epochs
 
 
 def _rises(pair: tuple[float, float], most: float = math.inf) -> bool:

@@ -25,9 +25,11 @@ from raymem.models import margins
 from raymem.plan import Seeds
 from raymem.privacy import Mechanism
 from raymem.training.checkpoint import Checkpoints
+from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input
-from raymem.training.loop import OnEpoch, SubsetHistory, train
+from raymem.training.loop import OnEpoch, train_alone
 from raymem.training.measure import Measured, measure
+from raymem.training.precision import fast_arithmetic
 from raymem.training.private import train_privately
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe
@@ -54,7 +56,11 @@ class TrialResult:
     history: SubsetHistory
     """Over the n examples of the subset."""
     seconds: float
-    """Wall seconds of training and evaluation; curvature's are in `curvature`."""
+    """Wall seconds of training and evaluation, of a group its share; curvature's are in
+    `curvature`."""
+    how: str = "alone"
+    """How it was computed: alone or in a group of how many models, step by step or as a CUDA
+    graph. The trial is the same but for rounding."""
     curvature: Measured | None = None
     """Over all N training examples, if it was asked for."""
     weights: dict[str, Tensor] | None = None
@@ -67,20 +73,24 @@ def run_trial(
     recipe: Recipe,
     seeds: Seeds,
     *,
+    subset_size: int | None = None,
     threads: int = 1,
     curvature: CurvatureRule | None = None,
     keep_weights: bool = False,
     mechanism: Mechanism | None = None,
     checkpoints: Checkpoints | None = None,
     ranks: Ranks = ALONE,
+    graph: bool = True,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> TrialResult:
     """Train one model on the examples of `mask` (bool [N]) and evaluate it on every example.
 
-    With a `mechanism`, training is private, or its counterpart at epsilon inf. With `curvature`,
-    every training example's is measured too, by probes of the trial's own. With `checkpoints`,
-    training goes on from the last one. `ranks` says which of several workers this is; all of them
-    call this with the same arguments, and get the same result.
+    `subset_size` is the plan's, which says how many steps all trials take; by default it is the
+    mask's own. With a `mechanism`, training is private, or its counterpart at epsilon inf. With
+    `curvature`, every training example's is measured too, by probes of the trial's own. With
+    `checkpoints`, training goes on from the last one. `ranks` says which of several workers this
+    is; all of them call this with the same arguments, and get the same result. On a GPU the steps
+    are replayed as a CUDA `graph` where the model can be captured.
 
     With the same arguments on the same CPU and versions the result is the same to the bit, whatever
     ran before in the process; nothing is left behind.
@@ -90,31 +100,62 @@ def run_trial(
     cannot be differentiated as the rule says.
     """
     start = time.perf_counter()
-    with _alone(seeds.init, threads), _out_of_memory_named():
-        model = models.build_model(
-            recipe.model,
-            n_classes=images.n_classes,
-            image_shape=images.image_shape,
-            mean=recipe.mean,
-            std=recipe.std,
-        ).to(images.device)
+    with by_itself(seeds.init, threads), out_of_memory_named():
+        model = fresh_model(images, recipe)
         how: Any = {"checkpoints": checkpoints, "ranks": ranks, "on_epoch": on_epoch}
         if mechanism is None:
-            history = train(model, images, mask, recipe, seeds, **how)
+            state = train_alone(
+                model, images, mask, recipe, seeds, subset_size=subset_size, graph=graph, **how
+            )
+            history, computed = state.shown(), ", then ".join(state.how)
         else:
             history = train_privately(model, images, mask, recipe, seeds, mechanism, **how)
-        train_side = evaluate(model, images.x_train, images.y_train, ranks=ranks)
-        test_side = evaluate(model, images.x_test, images.y_test, ranks=ranks)
-        seconds = time.perf_counter() - start
-        weights = _on_cpu(model) if keep_weights else None
-        measured = None
-        if curvature is not None:
-            measured = _measure(model, images, curvature, seeds, recipe, ranks)
+            computed = "alone"
+        return judge(
+            model, images, recipe, seeds, history, computed,
+            curvature=curvature, keep_weights=keep_weights, ranks=ranks, start=start,
+        )  # fmt: skip
+
+
+def fresh_model(images: Images, recipe: Recipe) -> nn.Module:
+    """On the device, with weights from torch's global random state."""
+    model = models.build_model(
+        recipe.model,
+        n_classes=images.n_classes,
+        image_shape=images.image_shape,
+        mean=recipe.mean,
+        std=recipe.std,
+    )
+    return model.to(images.device)
+
+
+def judge(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    seeds: Seeds,
+    history: SubsetHistory,
+    how: str,
+    *,
+    curvature: CurvatureRule | None,
+    keep_weights: bool,
+    ranks: Ranks,
+    start: float,
+) -> TrialResult:
+    """What a trained model says of every example; its clock began at `start`."""
+    train_side = evaluate(model, images.x_train, images.y_train, ranks=ranks)
+    test_side = evaluate(model, images.x_test, images.y_test, ranks=ranks)
+    seconds = time.perf_counter() - start
+    weights = _on_cpu(model) if keep_weights else None
+    measured = None
+    if curvature is not None:
+        measured = _measure(model, images, curvature, seeds, recipe, ranks)
     return TrialResult(
         train=train_side,
         test=test_side,
         history=history,
         seconds=seconds,
+        how=how,
         curvature=measured,
         weights=weights,
     )
@@ -158,15 +199,15 @@ def evaluate(
     """
     model.eval()
     correct, margin = [], []
+    finite = torch.ones((), dtype=torch.bool, device=y.device)
     n, share = len(x), ranks.part(len(x))
     x, y = x[share], y[share]
     for start in range(0, len(x), batch_size):
         labels = y[start : start + batch_size]
         part = x[start : start + batch_size].to(y.device)
         logits = model(as_input(part, torch.contiguous_format)).float()
-        if not torch.isfinite(logits).all():
-            raise DivergedError("the trained model gives logits that are not finite")
-        if start == 0:
+        finite &= torch.isfinite(logits).all()
+        if start == 0 and bool(finite):
             again = model(as_input(part, torch.contiguous_format)).float()
             if not torch.allclose(logits, again, rtol=1e-3, atol=1e-3):
                 raise TrialError(
@@ -175,6 +216,9 @@ def evaluate(
                 )
         correct.append(logits.argmax(1) == labels)
         margin.append(margins(logits, labels))
+    # Once, at the end: asking waits for the device.
+    if not bool(finite):
+        raise DivergedError("the trained model gives logits that are not finite")
     none = y.new_zeros(0)
     return Evaluation(
         correct=ranks.spread(torch.cat([none.bool(), *correct]), n).cpu().numpy(),
@@ -190,27 +234,8 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _flushes_denormals() -> bool:
-    """torch can set this state of the thread, but not tell it."""
-    return bool(torch.tensor(1e-310, dtype=torch.float64) * 1.0 == 0)
-
-
 @contextlib.contextmanager
-def fast_arithmetic(threads: int) -> Iterator[None]:
-    """So many threads, and denormals flushed to zero; put back afterwards."""
-    threads_before, flushed_before = torch.get_num_threads(), _flushes_denormals()
-    torch.set_num_threads(threads)
-    # Models that memorize drive gradients into denormals: 10 to 100 times slower on CPUs.
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads_before)
-        torch.set_flush_denormal(flushed_before)
-
-
-@contextlib.contextmanager
-def _alone(seed: int, threads: int) -> Iterator[None]:
+def by_itself(seed: int, threads: int) -> Iterator[None]:
     """Seeded global random states, and fast arithmetic, put back afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -225,7 +250,7 @@ def _alone(seed: int, threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _out_of_memory_named() -> Iterator[None]:
+def out_of_memory_named() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:

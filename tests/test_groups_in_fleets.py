@@ -1,0 +1,280 @@
+"""Workers that lease several trials and train them in one step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ledger import Clock, keys
+
+from raymem import Recipe, Store, Study, TrialKey
+from raymem.cli.job_options import ModelsPerStep
+from raymem.fleet import run_fleet
+from raymem.fleet.ledger import DEATHS_ALLOWED, LEASE_SECONDS, Ledger
+from raymem.training.group import Group
+
+RECIPE = Recipe(model="mlp-16", epochs=4, batch_size=50)
+
+
+@pytest.fixture(scope="module")
+def examples(digits):
+    return dataclasses.replace(
+        digits, x_train=digits.x_train[:200], y_train=digits.y_train[:200],
+        x_test=digits.x_test[:50], y_test=digits.y_test[:50],
+        train_ids=digits.train_ids[:200], test_ids=digits.test_ids[:50],
+    )  # fmt: skip
+
+
+def study(examples, folder, trials=7, **more):
+    return Study(examples=examples, **{"recipe": RECIPE, "store": folder, "trials": trials, **more})
+
+
+# The ledger
+
+
+def ledger_with(n, workers, clock=None):
+    ledger = Ledger(keys(n), clock=clock or Clock())
+    ledger.expect("lane", workers)
+    for rank in range(workers):
+        ledger.register(f"w{rank}", "lane", rank)
+    return ledger
+
+
+def numbers(leases):
+    return [lease.key.trial for lease in leases]
+
+
+def test_a_group_is_leased_in_order_and_each_trial_finishes_by_itself():
+    ledger = ledger_with(10, 1)
+    leases = ledger.lease_group("w0", 4)
+    assert numbers(leases) == [0, 1, 2, 3]
+    assert ledger.progress().running == 4
+    ledger.finish("w0", leases[2].key, "committed")
+    ledger.finish("w0", leases[0].key, "diverged", "nan")
+    progress = ledger.progress()
+    assert (progress.running, progress.committed) == (2, 1)
+    for lease in (leases[1], leases[3]):
+        ledger.finish("w0", lease.key, "committed")
+    # The one that diverged is tried again, with the others.
+    assert {4, 5, 6, 7, 8, 9} <= set(numbers(ledger.lease_group("w0", 100))) <= {0, *range(4, 10)}
+
+
+def test_what_is_left_is_shared_so_that_no_worker_is_idle():
+    ledger = ledger_with(10, 4)
+    assert [len(ledger.lease_group(f"w{rank}", 256)) for rank in range(4)] == [3, 3, 2, 2]
+
+
+def test_workers_that_are_starting_get_their_share_too():
+    ledger = Ledger(keys(12), clock=Clock())
+    for lane in ("a", "b", "c"):
+        ledger.expect(lane, 1)
+    ledger.register("first", "a", 0)
+    assert len(ledger.lease_group("first", 256)) == 4
+    ledger.release_lane("b")  # never came
+    ledger.register("third", "c", 0)
+    assert len(ledger.lease_group("third", 256)) == 8
+
+
+def test_a_group_whose_worker_is_silent_goes_back_whole_but_for_what_is_committed():
+    clock = Clock()
+    ledger = ledger_with(4, 2, clock)
+    leases = ledger.lease_group("w0", 2)
+    for lease in ledger.lease_group("w1", 2):
+        ledger.finish("w1", lease.key, "committed")
+    ledger.finish("w0", leases[0].key, "committed")
+    clock.now += LEASE_SECONDS + 1
+    assert numbers(ledger.lease_group("w1", 9)) == [1]
+    ledger.finish("w0", leases[1].key, "committed")  # late, and it counts
+    assert ledger.progress().complete is False  # the other still trains it
+    ledger.finish("w1", leases[1].key, "duplicate")
+    assert (ledger.progress().committed, ledger.progress().complete) == (4, True)
+
+
+@pytest.mark.parametrize("poison", [0, 7, 15])
+def test_a_trial_that_kills_its_group_is_found_and_the_others_are_trained(poison):
+    ledger = Ledger(keys(16), clock=Clock())
+    sizes = []
+    for generation in range(40):
+        name = f"g{generation}"
+        ledger.register(name, "lane", 0)
+        while (leases := ledger.lease_group(name, 16)) is not None:
+            if leases[0].key is None:
+                break
+            sizes.append(len(leases))
+            if poison in numbers(leases):
+                break
+            for lease in leases:
+                ledger.finish(name, lease.key, "committed")
+        if ledger.progress().complete:
+            break
+    progress = ledger.progress()
+    assert (progress.committed, progress.failed) == (15, 1)
+    (lost,) = ledger.take_lost()
+    assert (lost.key.trial, lost.cause) == (poison, "worker-died")
+    assert progress.deaths == DEATHS_ALLOWED
+    assert sizes[0] == 16
+    assert len(sizes) <= 9  # all, groups of four, the four of one of them
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), lanes=st.integers(1, 3))
+def test_whatever_happens_every_trial_is_committed_once(seed, n, lanes):
+    draw, clock = random.Random(seed), Clock()
+    ledger = Ledger(keys(n), clock=clock)
+    born, workers, committed = 0, {}, set()
+
+    def start(lane, rank):
+        nonlocal born
+        born += 1
+        workers[f"w{born}"] = (lane, rank, [])
+        ledger.register(f"w{born}", lane, rank)
+
+    for lane in range(lanes):
+        for rank in range(2):
+            start(f"lane{lane}", rank)
+    for _ in range(4000):
+        if ledger.progress().complete:
+            break
+        name = draw.choice(sorted(workers))
+        lane, rank, held = workers[name]
+        clock.now += draw.choice([0, 1, LEASE_SECONDS / 3])
+        if draw.random() < 0.04 and n > 2:
+            ledger.release_lane(lane)
+            for other in [w for w, (its, _, _) in workers.items() if its == lane]:
+                del workers[other]
+            for new in range(2):
+                start(f"{lane}'", new)
+        elif not held:
+            leases = ledger.lease_group(name, draw.choice([1, 3, 8])) or []
+            held += [lease.key for lease in leases if lease.key is not None]
+            assert len(set(held)) == len(held)
+        else:
+            key = held.pop(draw.randrange(len(held)))
+            ledger.finish(name, key, "duplicate" if key in committed else "committed")
+            committed.add(key)
+    progress = ledger.progress()
+    assert progress.complete
+    assert progress.committed == n == len(committed)
+    assert (progress.failed, progress.fatal, progress.running) == (0, None, 0)
+
+
+# Fleets
+
+
+def test_a_fleet_of_groups_is_the_fleet(examples, tmp_path):
+    alone, grouped = study(examples, tmp_path / "alone"), study(examples, tmp_path / "grouped")
+    alone.train(engine="serial")
+    assert grouped.train(engine="serial", models_per_step=3).done == 7
+    first, second = Store(tmp_path / "alone"), Store(tmp_path / "grouped")
+    arithmetic = [second.provenance(TrialKey(math.inf, t))["arithmetic"] for t in range(7)]
+    assert [text.rpartition(", ")[2] for text in arithmetic] == [*["group of 3"] * 6, "alone"]
+    assert all("float32, evaluated in float32" in text for text in arithmetic)
+    for trial in range(7):
+        a, b = (s.trial(TrialKey(math.inf, trial)).to_pandas() for s in (first, second))
+        assert np.allclose(a.margin, b.margin, rtol=1e-3, atol=1e-3)
+        assert a.in_subset.equals(b.in_subset)
+        assert np.allclose(a.cumulative_loss, b.cumulative_loss, rtol=1e-3, equal_nan=True)
+    grouped.score()
+
+
+def test_a_member_that_diverges_is_recorded_and_the_others_are_committed(examples, tmp_path):
+    wild = dataclasses.replace(RECIPE, learning_rate=1e30)
+    found = study(examples, tmp_path, trials=3, recipe=wild)
+    progress = found.train(engine="serial", models_per_step=3)
+    assert (progress.done, progress.failed) == (0, 3)
+    assert len(Store(tmp_path).failures()) == 9
+
+
+def test_private_trials_are_trained_alone(examples, tmp_path):
+    from raymem import Privacy
+
+    private = study(
+        examples, tmp_path, trials=2, epsilons=(8.0, math.inf), privacy=Privacy(accountant="rdp")
+    )
+    private.train(engine="serial", models_per_step=4)
+    for key in private.target.wanted():
+        assert Store(tmp_path).provenance(key)["arithmetic"].endswith(", alone")
+
+
+def test_a_fleet_of_groups_goes_on_from_its_checkpoints(examples, tmp_path, monkeypatch):
+    took = []
+
+    def dying(step):
+        def one(*args):
+            step(*args)
+            took.append(1)
+            if len(took) == 6:
+                raise KeyboardInterrupt
+
+        return one
+
+    begin = Group.__init__
+
+    def counted(self, *args, **more):
+        begin(self, *args, **more)
+        self.step = dying(self.step)
+
+    calm = study(examples, tmp_path / "calm", trials=3)
+    calm.train(engine="serial", models_per_step=3)
+    lost = study(examples, tmp_path / "lost", trials=3, checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Group, "__init__", counted)
+        with pytest.raises(KeyboardInterrupt):
+            lost.train(engine="serial", models_per_step=3)
+        store = Store(tmp_path / "lost")
+        assert store.checkpointed() == set(keys(3))
+        lost.train(engine="serial", models_per_step=3)
+    # 140 examples, batches of 50, four epochs: eleven steps, of which the last one of the first
+    # driver was taken and not saved.
+    assert len(took) == 6 + 6
+    for key in keys(3):
+        about = store.provenance(key)
+        assert about["resumed"]
+        assert about["digest"] == Store(tmp_path / "calm").provenance(key)["digest"]
+    assert store.checkpointed() == set()
+
+
+def test_the_option_is_a_number_or_auto():
+    import click
+
+    @click.command()
+    @click.option("--models-per-step", type=ModelsPerStep(), default="auto")
+    def command(models_per_step):
+        click.echo(repr(models_per_step))
+
+    run = CliRunner().invoke
+    assert run(command, []).output == "None\n"
+    assert run(command, ["--models-per-step", "32"]).output == "32\n"
+    for wrong in ("0", "many", "-1"):
+        refused = run(command, ["--models-per-step", wrong])
+        assert refused.exit_code == 2
+        assert "neither auto nor a number" in refused.output
+
+
+def test_a_cpu_trains_one_model_at_a_time_by_itself(examples):
+    from raymem import Images
+    from raymem.training import models_per_step
+
+    e = examples
+    images = Images.from_arrays(e.x_train, e.y_train, e.x_test, e.y_test, 10)
+    assert images.device == torch.device("cpu")
+    assert models_per_step(images, RECIPE, 140) == 1
+
+
+@pytest.mark.alone
+def test_groups_on_ray(examples, tmp_path):
+    found = study(examples, tmp_path, trials=8)
+    store = found.open_store()
+    progress = run_fleet(
+        examples, found.plan, RECIPE, store, models_per_step=4, max_workers=2, gpus_per_trial=0
+    )
+    assert progress.done == 8
+    how = {store.provenance(key)["arithmetic"].rpartition(", ")[2] for key in keys(8)}
+    assert how == {"group of 4"}
