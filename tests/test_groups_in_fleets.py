@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -13,10 +15,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ledger import Clock, keys
+from torch import nn
 
 from raymem import Recipe, Store, Study, TrialKey
 from raymem.cli.job_options import ModelsPerStep
-from raymem.fleet import run_fleet
+from raymem.fleet import Stopped, run_fleet
 from raymem.fleet.ledger import DEATHS_ALLOWED, LEASE_SECONDS, Ledger
 from raymem.training.group import Group
 
@@ -278,3 +281,34 @@ def test_groups_on_ray(examples, tmp_path):
     assert progress.done == 8
     how = {store.provenance(key)["arithmetic"].rpartition(", ")[2] for key in keys(8)}
     assert how == {"group of 4"}
+
+
+class StopsItself(nn.Module):
+    """Gets SIGTERM in its third forward pass in training, as a process that is ended does."""
+
+    passes = 0
+
+    def __init__(self, n_inputs: int, n_classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(n_inputs, n_classes)
+
+    def forward(self, x):
+        StopsItself.passes += self.training
+        if self.training and StopsItself.passes == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.layer(x.flatten(1))
+
+
+def stops_itself(n_classes, image_shape):
+    return StopsItself(image_shape[0] * image_shape[1] * image_shape[2], n_classes)
+
+
+@pytest.mark.parametrize("models_per_step", [1, 3])
+def test_a_stop_in_mid_trial_is_no_failure_of_the_trial(examples, tmp_path, models_per_step):
+    """It was recorded as an error of the trial, and the fleet said that training had failed."""
+    fleet = study(examples, tmp_path / "store", 3, recipe=Recipe(model=stops_itself, epochs=2))
+    StopsItself.passes = 0
+    with pytest.raises(Stopped, match="run the same command again"):
+        fleet.train(engine="serial", models_per_step=models_per_step)
+    assert Store(tmp_path / "store").failures() == []
+    assert fleet.train(engine="serial", models_per_step=models_per_step).done == 3

@@ -44,6 +44,10 @@ class Stopped(RaymemError):
     """The user stopped the fleet; what is committed is kept."""
 
 
+class _StopNow(BaseException):
+    """Raised by the signal, wherever the process is. Whatever a trial catches, it is not this."""
+
+
 class _Watched(Protocol):
     def stop(self) -> None: ...
     def take_lost(self) -> list[Lost]: ...
@@ -225,11 +229,13 @@ def stop_signals() -> Iterator[Stops]:
     def count(number: int, frame: FrameType | None) -> None:
         stops.count += 2 if number == signal.SIGTERM else 1
         if stops.count > 1:
-            raise Stopped("stopped at once; run the same command again to go on")
+            raise _StopNow
 
     before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stops
+    except _StopNow:
+        raise Stopped("stopped at once; run the same command again to go on") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
