@@ -1,0 +1,161 @@
+"""The scores of every attack on target trials, and what they come to.
+
+In:  target trials and what their reference trials say, one target at a time. Out: each attack's
+     rates, and the best attack's AUC on each example.
+
+Shapes: N training examples, K target trials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from raymem.scores import lira, rmia
+from raymem.scores.estimates import ratio
+from raymem.scores.lira import Floats, Moments
+from raymem.scores.roc import Attack, attack, auc
+
+Truths = NDArray[np.bool_]
+LOSS_THRESHOLD = "loss threshold"
+ATTACKS = (
+    "LiRA online", "LiRA offline", LOSS_THRESHOLD, "RMIA online", "RMIA offline", "margin minus mean",
+)  # fmt: skip
+
+
+def attack_scores(margins: Floats, others: Moments, population: NDArray[np.int64]) -> list[Floats]:
+    """Scores of a target trial by each of `ATTACKS`, [N] each.
+
+    All of them want reference trials with and without the example, also those that could do with
+    fewer, so that they are compared on the same examples; NaN for other examples. Raises ValueError
+    if no variance is known.
+    """
+    scores = (
+        lira.online(margins, others),
+        lira.offline(margins, others),
+        margins,
+        rmia.online(margins, others, population),
+        rmia.offline(margins, others, population),
+        lira.above_mean(margins, others),
+    )
+    return [np.where(others.known, values, np.nan) for values in scores]
+
+
+class TargetScores:
+    """Scores of all target trials: 4 bytes for each attack, target and example."""
+
+    def __init__(self, population: NDArray[np.int64]) -> None:
+        self.population = population
+        self.scores: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ATTACKS}
+        self.members: list[Truths] = []
+        self.known: list[Truths] = []
+
+    def add(self, margins: Floats, inside: Truths, others: Moments) -> None:
+        """Add one target trial, [N] each. Raises ValueError as `attack_scores` does."""
+        found = attack_scores(margins, others, self.population)
+        for name, values in zip(ATTACKS, found, strict=True):
+            self.scores[name].append(values.astype(np.float32))
+        self.members.append(inside)
+        self.known.append(others.known)
+
+    @property
+    def attackable(self) -> Truths:
+        """The examples that some target was attacked on, [N]."""
+        found: Truths = np.any(self.known, axis=0)
+        return found
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Scores of members and of others, over all targets."""
+        known, inside = np.stack(self.known), np.stack(self.members)
+        return int((known & inside).sum()), int((known & ~inside).sum())
+
+    def attacks(self) -> list[Attack]:
+        """What each attack reached on the scores of all targets together."""
+        known = np.stack(self.known)
+        target, _ = np.nonzero(known)
+        member = np.stack(self.members)[known]
+        return [
+            attack(name, np.stack(self.scores[name])[known], member, target) for name in ATTACKS
+        ]
+
+    def by_example(self) -> ByExample:
+        """The best attack's AUC on each example.
+
+        Which attack is best is decided on other examples: for those at even positions, the one with
+        the highest AUC on those at odd positions, and the other way round. An example's own scores
+        have no say, so that its AUC is not the largest of several.
+        """
+        N = len(self.members[0])
+        name, known = np.full(N, None, object), np.stack(self.known)
+        inside = np.stack(self.members)
+        values = np.full(known.shape, np.nan, np.float32)
+        for half in (0, 1):
+            name[half::2] = best = self._best(1 - half)
+            values[:, half::2] = np.stack(self.scores[best])[:, half::2]
+        n_in, n_out = (known & inside).sum(0), (known & ~inside).sum(0)
+        area = auc_by_example(values, inside)
+        name[np.isnan(area)] = None
+        return ByExample(
+            attack=name,
+            auc=area,
+            stderr=auc_stderr(area, n_in, n_out),
+            n_in=n_in,
+            n_out=n_out,
+        )
+
+    def _best(self, half: int) -> str:
+        """The attack with the highest AUC on every second example from `half` on; the first of
+        equals, also where there is none to tell."""
+        known, inside = np.stack(self.known)[:, half::2], np.stack(self.members)[:, half::2]
+        areas = [auc(np.stack(self.scores[name])[:, half::2][known], inside[known])
+                 for name in ATTACKS]  # fmt: skip
+        return ATTACKS[int(np.argmax(np.nan_to_num(areas)))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByExample:
+    """How well the best attack tells targets that saw an example from those that did not."""
+
+    attack: NDArray[np.object_]
+    """Its name, [N]; None where the AUC is not known."""
+    auc: Floats
+    """Probability that its score is higher in a target that saw the example, ties half, [N]; NaN
+    without targets of both kinds."""
+    stderr: Floats
+    """Standard error of the AUC over targets, [N]; NaN at 0 and 1, where it is not known."""
+    n_in: NDArray[np.int64]
+    """Targets that saw the example, [N]."""
+    n_out: NDArray[np.int64]
+    """Targets that did not, [N]."""
+
+
+def auc_by_example(scores: NDArray[np.float32], members: Truths) -> Floats:
+    """The AUC of each column, [N], from the ranks of its scores [K, N]; NaN scores do not count.
+
+    >>> scores = np.array([[2.0, 1.0], [1.0, 1.0], [np.nan, 0.0]], np.float32)
+    >>> auc_by_example(scores, np.array([[True, True], [False, False], [True, False]])).tolist()
+    [1.0, 0.75]
+    """
+    known = ~np.isnan(scores)
+    # Scores that do not count have the lowest ranks, and are subtracted from the others'.
+    ranks = stats.rankdata(np.where(known, scores, -np.inf), axis=0) - (~known).sum(0)
+    inside = known & members
+    n_in, n_out = inside.sum(0), (known & ~members).sum(0)
+    above = np.where(inside, ranks, 0.0).sum(0) - n_in * (n_in + 1) / 2
+    return ratio(above, n_in * n_out)
+
+
+def auc_stderr(auc: Floats, n_in: NDArray[np.int64], n_out: NDArray[np.int64]) -> Floats:
+    """Hanley & McNeil 1982, for exponential scores; NaN at 0 and 1, where it would be 0.
+
+    >>> auc_stderr(np.array([0.75]), np.array([10]), np.array([10])).round(3).tolist()
+    [0.112]
+    """
+    inside, out = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    spread = auc * (1 - auc) + (n_in - 1) * (inside - auc**2) + (n_out - 1) * (out - auc**2)
+    error = np.sqrt(np.maximum(ratio(spread, n_in * n_out), 0.0))
+    return np.where((auc > 0) & (auc < 1), error, np.nan)
