@@ -57,8 +57,8 @@ class WithReferences:
 def by_references(
     trials: TrialMargins, targets: Sequence[TrialKey], population: NDArray[np.int64]
 ) -> list[WithReferences]:
-    """The attacks on `targets` with 2, 4, 8, ... references, as long as at least half of the
-    examples have so many."""
+    """The attacks on `targets` with 2, 4, 8, ... references, as long as examples have so
+    many for at least half of the targets, on average."""
     found = []
     for references in REFERENCES:
         here = _with(trials, targets, population, references)
@@ -105,11 +105,11 @@ def _with(
     wanted = arms(references, trials.plan.subset_ratio)
     scores = TargetScores(population)
     for target, sums in _references(trials, targets, wanted):
-        moments = with_some_variance(sums.moments())
+        moments = sums.moments()
         if not moments.known[population].any():
             return None
-        scores.add(*trials.one(target), moments)
-    enough = scores.attackable.sum() >= trials.plan.n / 2
+        scores.add(*trials.one(target), with_some_variance(moments))
+    enough = sum(scores.counts) >= len(targets) * trials.plan.n / 2
     if not enough or not all(scores.counts):
         return None
     attacks = [replace(a, roc=[]) for a in scores.attacks() if a.name != LOSS_THRESHOLD]

@@ -25,9 +25,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.errors import DamagedObjectError, StoreError
-from raymem.scores.attack_scores import ByExample, TargetScores
+from raymem.scores.attack_scores import ByExample, TargetScores, by_example
 from raymem.scores.few_references import WithReferences, by_references
-from raymem.scores.lira import IN, OUT, Sums, vulnerability
+from raymem.scores.lira import IN, OUT, Sums, vulnerability, with_some_variance
 from raymem.scores.rmia import population
 from raymem.scores.roc import LOW_FPR, Attack, finite, number
 from raymem.scores.trial_margins import AHEAD, TrialMargins
@@ -187,8 +187,8 @@ def _attacked(trials: TrialMargins, targets: int, scored: pa.Table) -> tuple[Att
             f"{trials.store.url} has no training example at epsilon {trials.epsilon:g} that trials "
             "of several blocks saw and others did not; train more trials, and score them"
         )
-    by_example = scores.by_example()
-    table = _table(scored, trials.sums, by_example)
+    on_each = by_example(_across_halves(trials, chosen, sample), trials.plan.n)
+    table = _table(scored, trials.sums, on_each)
     here = Attacked(
         epsilon=trials.epsilon,
         trials=len(keys),
@@ -201,7 +201,7 @@ def _attacked(trials: TrialMargins, targets: int, scored: pa.Table) -> tuple[Att
         attacks=scores.attacks(),
         population=len(sample),
         by_references=by_references(trials, chosen, sample),
-        best_attacks=sorted({name for name in by_example.attack if name is not None}),
+        best_attacks=sorted({name for name in on_each.attack if name is not None}),
         correlation=_correlation(trials),
         most_vulnerable=_most_vulnerable(table),
         notes=[],
@@ -229,6 +229,23 @@ def _with_all_references(
     return scores, references, own
 
 
+def _across_halves(
+    trials: TrialMargins, targets: Sequence[TrialKey], sample: NDArray[np.int64]
+) -> list[TargetScores]:
+    """Scores of the targets in either half of the trials, every other group, from the other half;
+    without a half that has no references for the population."""
+    place = {group: n % 2 for n, group in enumerate(sorted({*map(trials.group, trials.keys)}))}
+    found = []
+    for half in (0, 1):
+        moments = trials.sum(k for k in trials.keys if place[trials.group(k)] != half).moments()
+        here = [key for key in targets if place[trials.group(key)] == half]
+        if here and moments.known[sample].any():
+            found.append(TargetScores(sample))
+            for _, margins, inside in trials.read(here):
+                found[-1].add(margins, inside, with_some_variance(moments))
+    return found
+
+
 def _notes(here: Attacked, trials: TrialMargins) -> Iterator[str]:
     """What a reader must know about the numbers."""
     if here.own_variances < 1:
@@ -253,7 +270,7 @@ def _notes(here: Attacked, trials: TrialMargins) -> Iterator[str]:
         )
 
 
-def _table(here: pa.Table, sums: Sums, by_example: ByExample) -> pa.Table:
+def _table(here: pa.Table, sums: Sums, on_each: ByExample) -> pa.Table:
     """Rows of scores/membership.parquet; `here` are the training examples' scores, in order."""
     moments = sums.moments()
     apart, error = vulnerability(moments)
@@ -268,11 +285,11 @@ def _table(here: pa.Table, sums: Sums, by_example: ByExample) -> pa.Table:
         "margin_out_stdev": spread[OUT],
         "vulnerability": apart,
         "vulnerability_stderr": error,
-        "attack": pa.array(by_example.attack, pa.string()),
-        "attack_auc": by_example.auc,
-        "attack_auc_stderr": by_example.stderr,
-        "n_targets_in": by_example.n_in,
-        "n_targets_out": by_example.n_out,
+        "attack": pa.array(on_each.attack, pa.string()),
+        "attack_auc": on_each.auc,
+        "attack_auc_stderr": on_each.stderr,
+        "n_targets_in": on_each.n_in,
+        "n_targets_out": on_each.n_out,
         "memorization": here["memorization"],
     }
     arrays = {name: pa.array(v, from_pandas=True) if isinstance(v, np.ndarray) else v

@@ -7,6 +7,8 @@ import html
 import math
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from raymem.links import NOT_A_TEST, Coefficient, Correlation
 from raymem.scores import Attacked
 from raymem.show.terminal_links import equal_loss_table, ties_text
@@ -138,8 +140,9 @@ def membership_section(attacked: Sequence[Attacked], chart: str, stale: str = ""
     return (
         '<h2 id="membership">Membership inference</h2>\n'
         "<p>Trials attacked with the others: can their subset be told from their margins (LiRA, "
-        "Carlini et al. 2022; RMIA, Zarifzadeh et al. 2024)? TPR is the share of members found, FPR that of others taken for members; "
-        f"standard errors are over target trials.</p>{late}\n"
+        "Carlini et al. 2022; RMIA, Zarifzadeh et al. 2024)? TPR is the share of members found, "
+        "FPR that of others taken for members; standard errors are over target trials.</p>"
+        f"{late}\n"
         f"{_html_table(attacks_table(attacked))}{few}{sentences}{chart}{notes}\n"
     )
 
