@@ -287,8 +287,8 @@ MEMBERSHIP_VALUES: Columns = {
     "attack_auc": Column(
         pa.float64(),
         "probability that this attack's score of the example is higher in a target trial that "
-        "trained on it than in one that did not, targets from one half of the trials and references "
-        "from the other; null: no target trials of both kinds",
+        "trained on it than in one that did not, targets from one half of the trials and "
+        "references from the other; null: no target trials of both kinds",
         "0..1",
     ),
     "attack_auc_stderr": Column(
