@@ -8,7 +8,7 @@ trained on it and the first so many that did not: as many as it would have in K 
 plan. The counts are then the same for all examples, and say nothing of the target. Offline attacks
 use the out-trials only.
 
-Trials are read one at a time, for each K anew; memory is a few numbers for each example, and 24
+Trials are read one at a time, for each K anew; memory is a few numbers for each example, and 26
 bytes for each example and target. Shapes: N training examples. Arms are rows: 0 out, 1 in.
 """
 

@@ -5,7 +5,7 @@ In:  a scored store with margins. Out: `Membership`: what attacks reached at eac
 
 Trials are read one at a time, in passes: sums over all of them; for each target the sums of the
 trials whose subsets depend on its subset, which are left out; for each target the first few of its
-references; sums over two halves. Memory is a few numbers per example, and 26 bytes per example and
+references; sums over two halves. Memory is a few numbers per example, and 52 bytes per example and
 target.
 
 Shapes: N training and M test examples. Rows of a trial file are M test, then N train.
