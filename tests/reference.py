@@ -140,3 +140,25 @@ def input_gradient(model, image, label):
     pixels = image.clone().requires_grad_()
     loss = F.cross_entropy(model(pixels[None]), torch.tensor([label]))
     return torch.autograd.grad(loss, pixels)[0].flatten()
+
+
+def rmia_scores(margins, masks, target, references, population, a):
+    """Zarifzadeh et al. 2024, the definition with gamma 1 by a double loop over x and z: [N], None
+    where it is undefined. Probabilities are compared in logarithms; `a` None: online."""
+
+    def log_sigmoid(x):
+        return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+    def log_ratio(i):
+        means = {}
+        for arm in (True, False):
+            p = [math.exp(log_sigmoid(margins[t][i])) for t in references if masks[t][i] == arm]
+            means[arm] = math.fsum(p) / len(p) if p else None
+        if means[False] is None or (a is None and means[True] is None):
+            return None
+        inside = means[True] if a is None else a * means[False] + 1 - a
+        return log_sigmoid(margins[target][i]) - math.log((inside + means[False]) / 2)
+
+    ratios = [log_ratio(i) for i in range(len(margins[0]))]
+    compared = [ratios[z] for z in population if ratios[z] is not None]
+    return [None if x is None else sum(x >= z for z in compared) / len(compared) for x in ratios]

@@ -209,7 +209,8 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
 def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> None:
     """Membership inference: can a trial's subset be told from its margins?
 
-    Each target trial is attacked with the trials of other blocks (LiRA, Carlini et al. 2022), and
+    Each target trial is attacked with the trials of other blocks (LiRA, Carlini et al. 2022; RMIA,
+    Zarifzadeh et al. 2024; the margin minus its mean), with all of them and with 2, 4, 8, ..., and
     with one threshold on the loss. Writes scores/membership.parquet, with the vulnerability of
     every training example, and membership.json, which the report shows.
 

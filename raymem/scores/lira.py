@@ -9,11 +9,11 @@ Shapes: T trials, N training examples. Arms are rows: 0 out, 1 in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 from raymem.scores.estimates import ratio
 
@@ -46,19 +46,24 @@ class Sums:
         self.n = np.zeros((2, N), np.int64)
         self.total = np.zeros((2, N))
         self.squares = np.zeros((2, N))
+        self.p_true = np.zeros((2, N))
 
-    def add(self, margins: ArrayLike, inside: ArrayLike) -> None:
-        """Add one trial: margins [N], and whether it trained on each example, bool [N].
+    def add(self, margins: ArrayLike, inside: ArrayLike, wanted: ArrayLike = True) -> None:
+        """Add one trial: margins [N], and whether it trained on each example, bool [N]; of the
+        `wanted` examples only, bool [N].
 
         Raises ValueError for margins that are not finite.
         """
-        x = np.asarray(margins, np.float64) - self.first
+        margin = np.asarray(margins, np.float64)
+        x = margin - self.first
         if not np.isfinite(x).all():
             raise ValueError("margins must be finite")
-        arm, every = np.asarray(inside, bool).astype(np.int64), np.arange(len(x))
-        self.n[arm, every] += 1
-        self.total[arm, every] += x
-        self.squares[arm, every] += x * x
+        row = np.flatnonzero(np.broadcast_to(wanted, x.shape))
+        arm, x = np.asarray(inside, bool).astype(np.int64)[row], x[row]
+        self.n[arm, row] += 1
+        self.total[arm, row] += x
+        self.squares[arm, row] += x * x
+        self.p_true[arm, row] += special.expit(margin[row])
 
     def without(self, others: Sums) -> Sums:
         """These sums without those of `others`, which are about the same `first`."""
@@ -66,6 +71,7 @@ class Sums:
         left.n = self.n - others.n
         left.total = self.total - others.total
         left.squares = self.squares - others.squares
+        left.p_true = self.p_true - others.p_true
         return left
 
     def moments(self) -> Moments:
@@ -76,7 +82,11 @@ class Sums:
         several = freedom > 0
         pooled = ratio(np.where(several, apart, 0.0).sum(1), np.where(several, freedom, 0).sum(1))
         return Moments(
-            n=self.n, mean=shifted + self.first, variance=ratio(apart, freedom), pooled=pooled
+            n=self.n,
+            mean=shifted + self.first,
+            variance=ratio(apart, freedom),
+            pooled=pooled,
+            p_true=ratio(self.p_true, self.n),
         )
 
 
@@ -93,6 +103,8 @@ class Moments:
     pooled: Floats
     """The variance that all examples of an arm share, within examples, [2]; NaN if no example of
     the arm has two trials."""
+    p_true: Floats
+    """Mean probability of the true class, [2, N]; NaN without trials."""
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -118,6 +130,32 @@ class Moments:
         chosen = np.where(self.own_variance, self.variance, pooled[:, None])
         spread: Floats = np.sqrt(np.maximum(chosen, LEAST_VARIANCE))
         return spread
+
+
+def with_some_variance(moments: Moments) -> Moments:
+    """The same, where one reference model in each arm says nothing of a variance: both arms get the
+    variance of in-margins over examples, as in the authors' script (see `online`)."""
+    if not np.isnan(moments.pooled).all():
+        return moments
+    over_examples = np.var(moments.mean[IN][moments.n[IN] > 0])
+    return replace(moments, pooled=np.full(2, over_examples))
+
+
+def above_mean(margins: ArrayLike, others: Moments) -> Floats:
+    """The margin minus its mean over the reference models, with and without the example, [N], nats.
+
+    It needs no variance, and one mean for each example where `online` needs two. NaN where there is
+    no reference model.
+
+    >>> others = Sums(first=[0.0])
+    >>> others.add([3.0], [True])
+    >>> others.add([1.0], [False])
+    >>> above_mean([5.0], others.moments()).tolist()
+    [3.0]
+    """
+    total = (np.nan_to_num(others.mean) * others.n).sum(0)
+    found: Floats = np.asarray(margins, np.float64) - ratio(total, others.n.sum(0))
+    return found
 
 
 def online(margins: ArrayLike, others: Moments) -> Floats:

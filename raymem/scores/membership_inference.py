@@ -3,9 +3,10 @@
 In:  a scored store with margins. Out: `Membership`: what attacks reached at each epsilon, and how
      far apart each example's margins are with it and without.
 
-Trials are read one at a time, in three passes: sums over all of them; for each target the sums of
-the trials whose subsets depend on its subset, which are left out; sums over two halves. Memory is a
-few numbers per example, and 12 bytes per example and target.
+Trials are read one at a time, in passes: sums over all of them; for each target the sums of the
+trials whose subsets depend on its subset, which are left out; for each target the first few of its
+references; sums over two halves. Memory is a few numbers per example, and 52 bytes per example and
+target.
 
 Shapes: N training and M test examples. Rows of a trial are N train, then M test.
 """
@@ -13,7 +14,7 @@ Shapes: N training and M test examples. Rows of a trial are N train, then M test
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,17 +25,17 @@ from numpy.typing import NDArray
 
 from raymem.encoding import epsilon_name, from_json, json_ready
 from raymem.errors import DamagedObjectError, StoreError
-from raymem.plan import Plan
-from raymem.scores.lira import IN, OUT, Floats, Sums, offline, online, vulnerability
-from raymem.scores.roc import LOW_FPR, Attack, attack
+from raymem.scores.attack_scores import ByExample, TargetScores, by_example
+from raymem.scores.few_references import WithReferences, by_references
+from raymem.scores.lira import IN, OUT, Sums, vulnerability, with_some_variance
+from raymem.scores.rmia import population
+from raymem.scores.roc import LOW_FPR, Attack
+from raymem.scores.trial_margins import AHEAD, TrialMargins
 from raymem.scores.vulnerability_correlation import Half, RankCorrelation, crossed
 from raymem.store import Store, TrialKey, columns, read_ahead
 
-Truths = NDArray[np.bool_]
-ATTACKS = ("LiRA online", "LiRA offline", "loss threshold")
 TARGETS = 20
 MOST_VULNERABLE = 10
-AHEAD = 4
 # A rate at 0.1% that rests on fewer false positives is a guess.
 FEW_FALSE_POSITIVES = 10
 
@@ -60,10 +61,19 @@ class Attacked:
     """Share of scores with variances of the example's own, from 32 trials in each arm on; the rest
     have one for each arm."""
     attacks: list[Attack]
-    """LiRA online, LiRA offline, and the global threshold on the loss."""
+    """With all reference trials: LiRA online and offline, the global threshold on the loss, RMIA
+    online and offline, the margin above its mean."""
+    population: int = 0
+    """Examples that RMIA compares with: drawn from the training examples, the same every time."""
+    by_references: list[WithReferences] = field(default_factory=list)
+    """The attacks with 2, 4, 8, ... reference trials, as far as there are so many."""
+    best_attacks: list[str] = field(default_factory=list)
+    """The attack with the highest AUC on either half of the examples, which `attack_auc` of the
+    other half's examples is of."""
     correlation: RankCorrelation
     most_vulnerable: list[dict[str, Any]]
-    """example_id, label, vulnerability, vulnerability_stderr, memorization, n_in, n_out."""
+    """example_id, label, vulnerability, vulnerability_stderr, attack_auc, memorization, n_in,
+    n_out."""
     notes: list[str]
     """What to mind when reading the numbers."""
 
@@ -73,6 +83,7 @@ class Attacked:
             **vars(self),
             "epsilon": epsilon_name(self.epsilon),
             "attacks": [found.as_dict() for found in self.attacks],
+            "by_references": [found.as_dict() for found in self.by_references],
             "correlation": json_ready(vars(self.correlation)),
         }
 
@@ -86,6 +97,7 @@ class Attacked:
             **data,
             "epsilon": float(data["epsilon"]),
             "attacks": [Attack.from_dict(found) for found in data["attacks"]],
+            "by_references": [WithReferences.from_dict(d) for d in data.get("by_references", [])],
             "correlation": RankCorrelation(examples=int(rho["examples"]), **values),
         })  # fmt: skip
 
@@ -115,7 +127,8 @@ class Membership:
 
 
 def membership(store: Store, *, targets: int = TARGETS) -> Membership:
-    """Attack some of a store's scored trials with the others (Carlini et al. 2022, LiRA).
+    """Attack some of a store's scored trials with the others: LiRA (Carlini et al. 2022), RMIA
+    (Zarifzadeh et al. 2024), and the margin above its mean, with all other trials and with few.
 
     `targets` trials, evenly spaced, are targets at each epsilon (all, if there are fewer). Each is
     attacked with the trials whose subsets are independent of its own: in balanced and
@@ -138,9 +151,8 @@ def membership(store: Store, *, targets: int = TARGETS) -> Membership:
     for epsilon in sorted(set(scored["epsilon"].to_pylist())):
         here = pc.and_(pc.equal(scored["split"], "train"), pc.equal(scored["epsilon"], epsilon))
         try:
-            fleet = _Fleet(store, plan, epsilon)
-            table = _table(scored.filter(here), fleet.sums)
-            attacked[epsilon] = _attacked(fleet, targets, table)
+            trials = TrialMargins(store, plan, epsilon)
+            attacked[epsilon], table = _attacked(trials, targets, scored.filter(here))
             tables.append(table)
         except DamagedObjectError:
             raise
@@ -160,124 +172,79 @@ def read_membership(store: Store) -> list[Attacked]:
         return []
 
 
-class _Fleet:
-    """The scored trials at one epsilon, and sums over all of them: the first pass."""
-
-    def __init__(self, store: Store, plan: Plan, epsilon: float) -> None:
-        self.store, self.plan, self.epsilon = store, plan, epsilon
-        self.keys = store.scored(epsilon)
-        if plan.kind == "published":
-            raise StoreError(
-                f"{store.url} has published scores without trials, and membership inference needs "
-                "trials with margins"
-            )
-        if plan.subset_ratio == 1:
-            raise StoreError(
-                f"every example is in every trial of {store.url} (subset ratio 1), so no model is "
-                "without it; train a study with --subset-ratio 0.5"
-            )
-        blocks = {self.group(key) for key in self.keys}
-        if len(blocks) < 2:
-            single = "a single trial" if len(self.keys) == 1 else "a single block of trials"
-            more = f"train {2 * plan.block} trials or more, and score them"
-            if not plan.is_known:
-                more = "import a fleet of more trials, into another store"
-            raise StoreError(
-                f"{store.url} has {single if self.keys else 'no trial'} scored at epsilon "
-                f"{epsilon_name(epsilon)}, whose subsets depend on each other, so none can be "
-                f"attacked with the others; {more}"
-            )
-        self.sums = self.sum(self.keys)
-
-    def group(self, key: TrialKey) -> int:
-        """Trials of one group have dependent subsets; groups are independent of each other."""
-        in_blocks = self.plan.kind in ("balanced", "candidate-pool")
-        return key.trial // self.plan.block if in_blocks else key.trial
-
-    def sum(self, keys: Sequence[TrialKey]) -> Sums:
-        """Sums over some trials, about the first trial of all that was read."""
-        sums = None
-        for _, margins, inside in self.read(keys):
-            sums = sums or Sums(self.sums.first if hasattr(self, "sums") else margins)
-            sums.add(margins, inside)
-        assert sums is not None
-        return sums
-
-    def read(self, keys: Sequence[TrialKey]) -> Iterator[tuple[TrialKey, Floats, Truths]]:
-        """Margins and subsets, [N] each, in order; the next few are read ahead."""
-        for key, (margins, inside) in read_ahead(keys, self.one, AHEAD):
-            yield key, margins, inside
-
-    def one(self, key: TrialKey) -> tuple[Floats, Truths]:
-        """Margins and subset of one trial. Raises StoreError if it has no margins."""
-        table = self.store.train_rows(key, ["in_subset", "margin"])
-        if table.num_rows != self.plan.n:
-            raise DamagedObjectError(
-                f"{key.object_key} has {table.num_rows:,} training examples instead of "
-                f"{self.plan.n:,}; run `raymem verify STORE --repair`"
-            )
-        if table["margin"].null_count:
-            raise StoreError(
-                f"{self.store.url} has no margins, which membership inference needs; import the "
-                "fleet again, into another store, with margins_train and margins_test"
-            )
-        margins = table["margin"].to_numpy().astype(np.float64)
-        if not np.isfinite(margins).all():
-            raise DamagedObjectError(
-                f"{key.object_key} has margins that are not finite; run `raymem verify STORE "
-                "--repair`, then the job"
-            )
-        return margins, table["in_subset"].to_numpy()
-
-
-def _attacked(fleet: _Fleet, targets: int, table: pa.Table) -> Attacked:
-    """The second pass, and what it found."""
-    keys, store = fleet.keys, fleet.store
-    chosen = {keys[k] for k in np.linspace(0, len(keys) - 1, min(targets, len(keys))).astype(int)}
-    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in ATTACKS}
-    members: list[Truths] = []
-    own, references, attackable = 0, len(keys), np.zeros(fleet.plan.n, bool)
-    for group in sorted({fleet.group(key) for key in chosen}):
-        together = [key for key in keys if fleet.group(key) == group]
-        moments = fleet.sums.without(fleet.sum(together)).moments()
-        known = moments.known
-        references = min(references, len(keys) - len(together))
-        for _, margins, inside in fleet.read([key for key in together if key in chosen]):
-            try:
-                scores = (online(margins, moments), offline(margins, moments), margins)
-            except ValueError as error:
-                raise StoreError(f"{store.url}: {error}; train more trials") from error
-            for name, values in zip(ATTACKS, scores, strict=True):
-                found[name].append(values[known].astype(np.float32))
-            members.append(inside[known])
-            own += int(moments.own_variance[known].sum())
-            attackable |= known
-    who = np.concatenate(members)
-    if who.all() or not who.any():
+def _attacked(trials: TrialMargins, targets: int, scored: pa.Table) -> tuple[Attacked, pa.Table]:
+    """What was found, and rows of scores/membership.parquet for `scored`, the training examples."""
+    keys = trials.keys
+    chosen = [keys[k] for k in np.linspace(0, len(keys) - 1, min(targets, len(keys))).astype(int)]
+    sample = population(trials.plan.n)
+    scores, references, own = _with_all_references(trials, chosen, sample)
+    members, others = scores.counts
+    if not members or not others:
         raise StoreError(
-            f"{store.url} has no training example at epsilon {epsilon_name(fleet.epsilon)} that "
-            "trials of several blocks saw and others did not; train more trials, and score them"
+            f"{trials.store.url} has no training example at epsilon "
+            f"{epsilon_name(trials.epsilon)} that trials of several blocks saw and others "
+            "did not; train more trials, and score them"
         )
-    of = np.repeat(np.arange(len(members)), [len(inside) for inside in members])
+    on_each = by_example(_across_halves(trials, chosen, sample), trials.plan.n)
+    table = _table(scored, trials.sums, on_each)
     here = Attacked(
-        epsilon=fleet.epsilon,
+        epsilon=trials.epsilon,
         trials=len(keys),
-        targets=len(members),
+        targets=len(chosen),
         references=references,
-        examples=int(attackable.sum()),
-        members=int(who.sum()),
-        others=int((~who).sum()),
-        own_variances=own / len(who),
-        attacks=[attack(name, np.concatenate(found.pop(name)), who, of) for name in ATTACKS],
-        correlation=_correlation(fleet),
+        examples=int(scores.attackable.sum()),
+        members=members,
+        others=others,
+        own_variances=own / (members + others),
+        attacks=scores.attacks(),
+        population=len(sample),
+        by_references=by_references(trials, chosen, sample),
+        best_attacks=sorted({name for name in on_each.attack if name is not None}),
+        correlation=_correlation(trials),
         most_vulnerable=_most_vulnerable(table),
         notes=[],
     )
-    here.notes.extend(_notes(here, fleet))
-    return here
+    here.notes.extend(_notes(here, trials))
+    return here, table
 
 
-def _notes(here: Attacked, fleet: _Fleet) -> Iterator[str]:
+def _with_all_references(
+    trials: TrialMargins, targets: Sequence[TrialKey], sample: NDArray[np.int64]
+) -> tuple[TargetScores, int, int]:
+    """The second pass: scores, the fewest references of a target, and how many scores have
+    variances of the example's own."""
+    scores, references, own = TargetScores(sample), len(trials.keys), 0
+    for group in sorted({trials.group(key) for key in targets}):
+        together = [key for key in trials.keys if trials.group(key) == group]
+        moments = trials.sums.without(trials.sum(together)).moments()
+        references = min(references, len(trials.keys) - len(together))
+        for _, margins, inside in trials.read([key for key in together if key in targets]):
+            try:
+                scores.add(margins, inside, moments)
+            except ValueError as error:
+                raise StoreError(f"{trials.store.url}: {error}; train more trials") from error
+            own += int(moments.own_variance[moments.known].sum())
+    return scores, references, own
+
+
+def _across_halves(
+    trials: TrialMargins, targets: Sequence[TrialKey], sample: NDArray[np.int64]
+) -> list[TargetScores]:
+    """Scores of the targets in either half of the trials, every other group, from the other half;
+    without a half that has no references for the population."""
+    place = {group: n % 2 for n, group in enumerate(sorted({*map(trials.group, trials.keys)}))}
+    found = []
+    for half in (0, 1):
+        moments = trials.sum(k for k in trials.keys if place[trials.group(k)] != half).moments()
+        here = [key for key in targets if place[trials.group(key)] == half]
+        if here and moments.known[sample].any():
+            found.append(TargetScores(sample))
+            for _, margins, inside in trials.read(here):
+                found[-1].add(margins, inside, with_some_variance(moments))
+    return found
+
+
+def _notes(here: Attacked, trials: TrialMargins) -> Iterator[str]:
     """What a reader must know about the numbers."""
     if here.own_variances < 1:
         own = f" for {1 - here.own_variances:.0%} of the scores" if here.own_variances else ""
@@ -293,15 +260,15 @@ def _notes(here: Attacked, fleet: _Fleet) -> Iterator[str]:
             f"at a false-positive rate of 0.1% there are {false:.1f} false positives among "
             f"{here.others:,} scores of non-members: the rate there is a guess"
         )
-    n_in = fleet.sums.n[IN]
-    if not fleet.plan.is_known and np.ptp(n_in) == 0:
+    n_in = trials.sums.n[IN]
+    if not trials.plan.is_known and np.ptp(n_in) == 0:
         yield (
             f"every example is in exactly {n_in[0]:,} of the {here.trials:,} imported trials, so "
             "the other trials tell a target's subset; with few trials that leaks into the attack"
         )
 
 
-def _table(here: pa.Table, sums: Sums) -> pa.Table:
+def _table(here: pa.Table, sums: Sums, on_each: ByExample) -> pa.Table:
     """Rows of scores/membership.parquet; `here` are the training examples' scores, in order."""
     moments = sums.moments()
     apart, error = vulnerability(moments)
@@ -316,6 +283,11 @@ def _table(here: pa.Table, sums: Sums) -> pa.Table:
         "margin_out_stdev": spread[OUT],
         "vulnerability": apart,
         "vulnerability_stderr": error,
+        "attack": pa.array(on_each.attack, pa.string()),
+        "attack_auc": on_each.auc,
+        "attack_auc_stderr": on_each.stderr,
+        "n_targets_in": on_each.n_in,
+        "n_targets_out": on_each.n_out,
         "memorization": here["memorization"],
     }
     arrays = {name: pa.array(v, from_pandas=True) if isinstance(v, np.ndarray) else v
@@ -327,17 +299,18 @@ def _most_vulnerable(table: pa.Table) -> list[dict[str, Any]]:
     known = table.filter(pc.is_valid(table["vulnerability"]))
     order = [("vulnerability", "descending"), ("index", "ascending")]
     rows = known.take(pc.sort_indices(known, order)).slice(0, MOST_VULNERABLE)
-    names = ["example_id", "label", "vulnerability", "vulnerability_stderr", "memorization"]
+    names = ["example_id", "label", "vulnerability", "vulnerability_stderr", "attack_auc",
+             "memorization"]  # fmt: skip
     return list(rows.select([*names, "n_in", "n_out"]).to_pylist())
 
 
-def _correlation(fleet: _Fleet) -> RankCorrelation:
+def _correlation(trials: TrialMargins) -> RankCorrelation:
     """A third pass: every other group of trials is one half."""
-    halves = [Half(fleet.sums.first) for _ in range(2)]
-    place = {group: n for n, group in enumerate(sorted({fleet.group(k) for k in fleet.keys}))}
-    correct = partial(fleet.store.train_rows, names=["correct"])
-    rows = read_ahead(fleet.keys, correct, AHEAD)
-    for (key, margins, inside), (_, table) in zip(fleet.read(fleet.keys), rows, strict=True):
-        half = halves[place[fleet.group(key)] % 2]
+    halves = [Half(trials.sums.first) for _ in range(2)]
+    place = {group: n for n, group in enumerate(sorted({trials.group(k) for k in trials.keys}))}
+    correct = partial(trials.store.train_rows, names=["correct"])
+    rows = read_ahead(trials.keys, correct, AHEAD)
+    for (key, margins, inside), (_, table) in zip(trials.read(trials.keys), rows, strict=True):
+        half = halves[place[trials.group(key)] % 2]
         half.add(margins, inside, table["correct"].to_numpy().astype(bool))
     return crossed(*halves)

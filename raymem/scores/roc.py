@@ -111,6 +111,17 @@ def attack(name: str, scores: ArrayLike, members: ArrayLike, targets: ArrayLike)
     )
 
 
+def auc(scores: ArrayLike, members: ArrayLike) -> float:
+    """Probability that a member's score is above another's, ties half; NaN without both.
+
+    >>> auc([3.0, 2.0, 1.0, 0.0], [True, False, True, False])
+    0.75
+    """
+    values, member = np.asarray(scores), np.asarray(members, bool)
+    order = np.argsort(-values, kind="stable")
+    return _numbers(values[order], member[order])[0]
+
+
 def curve(scores: Floats, members: Truths) -> tuple[Floats, Floats]:
     """False- and true-positive rates of every threshold, from (0, 0) on; scores falling, [S].
 
@@ -134,6 +145,6 @@ def _numbers(scores: Floats, members: Truths) -> tuple[float, float, float, floa
     if members.all() or not members.any():
         return (math.nan,) * 4
     fpr, tpr = curve(scores, members)
-    auc = float(np.trapezoid(tpr, fpr))
+    area = float(np.trapezoid(tpr, fpr))
     best = float((tpr + 1 - fpr).max()) / 2
-    return auc, best, at_fpr(fpr, tpr, LOW_FPR), at_fpr(fpr, tpr, FPR)
+    return area, best, at_fpr(fpr, tpr, LOW_FPR), at_fpr(fpr, tpr, FPR)

@@ -254,9 +254,9 @@ def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
 
 
 def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
-    styles = (("one", "-"), ("one", "--"), ("two", "-"))
+    styles = (("one", "-"), ("one", "--"), ("two", ":"), ("two", "-"), ("two", "--"), ("ink", "-"))
     least = 1.0
-    for one, (colour, style) in zip(here.attacks, styles, strict=True):
+    for one, (colour, style) in zip(here.attacks, styles, strict=False):
         # A rate of 0 has no place on a logarithmic axis.
         points = [(fpr, tpr) for fpr, tpr in one.roc if tpr > 0]
         if points:

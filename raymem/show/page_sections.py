@@ -7,11 +7,20 @@ import html
 import math
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links import NOT_A_TEST, Coefficient, Correlation
 from raymem.scores import Attacked
 from raymem.show.terminal_links import equal_loss_table, ties_text
-from raymem.show.terminal_membership import attacks_table, correlation_text, shown
+from raymem.show.terminal_membership import (
+    REFERENCES_HEAD,
+    attacks_table,
+    best_text,
+    correlation_text,
+    references_table,
+    shown,
+)
 
 TITLES = (
     "measure", "what it is", "rank correlation", "at most", "among memorization > 0",
@@ -117,26 +126,37 @@ def membership_section(attacked: Sequence[Attacked], chart: str, stale: str = ""
     trials came later; text is escaped here."""
     if not attacked:
         return ""
-    table = attacks_table(attacked)
-    head = "".join(f'<th scope="col">{_t(name)}</th>' for name in table.column_names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_t(cell)}</td>" for cell in row.values()) + "</tr>"
-        for row in table.to_pylist()
-    )
+    few = ""
+    if any(here.by_references for here in attacked):
+        few = f"<p>{_t(REFERENCES_HEAD)}:</p>{_html_table(references_table(attacked))}"
     notes = "".join(
         f'<p class="small">Epsilon {epsilon_name(here.epsilon)}: {_t(note)}.</p>'
         for here in attacked
         for note in here.notes
     )
-    sentences = "".join(f"<p>{_t(correlation_text(here))}</p>" for here in attacked)
+    sentences = "".join(
+        f"<p>{_t(text(here))}</p>" for here in attacked for text in (best_text, correlation_text)
+    )
     late = f'<p class="red-note">{_t(stale)}</p>' if stale else ""
     return (
         '<h2 id="membership">Membership inference</h2>\n'
-        "<p>Trials attacked with the others: can their subset be told from their margins (Carlini "
-        "et al. 2022)? TPR is the share of members found, FPR that of others taken for members; "
-        f"standard errors are over target trials.</p>{late}\n"
+        "<p>Trials attacked with the others: can their subset be told from their margins (LiRA, "
+        "Carlini et al. 2022; RMIA, Zarifzadeh et al. 2024)? TPR is the share of members found, "
+        "FPR that of others taken for members; standard errors are over target trials.</p>"
+        f"{late}\n"
+        f"{_html_table(attacks_table(attacked))}{few}{sentences}{chart}{notes}\n"
+    )
+
+
+def _html_table(table: pa.Table) -> str:
+    head = "".join(f'<th scope="col">{_t(name)}</th>' for name in table.column_names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_t(cell)}</td>" for cell in row.values()) + "</tr>"
+        for row in table.to_pylist()
+    )
+    return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        f"</div>{sentences}{chart}{notes}\n"
+        "</div>"
     )
 
 

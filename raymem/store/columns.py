@@ -279,6 +279,23 @@ MEMBERSHIP_VALUES: Columns = {
     "vulnerability_stderr": Column(
         pa.float64(), "its standard error, if margins are normal", "standard deviations"
     ),
+    "attack": Column(
+        pa.string(),
+        "the membership inference attack with the highest AUC on the other half of the examples "
+        "(even and odd positions); null: attack_auc is",
+    ),
+    "attack_auc": Column(
+        pa.float64(),
+        "probability that this attack's score of the example is higher in a target trial that "
+        "trained on it than in one that did not, targets from one half of the trials and "
+        "references from the other; null: no target trials of both kinds",
+        "0..1",
+    ),
+    "attack_auc_stderr": Column(
+        pa.float64(), "its standard error over target trials; null: attack_auc is null, 0 or 1"
+    ),
+    "n_targets_in": Column(pa.int32(), "target trials that trained on the example"),
+    "n_targets_out": Column(pa.int32(), "target trials that did not"),
 }
 
 CACHE_INDEX: Columns = {
