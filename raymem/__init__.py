@@ -8,7 +8,7 @@ Each stage is a module; this is the public door to all of them.
 # Before torch: with torch loaded first, pyarrow's threads abort some processes as they exit.
 import pyarrow.parquet as _  # noqa: F401
 
-from raymem.cli import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
+from raymem.cli import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job, run_removal_job
 from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
 from raymem.curvature.streaming import ScoringModel, StageSummary, measure_kept, stream_curvature
 from raymem.data import Cache, CachedExamples, Examples, flip_labels, load_examples
@@ -34,8 +34,8 @@ from raymem.errors import (
 )
 from raymem.fleet import Progress, run_fleet
 from raymem.interop import export, import_fleet, import_npz, import_scores
-from raymem.links import Correlation, Links, correlations, find_links
-from raymem.plan import Plan, Seeds
+from raymem.links import Correlation, Links, Removed, correlations, find_links, find_removal
+from raymem.plan import Plan, Removal, Seeds
 from raymem.privacy import (
     Bound,
     Mechanism,
@@ -103,6 +103,8 @@ __all__ = [
     "RaymemError",
     "Recipe",
     "RecipeError",
+    "Removal",
+    "Removed",
     "ResultMismatchError",
     "ScoringModel",
     "Seeds",
@@ -126,6 +128,7 @@ __all__ = [
     "export",
     "find_links",
     "find_pairs",
+    "find_removal",
     "flip_labels",
     "import_fleet",
     "import_npz",
@@ -146,6 +149,7 @@ __all__ = [
     "run_curvature_job",
     "run_fleet",
     "run_job",
+    "run_removal_job",
     "run_trial",
     "score",
     "stream_curvature",

@@ -2,6 +2,7 @@
 
 main                the command `raymem`
 run_job             a fleet: ingest, plan, train, measure curvature, score
+run_removal_job     the removal experiment: accuracy without the most memorized examples
 run_curvature_job   curvature of shards under given models
 """
 
@@ -9,6 +10,7 @@ from raymem.cli import exchange, read
 from raymem.cli.base import absolute_store, command_errors, main
 from raymem.cli.job_curvature import run_curvature_job
 from raymem.cli.job_options import JobOptions, Machine
+from raymem.cli.job_removal import run_removal_job
 from raymem.cli.job_study import STAGES, PrivateStudy, run_job, score_and_print
 from raymem.cli.smoke import Smoke
 
@@ -25,5 +27,6 @@ __all__ = [
     "read",
     "run_curvature_job",
     "run_job",
+    "run_removal_job",
     "score_and_print",
 ]

@@ -20,6 +20,7 @@ from raymem.links import (
     correlations_across,
     correlations_as_dict,
     find_links,
+    find_removal,
     label_errors,
     verdicts_on_link1,
 )
@@ -34,6 +35,7 @@ from raymem.show import (
     links_text,
     membership_text,
     pairs_for_people,
+    removal_text,
     write_report,
 )
 from raymem.show.tables import top, where
@@ -53,6 +55,18 @@ def status_command(store: str, debug: bool) -> None:
     """
     with command_errors(debug):
         click.echo(describe_store(Store(store)))
+
+
+@main.command("removal")
+@click.argument("store")
+@debug_option
+def removal_command(store: str, debug: bool) -> None:
+    """What a removal experiment found: accuracy without the most memorized examples.
+
+    Example: raymem removal runs/removal_digits
+    """
+    with command_errors(debug):
+        click.echo(removal_text(find_removal(Store(store))))
 
 
 @main.command("scores")

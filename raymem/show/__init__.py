@@ -11,6 +11,7 @@ from raymem.show.notebook import Opened, open_store
 from raymem.show.tables import TableError, top, where
 from raymem.show.terminal_links import correlations_text, label_errors_text, links_text
 from raymem.show.terminal_membership import membership_text
+from raymem.show.terminal_removal import removal_text, write_removal
 from raymem.show.terminal_scores import (
     as_text,
     example_text,
@@ -36,8 +37,10 @@ __all__ = [
     "merge_text",
     "open_store",
     "pairs_for_people",
+    "removal_text",
     "summary_text",
     "top",
     "where",
+    "write_removal",
     "write_report",
 ]
