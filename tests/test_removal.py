@@ -30,6 +30,7 @@ from raymem import (
 )
 from raymem.cli import main
 from raymem.links import removal_by_scores, removal_effect
+from raymem.show import removal_text
 from raymem.store import TrialKey, verify
 
 JOB = Path(__file__).parents[1] / "jobs" / "removal_digits.py"
@@ -82,6 +83,18 @@ def test_random_examples_are_nested_in_a_repeat_and_others_in_the_next():
         assert out[0, arm, 7] != out[1, arm, 7]
         assert out[0, arm, 7] != set(np.flatnonzero(~plan(1).mask(of.block - 2)))
     assert out[0, "random", 7] != out[0, "same-classes", 7]
+
+
+def test_the_same_plan_leaves_out_the_same_examples_for_ever():
+    of = plan(5)
+    out = {trial: sorted(of.removal.left_out(trial, 5).tolist()) for trial in (2, 3, 12, 13)}
+    assert out == {
+        2: [17, 18, 50],
+        3: [22, 27, 41],
+        12: [0, 19, 29, 31, 34, 41, 52],
+        13: [10, 19, 29, 44, 50, 57, 59],
+    }
+    assert of.seeds(3).init == 304917987875786570
 
 
 def test_random_examples_are_drawn_evenly():
@@ -314,10 +327,18 @@ def test_copies_of_training_images_are_left_out_of_the_verdict(tmp_path):
     first.score()
     study = experiment_on(first, tmp_path)
     study.train(engine="serial")
-    found = find_removal(Store(study.store))
+    store = Store(study.store)
+    found = find_removal(store)
     assert found.copies == 5
     assert (found.apart.test_examples, found.all_test.test_examples) == (11, 16)
     assert found.headline is found.apart
+    assert "11 test examples; 5 more have a near duplicate" in removal_text(found)
+    # By hand: the mean over repeats of trial 0 of each, on the eleven.
+    right = [
+        store.trial(TrialKey(math.inf, r * 7), ["correct"])["correct"].to_numpy()[5:16].mean()
+        for r in range(6)
+    ]
+    assert found.apart.accuracy_all.value == pytest.approx(np.mean(right))
 
 
 # The job

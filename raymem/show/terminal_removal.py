@@ -42,12 +42,7 @@ def removal_text(found: Removed) -> str:
         "(95% intervals):",
         as_text(removal_table(found, effect)),
         "",
-        f"measured on {effect.test_examples:,} test examples"
-        + (
-            f"; {found.copies:,} more with a near duplicate in the training set are left out"
-            if found.apart is not None
-            else ", all of which have a near duplicate in the training set"
-        ),
+        f"measured on {effect.test_examples:,} test examples; {_copies(found)}",
         f"ranked by the memorization of other trials, {removal.scored_trials} of study "
         f"{removal.scored_study[:16]}",
     ]
@@ -79,6 +74,14 @@ def write_removal(found: Removed) -> str:
     store.files.replace(f"figures/{figure.name}-dark.png", figure.dark)
     store.files.replace(f"figures/{figure.name}.pdf", figure.pdf)
     return store.files.path("removal.json")
+
+
+def _copies(found: Removed) -> str:
+    if found.apart is None:
+        return "all of them have a near duplicate in the training set, so none is left out"
+    if not found.copies:
+        return "none has a near duplicate in the training set"
+    return f"{found.copies:,} more have a near duplicate in the training set and are left out"
 
 
 def _percent(mean: Mean) -> str:
