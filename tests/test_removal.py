@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from raymem import (
     Study,
     StudyMismatchError,
     find_removal,
+    load_examples,
     run_removal_job,
 )
 from raymem.cli import main
@@ -410,6 +413,35 @@ def test_the_job_runs_from_nothing_to_the_verdict_and_again(capsys, tmp_path):
     out, code = run(capsys, "removal", "--store", other)
     assert code == 0
     assert "not known, a test needs 6 repeats" in out
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_to_the_same_trials(tmp_path):
+    first = Study(
+        examples=load_examples("digits"), recipe=RECIPES["small"], store=str(tmp_path / "scores"),
+        trials=20,
+    )  # fmt: skip
+    first.train(engine="serial")
+    first.score()
+
+    def command(store):
+        options = "--sizes 5,10 --repeats 1 --engine serial --scores-from".split()
+        return [sys.executable, str(JOB), "train", *options, str(first.store), "--store", store]
+
+    killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
+    job = subprocess.Popen(command(killed))
+    deadline = time.monotonic() + 300
+    while len(Store(killed).done()) < 2 and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.kill()
+    assert job.wait() != 0
+    assert 2 <= len(Store(killed).done()) < 7
+    for store in (killed, whole):
+        subprocess.run(command(store), check=True, timeout=300)
+    stores = Store(killed), Store(whole)
+    assert stores[0].done() == stores[1].done()
+    for key in stores[0].done():
+        assert stores[0].provenance(key)["digest"] == stores[1].provenance(key)["digest"]
 
 
 def test_the_job_refuses_what_cannot_be(capsys, tmp_path):
