@@ -29,11 +29,12 @@ from raymem import (
     StudyMismatchError,
     find_removal,
     load_examples,
+    merge,
     run_removal_job,
 )
 from raymem.cli import main
 from raymem.links import removal_by_scores, removal_effect
-from raymem.show import removal_text
+from raymem.show import merge_text, removal_text
 from raymem.store import TrialKey, verify
 
 JOB = Path(__file__).parents[1] / "jobs" / "removal_digits.py"
@@ -279,6 +280,20 @@ def test_stopped_experiments_go_on_and_read_back(tmp_path):
     assert find_removal(store).as_dict() == before
 
 
+def test_parts_of_whole_repeats_become_one_experiment(tmp_path):
+    first = scored(tmp_path)
+    places = [str(tmp_path / name) for name in ("east", "west", "both")]
+    for k in (0, 1):
+        experiment_on(first, tmp_path, store=places[k], part=(k + 1, 2)).train(engine="serial")
+        assert find_removal(Store(places[k])).all_test.repeats == 3
+    text = merge_text(merge(*places))
+    assert f"next, raymem removal {places[2]}" in text
+    study = experiment_on(first, tmp_path)
+    study.train(engine="serial")
+    found = find_removal(Store(places[2])).as_dict()
+    assert found == find_removal(Store(study.store)).as_dict()
+
+
 def test_another_ranking_is_refused_shortly(tmp_path):
     first = scored(tmp_path)
     study = experiment_on(first, tmp_path, repeats=1, sizes=(12,))
@@ -425,7 +440,7 @@ def test_a_killed_job_goes_on_to_the_same_trials(tmp_path):
     first.score()
 
     def command(store):
-        options = "--sizes 5,10 --repeats 1 --engine serial --scores-from".split()
+        options = ["--sizes", "5,10", "--repeats", "1", "--engine", "serial", "--scores-from"]
         return [sys.executable, str(JOB), "train", *options, str(first.store), "--store", store]
 
     killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
