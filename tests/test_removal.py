@@ -272,6 +272,9 @@ def test_stopped_experiments_go_on_and_read_back(tmp_path):
     store = Store(study.store)
     before = find_removal(store).as_dict()
     assert not verify(store)
+    # This learner's test accuracy is the same whatever it trained on.
+    assert "does not fall significantly" in before["verdict"]["text"]
+    assert before["all_test_examples"]["p_value"] == 1
     for trial in (8, 20):
         store.files.delete(TrialKey(math.inf, trial).object_key)
     assert find_removal(store).incomplete == 2
