@@ -14,7 +14,14 @@ from raymem.lazy import lazy_attributes
 from raymem.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from raymem.cli import JobOptions, PrivateStudy, Smoke, run_curvature_job, run_job
+    from raymem.cli import (
+        JobOptions,
+        PrivateStudy,
+        Smoke,
+        run_curvature_job,
+        run_job,
+        run_removal_job,
+    )
     from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
     from raymem.curvature.streaming import (
         ScoringModel,
@@ -45,8 +52,15 @@ if TYPE_CHECKING:
     )
     from raymem.fleet import Progress, run_fleet
     from raymem.interop import export, import_fleet, import_npz, import_scores
-    from raymem.links import Correlation, Links, correlations, find_links
-    from raymem.plan import Plan, Seeds
+    from raymem.links import (
+        Correlation,
+        Links,
+        Removed,
+        correlations,
+        find_links,
+        find_removal,
+    )
+    from raymem.plan import Plan, Removal, Seeds
     from raymem.privacy import (
         Bound,
         Mechanism,
@@ -114,6 +128,8 @@ __all__ = [
     "RaymemError",
     "Recipe",
     "RecipeError",
+    "Removal",
+    "Removed",
     "ResultMismatchError",
     "ScoringModel",
     "Seeds",
@@ -137,6 +153,7 @@ __all__ = [
     "export",
     "find_links",
     "find_pairs",
+    "find_removal",
     "flip_labels",
     "import_fleet",
     "import_npz",
@@ -157,6 +174,7 @@ __all__ = [
     "run_curvature_job",
     "run_fleet",
     "run_job",
+    "run_removal_job",
     "run_trial",
     "score",
     "stream_curvature",

@@ -23,7 +23,7 @@ from raymem.fleet import (
     repeat_trial,
     run_fleet,
 )
-from raymem.plan import Kind, Plan
+from raymem.plan import Kind, Plan, Removal
 from raymem.privacy import (
     Mechanism,
     Privacy,
@@ -70,6 +70,8 @@ class Study:
     """Start of all randomness."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only, see Plan."""
+    removal: Removal | None = None
+    """Removal plans only, see Plan."""
     curvature: CurvatureRule | None = None
     """How trials measure every training example's input loss curvature; None: they do not."""
     curvature_trials: int | None = None
@@ -105,11 +107,27 @@ class Study:
             kind=self.kind,
             seed=self.seed,
             pool=self.pool,
+            removal=self.removal,
         )
         object.__setattr__(self, "plan", plan)
+        self._check_removal()
         self._check_privacy()
         self._check_curvature_trials()
         self._check_part()
+
+    def _check_removal(self) -> None:
+        if self.removal is None:
+            return
+        if self.privacy is not None or any(e < math.inf for e in self.epsilons):
+            raise PlanError(
+                "a removal experiment compares trials that are not private, got epsilons "
+                f"{', '.join(f'{e:g}' for e in self.epsilons)} or privacy; leave both out"
+            )
+        if self.removal.labels != tuple(self.examples.y_train.tolist()):
+            raise PlanError(
+                f"the labels of the removal experiment are not those of {self.examples.name}; "
+                "make it from the same examples"
+            )
 
     def _check_part(self) -> None:
         if self.target.wanted():

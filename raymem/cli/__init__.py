@@ -2,6 +2,7 @@
 
 main                the command `raymem`
 run_job             a fleet: ingest, plan, train, measure curvature, score
+run_removal_job     the removal experiment: accuracy without the most memorized examples
 run_curvature_job   curvature of shards under given models
 """
 
@@ -14,6 +15,7 @@ from raymem.lazy import lazy_attributes
 if TYPE_CHECKING:
     from raymem.cli.job_curvature import run_curvature_job
     from raymem.cli.job_options import JobOptions, Machine
+    from raymem.cli.job_removal import run_removal_job
     from raymem.cli.job_study import STAGES, PrivateStudy, run_job, score_and_print
     from raymem.cli.smoke import Smoke
 
@@ -30,6 +32,7 @@ __all__ = [
     "read",
     "run_curvature_job",
     "run_job",
+    "run_removal_job",
     "score_and_print",
 ]
 

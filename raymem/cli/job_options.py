@@ -133,10 +133,8 @@ class PartOf(click.ParamType[tuple[int, int]]):
         return int(number), int(of)
 
 
-def study_options(
-    *, data: str, store: str, trials: int, subset_ratio: float, seed: int, flipped: float
-) -> Decorator:
-    """What the study is of, and how large."""
+def data_options(data: str) -> Decorator:
+    """Which examples."""
     return together(
         click.option(
             "--data",
@@ -148,6 +146,15 @@ def study_options(
         click.option(
             "--image-size", type=click.IntRange(1), help="Resize folder images to this square."
         ),
+    )
+
+
+def study_options(
+    *, data: str, store: str, trials: int, subset_ratio: float, seed: int, flipped: float
+) -> Decorator:
+    """What the study is of, and how large."""
+    return together(
+        data_options(data),
         click.option("--store", default=store, help="Folder or URL of the study."),
         click.option("--trials", type=click.IntRange(1), default=trials, help="How many models."),
         click.option(

@@ -48,6 +48,21 @@ def status_command(store: str, debug: bool) -> None:
         click.echo(describe_store(Store(store)))
 
 
+@main.command("removal")
+@click.argument("store")
+@debug_option
+def removal_command(store: str, debug: bool) -> None:
+    """What a removal experiment found: accuracy without the most memorized examples.
+
+    Example: raymem removal runs/removal_digits
+    """
+    from raymem.links import find_removal
+    from raymem.show import removal_text
+
+    with command_errors(debug):
+        click.echo(removal_text(find_removal(Store(store))))
+
+
 @main.command("scores")
 @click.argument("store")
 @click.option("--sort", default="memorization", help="Column to sort by, largest first.")

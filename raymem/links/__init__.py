@@ -3,6 +3,7 @@
 Link 1, memorization against curvature (Ravikumar et al. 2024, Theorem 5.1): `correlations`,
 `by_memorization`. Link 2, curvature against epsilon (Theorem 5.3): `link2`. Link 3, memorization
 against epsilon (Theorem 5.4), with its bounds and an audit that could refute them: `link3`.
+What memorized examples are worth to accuracy (Feldman & Zhang 2020, section 4): `find_removal`.
 """
 
 from raymem.links.across import correlations_across, joined
@@ -23,7 +24,15 @@ from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
-from raymem.links.pool import most_memorized
+from raymem.links.pool import most_memorized, removal_by_scores
+from raymem.links.removal import (
+    Contrast,
+    Mean,
+    RemovalEffect,
+    Removed,
+    find_removal,
+    removal_effect,
+)
 from raymem.links.together import Links, correlations_as_dict, find_links
 from raymem.links.twins import Twins, find_twins
 from raymem.links.two_stages import Parameter
@@ -36,6 +45,7 @@ __all__ = [
     "BoundCheck",
     "Change",
     "Coefficient",
+    "Contrast",
     "Correlation",
     "Costs",
     "Crossed",
@@ -46,12 +56,15 @@ __all__ = [
     "Line",
     "Link2",
     "Links",
+    "Mean",
     "Observed",
     "PaperBins",
     "Parameter",
     "Plane",
     "PoolMean",
     "Ranking",
+    "RemovalEffect",
+    "Removed",
     "Shape",
     "Twins",
     "Verdict",
@@ -62,6 +75,7 @@ __all__ = [
     "costs",
     "diagnostics",
     "find_links",
+    "find_removal",
     "find_twins",
     "fit_link2",
     "fit_loss",
@@ -76,6 +90,8 @@ __all__ = [
     "most_memorized",
     "paper_bins",
     "red",
+    "removal_by_scores",
+    "removal_effect",
     "verdict",
     "verdicts_on_link1",
 ]

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.encoding import epsilon_name, json_ready
+from raymem.errors import StoreError
 from raymem.plan import Plan
 from raymem.scores.copy_groups import Copies, copies_in, group_columns
 from raymem.scores.estimates import (
@@ -88,9 +89,14 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     """Score all committed trials of a store; replaces its scores/*.parquet.
 
     `rule` says which influence pairs are kept. Raises DamagedObjectError for a trial that does not
-    read back.
+    read back, StoreError for a removal experiment.
     """
     body = store.study()
+    if store.plan().removal is not None:
+        raise StoreError(
+            f"{store.url} is a removal experiment, which has no random subsets to score; see "
+            f"`raymem removal {store.url}`"
+        )
     done, index = store.done(), store.examples()
     target = store.target
     epsilons = sorted({*target.epsilons, *(key.epsilon for key in done)})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from raymem.show.tables import TableError, top, where
     from raymem.show.terminal_links import correlations_text, label_errors_text, links_text
     from raymem.show.terminal_membership import membership_text
+    from raymem.show.terminal_removal import removal_text, write_removal
     from raymem.show.terminal_scores import (
         as_text,
         example_text,
@@ -42,9 +43,11 @@ __all__ = [
     "merge_text",
     "open_store",
     "pairs_for_people",
+    "removal_text",
     "summary_text",
     "top",
     "where",
+    "write_removal",
     "write_report",
 ]
 

@@ -177,6 +177,8 @@ def _on_gpu() -> bool:
 
 def _precision(study: Study) -> list[str]:
     """Standard error and 95% width by trials and ratio, of several kinds of examples."""
+    if study.removal is not None:
+        return []
     if study.subset_ratio == 1:
         return ["memorization: not defined, nothing is ever out"]
     stderr = study.plan.worst_case_stderr(study.trials)
@@ -313,6 +315,9 @@ def _subsets(study: Study) -> str:
         study.examples.y_train[plan.mask(0)], minlength=study.examples.n_classes
     )
     text = f"{plan.kind} subsets of {plan.subset_size:,} examples (ratio {plan.subset_ratio:g})"
+    if plan.removal is not None:
+        repeats = study.trials / plan.block
+        return f"{plan}; {repeats:g} repeats of {plan.block} trials"
     if plan.subset_ratio == 1:
         return f"{text}: all examples in every trial, only seeds differ; nothing is ever out"
     if plan.kind != "fixed-size":

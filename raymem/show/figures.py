@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from raymem.encoding import epsilon_name
-from raymem.links import Links, PaperBins, measures_of
+from raymem.links import Links, PaperBins, Removed, measures_of
 from raymem.links.rows import train_at
+from raymem.plan import ARMS
 from raymem.scores import Attacked
 from raymem.store import Store
 
@@ -114,6 +115,17 @@ def figures(
                 + ".",
                 functools.partial(_roc, here=here),
             )
+
+
+def removal_figure(found: Removed) -> Figure:
+    """Test accuracy and the number of removed examples, by arm (Feldman & Zhang 2020, figure 2)."""
+    return _figure(
+        "removal",
+        "Removal: test accuracy without memorized or random examples",
+        f"Mean test accuracy of {found.headline.repeats} repeats with 95% intervals, by number of "
+        f"removed training examples. {found.verdict.text}.",
+        functools.partial(_removal, found=found),
+    )
 
 
 def _figure(name: str, title: str, alt: str, draw: Draw) -> Figure:
@@ -272,3 +284,21 @@ def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
     ax.set_xlabel("false-positive rate")
     ax.set_ylabel("true-positive rate")
     ax.legend(loc="lower right")
+
+
+def _removal(ax: Any, colours: dict[str, str], found: Removed) -> None:
+    effect = found.headline
+    styles = dict(zip(ARMS, (("two", "o-"), ("one", "s--"), ("ink", "^:")), strict=True))
+    for arm, (colour, style) in styles.items():
+        means = [effect.accuracy_all, *effect.accuracy[arm]]
+        y = 100 * np.array([mean.value for mean in means])
+        error = 100 * np.array(
+            [[m.value - m.low for m in means], [m.high - m.value for m in means]]
+        )
+        ax.errorbar(
+            [0, *effect.sizes], y, yerr=np.nan_to_num(error), fmt=style, color=colours[colour],
+            capsize=3, markersize=4, linewidth=1.2, label=f"without {arm}",
+        )  # fmt: skip
+    ax.set_xlabel("removed training examples")
+    ax.set_ylabel("test accuracy, percent")
+    ax.legend()

@@ -108,10 +108,13 @@ def merge_text(summary: MergeSummary) -> str:
             f"drift: {s.drift:,} trials have two results, of other hardware or a GPU; the first "
             "store's stay"
         )
-    if not Store(s.url).plan().is_known:
+    plan = Store(s.url).plan()
+    if not plan.is_known:
         then = f"import the file into it once more, which scores: raymem import npz FILE {s.url}"
     elif s.missing:
         then = f"run its job with --store {s.url}, which trains what is missing and scores"
+    elif plan.removal is not None:
+        then = f"raymem removal {s.url}"
     else:
         then = f"score, the job's `score` stage: python jobs/NAME.py score --store {s.url}"
     return "\n".join([*lines, f"not copied: scores, links, report; next, {then}"])

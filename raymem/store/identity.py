@@ -33,6 +33,17 @@ def differences(there: object, here: object, name: str = "") -> list[Difference]
     return [] if there == here else [(name, there, here)]
 
 
+def brief(value: object) -> str:
+    """A value in a message: of a long list, its start.
+
+    >>> brief([5, 3, 9]), brief(list(range(80)))
+    ('[5, 3, 9]', '[0, 1, 2, 3, 4, ...] (80)')
+    """
+    if not isinstance(value, list) or len(value) <= 2 * SHOWN:
+        return str(value)
+    return f"[{', '.join(map(str, value[:SHOWN]))}, ...] ({len(value):,})"
+
+
 def changed_examples(index: pa.Table, examples: Examples) -> list[Difference]:
     """The same of the examples of a store's index and those at hand: the first few."""
     old, new = index.to_pylist(), examples.index_table().to_pylist()

@@ -24,7 +24,7 @@ from raymem.plan import Plan
 from raymem.privacy import Mechanism
 from raymem.store import columns, trials
 from raymem.store.derived import FORMAT, SHOWN, Derived, as_json
-from raymem.store.identity import changed_examples, differences, study_hash
+from raymem.store.identity import brief, changed_examples, differences, study_hash
 from raymem.store.target import Failure, Part, Target
 from raymem.store.trials import TrialKey
 from raymem.version import VERSION
@@ -105,7 +105,9 @@ class Store(Derived):
             "examples.parquet"
         ):
             found += changed_examples(self.examples(), examples)
-        shown = "; ".join(f"{name}: store has {a}, this run has {b}" for name, a, b in found)
+        shown = "; ".join(
+            f"{name}: store has {brief(a)}, this run has {brief(b)}" for name, a, b in found
+        )
         raise StudyMismatchError(
             f"{self.url} belongs to another study ({shown}); choose another --store, or go back to "
             "the settings of the store"
