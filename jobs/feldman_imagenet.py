@@ -16,7 +16,7 @@ people have it (folders, WebDataset tars, Parquet) with --cache for where its ca
 of its share of the batch, which is another recipe in small print.
 
 The recipes are usual ones for ResNet-50, with batches of 1,024: 16 epochs (`quick`) or 90 (`long`)
-at 128 pixels and crops of 112. Nothing of this has run on a GPU, and no model of ImageNet was
+at 128 pixels and crops of 112. None of these has run on a GPU, and no model of ImageNet was
 trained; docs/scaling.md says what it would cost, docs/cluster.md how to start.
 """
 
