@@ -415,6 +415,7 @@ def test_broken_training_is_caught_by_one_run(monkeypatch):
     # A test of the model before training would end it there; the audit must see it by itself.
     for module in (private, fleet):
         monkeypatch.setattr(module, "check_private", lambda model, image_shape: "ghost")
+    monkeypatch.setattr(sgd.PrivateSteps, "_check_rows", lambda self, B: None)
     study.train(engine="serial")
     study.score()
     (audit,) = link3(Store("memory://broken"))

@@ -37,7 +37,7 @@ FOOTER = 1 << 15
 class TrialKey(NamedTuple):
     """Names a trial: its epsilon (inf: not private) and its number, which is its subset's.
 
-    >>> TrialKey(math.inf, 17).object_key, TrialKey(0.5, 17).object_key
+    >>> TrialKey(float("inf"), 17).object_key, TrialKey(0.5, 17).object_key
     ('trials/eps-inf/000017.parquet', 'trials/eps-0.5/000017.parquet')
     >>> TrialKey.parse("trials/eps-0.5/000017.parquet")
     TrialKey(epsilon=0.5, trial=17)
