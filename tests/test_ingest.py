@@ -753,7 +753,7 @@ def test_decoding_takes_cpu_nodes_where_there_are_such(
     monkeypatch.setattr(sys.modules["raymem.data.shards.ingestion"], "decode_on_ray", noted)
     ray.init(
         address="local", num_cpus=2, resources=resources, include_dashboard=False,
-        object_store_memory=150_000_000, log_to_driver=False, logging_level="ERROR",
+        object_store_memory=500_000_000, log_to_driver=False, logging_level="ERROR",
     )  # fmt: skip
     try:
         assert run(tmp_path / "set", tmp_path / "cache", engine="ray").images == 60
