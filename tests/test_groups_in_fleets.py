@@ -19,7 +19,7 @@ from torch import nn
 
 from raymem import Recipe, Store, Study, TrialKey
 from raymem.cli.job_options import ModelsPerStep
-from raymem.fleet import Stopped, run_fleet
+from raymem.fleet import Stopped
 from raymem.fleet.ledger import DEATHS_ALLOWED, LEASE_SECONDS, Ledger
 from raymem.training.group import Group
 
@@ -274,10 +274,8 @@ def test_a_cpu_trains_one_model_at_a_time_by_itself(examples):
 @pytest.mark.alone
 def test_groups_on_ray(examples, tmp_path):
     found = study(examples, tmp_path, trials=8)
+    progress = found.train(models_per_step=4, max_workers=2, gpus_per_trial=0)
     store = found.open_store()
-    progress = run_fleet(
-        examples, found.plan, RECIPE, store, models_per_step=4, max_workers=2, gpus_per_trial=0
-    )
     assert progress.done == 8
     how = {store.provenance(key)["arithmetic"].rpartition(", ")[2] for key in keys(8)}
     assert how == {"group of 4"}
