@@ -735,30 +735,36 @@ def test_ray_gives_what_this_process_gives(small, tmp_path):
     [({CPU_NODE: 1}, {"CPU": 1.0, CPU_NODE: 0.001}), ({}, {"CPU": 1.0})],
     ids=["cpu nodes", "no such nodes"],
 )
-def test_decoding_takes_cpu_nodes_where_there_are_such(
-    small, tmp_path, monkeypatch, resources, held
-):
+def test_decoding_takes_cpu_nodes_where_there_are_such(small, tmp_path, resources, held):
     """tests/test_asking.py has what the autoscalers make of it."""
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     write_ilsvrc(tmp_path / "set", "tar", *small, n_shards=2)
+    # In a process of its own: Ray reads once how it authenticates, and other tests do it otherwise.
+    driver = f"""
+import ray
+from raymem.data.shards import ingest, ingestion
 
-    def noted(batch):
-        with (tmp_path / "log").open("a") as log:
-            log.write(f"{ray.get_runtime_context().get_assigned_resources()}\n")
-        from raymem.data.shards.ingestion import decode_on_ray
+def noted(batch):
+    with open({str(tmp_path / "log")!r}, "a") as log:
+        log.write(f"{{ray.get_runtime_context().get_assigned_resources()}}\\n")
+    from raymem.data.shards.ingestion import decode_on_ray
+    return decode_on_ray(batch)
 
-        return decode_on_ray(batch)
-
-    monkeypatch.setattr(sys.modules["raymem.data.shards.ingestion"], "decode_on_ray", noted)
-    ray.init(
-        address="local", num_cpus=2, resources=resources, include_dashboard=False,
-        object_store_memory=500_000_000, log_to_driver=False, logging_level="ERROR",
-    )  # fmt: skip
-    try:
-        assert run(tmp_path / "set", tmp_path / "cache", engine="ray").images == 60
-    finally:
-        ray.shutdown()
+ingestion.decode_on_ray = noted
+ray.init(
+    address="local", num_cpus=2, resources={resources!r}, include_dashboard=False,
+    log_to_driver=False, logging_level="ERROR",
+)
+folders = {str(tmp_path / "set")!r}, {str(tmp_path / "cache")!r}
+print("images", ingest(*folders, size={SIZE}, engine="ray").images)
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", driver],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "images 60" in finished.stdout, finished.stderr
     seen = [ast.literal_eval(line) for line in (tmp_path / "log").read_text().splitlines()]
     # Ray Data adds the memory it has seen tasks take.
     assert [{name: n for name, n in row.items() if name != "memory"} for row in seen] == [held] * 4
