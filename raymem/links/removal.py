@@ -273,10 +273,10 @@ def find_removal(store: Store) -> Removed:
 def _read(store: Store, trial: int) -> tuple[NDArray[np.bool_], float]:
     """What one trial gets right of the test examples, bool [M], and its training accuracy."""
     table = store.trial(TrialKey(math.inf, trial), ["in_subset", "correct"])
-    M = table["in_subset"].null_count
+    N = table.num_rows - table["in_subset"].null_count
     correct: NDArray[np.bool_] = table["correct"].to_numpy()
-    inside = table["in_subset"].slice(M).to_numpy()
-    return correct[:M], float(correct[M:][inside].mean())
+    inside = table["in_subset"].slice(0, N).to_numpy()
+    return correct[N:], float(correct[:N][inside].mean())
 
 
 def _by_arm(rows: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:
