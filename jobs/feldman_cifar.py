@@ -39,7 +39,7 @@ are sure of another class: there the loss is flat again. The loss and its gradie
 one backward pass. In-models: curvature_in 0.672, loss_in 0.752, gradient_norm_in 0.717 (Spearman).
 """
 
-from raymem import JobOptions, Recipe, Study, run_job
+from raymem import JobSettings, Recipe, run_job
 
 RECIPES = {
     # Minutes of a laptop's core per 10,000 images; no augmentation, so that few epochs memorize.
@@ -84,9 +84,5 @@ RECIPES = {
 }
 
 
-def study(options: JobOptions) -> Study:
-    return options.study()
-
-
 if __name__ == "__main__":
-    run_job(study, data="cifar10", store="runs/feldman_cifar", trials=1000, recipes=RECIPES)
+    run_job(JobSettings(data="cifar10", store="runs/feldman_cifar", trials=1000), RECIPES)

@@ -13,7 +13,7 @@ has a Pearson correlation of 0.67 [0.59, 0.74] with curvature of models that did
 
 import math
 
-from raymem import JobOptions, PrivateStudy, Recipe, Study, run_job
+from raymem import CurvatureRule, JobSettings, PrivateStudy, Recipe, run_job
 
 RECIPE = Recipe(model="mlp-512-256", epochs=30, batch_size=64, learning_rate=0.1)
 # That of privacy_digits.py: Adam's steps have one size, however large the noise.
@@ -32,16 +32,14 @@ PRIVATE = PrivateStudy(
 )
 
 
-def study(options: JobOptions) -> Study:
-    return options.study(RECIPE)
-
-
 if __name__ == "__main__":
     run_job(
-        study,
-        data="digits",
-        store="runs/feldman_digits",
-        trials=400,
-        curvature=True,
-        private=PRIVATE,
+        JobSettings(
+            data="digits",
+            store="runs/feldman_digits",
+            trials=400,
+            curvature=CurvatureRule(),
+            private=PRIVATE,
+        ),
+        RECIPE,
     )

@@ -22,7 +22,7 @@ trained; docs/scaling.md says what it would cost, docs/cluster.md how to start.
 
 import dataclasses
 
-from raymem import JobOptions, Recipe, Smoke, Study, run_job
+from raymem import CacheSettings, CurvatureRule, JobSettings, Recipe, Smoke, run_job
 
 QUICK = Recipe(
     model="resnet50",
@@ -62,34 +62,17 @@ SMOKE = Smoke(
 )
 
 
-def private(recipe: Recipe) -> Recipe:
-    """The same with what private training needs: no BatchNorm, float32."""
-    return dataclasses.replace(
-        recipe,
-        model=f"{recipe.model}-gn",
-        precision="float32",
-        channels_last=False,
-        compile=False,
-    )
-
-
-def study(options: JobOptions) -> Study:
-    recipe = options.recipe
-    if options.privacy is not None and recipe is not None:
-        return options.study(private(recipe))
-    return options.study()
-
-
 if __name__ == "__main__":
     run_job(
-        study,
-        data="imagenet-128",
-        store="runs/feldman_imagenet",
-        trials=2000,
-        recipes=RECIPES,
-        curvature=True,
-        curvature_at="stage",
-        curvature_trials=100,
-        cache=True,
+        JobSettings(
+            data="imagenet-128",
+            store="runs/feldman_imagenet",
+            trials=2000,
+            curvature=CurvatureRule(),
+            curvature_at="stage",
+            curvature_trials=100,
+            cache=CacheSettings(size=128),
+        ),
+        RECIPES,
         smoke=SMOKE,
     )

@@ -17,7 +17,7 @@ strong (up to 0.55), each a near copy of an unusual bag, sandal or shirt; the ru
 noise's part, influence >= 0.15, keeps 19,335, and as many (19,287) under shuffled masks.
 """
 
-from raymem import JobOptions, Recipe, Study, run_job
+from raymem import JobSettings, Recipe, run_job
 
 RECIPE = Recipe(
     model="mlp-512-256",
@@ -31,9 +31,5 @@ RECIPE = Recipe(
 )
 
 
-def study(options: JobOptions) -> Study:
-    return options.study(RECIPE)
-
-
 if __name__ == "__main__":
-    run_job(study, data="mnist", store="runs/feldman_mnist", trials=2000)
+    run_job(JobSettings(data="mnist", store="runs/feldman_mnist", trials=2000), RECIPE)

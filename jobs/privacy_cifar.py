@@ -24,7 +24,9 @@ Curvature is by exact Hessian products, which on GroupNorm take some ten times a
 --curvature-mode gauss-newton is cheaper, and another quantity, recorded as such.
 """
 
-from raymem import JobOptions, Recipe, Study, run_job
+import math
+
+from raymem import CurvatureRule, JobSettings, PoolSettings, Recipe, run_job
 
 PAPER = Recipe(
     model="cifar-resnet18-gn",
@@ -51,20 +53,17 @@ RECIPES = {
 }
 
 
-def study(options: JobOptions) -> Study:
-    return options.study()
-
-
 if __name__ == "__main__":
     run_job(
-        study,
-        data="cifar10",
-        store="runs/privacy_cifar",
-        trials=40,
-        subset_ratio=0.5,
-        recipes=RECIPES,
-        curvature=True,
-        curvature_trials=20,
-        epsilons="default",
-        pool_size=500,
+        JobSettings(
+            data="cifar10",
+            store="runs/privacy_cifar",
+            trials=40,
+            subset_ratio=0.5,
+            curvature=CurvatureRule(),
+            curvature_trials=20,
+            epsilons=(0.5, 1, 2, 4, 8, 16, 32, 64, math.inf),
+            pool=PoolSettings(pool_size=500),
+        ),
+        RECIPES,
     )

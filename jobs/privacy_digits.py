@@ -13,7 +13,9 @@ so that the step from 64 to inf is clipping and noise together (--clip-control t
 docs/privacy.md has the table.
 """
 
-from raymem import JobOptions, Recipe, Study, run_job
+import math
+
+from raymem import CurvatureRule, JobSettings, Recipe, run_job
 
 # Adam's steps have one size, however large the noise: SGD's grow with it, and at small epsilons the
 # loss and its curvature then measure noise in the weights.
@@ -27,19 +29,17 @@ RECIPE = Recipe(
 )
 
 
-def study(options: JobOptions) -> Study:
-    return options.study(RECIPE)
-
-
 if __name__ == "__main__":
     run_job(
-        study,
-        data="digits",
-        store="runs/privacy_digits",
-        trials=60,
-        subset_ratio=0.5,
-        flip_labels=0.1,
-        curvature=True,
-        curvature_trials=20,
-        epsilons="default",
+        JobSettings(
+            data="digits",
+            flip_labels=0.1,
+            store="runs/privacy_digits",
+            trials=60,
+            subset_ratio=0.5,
+            curvature=CurvatureRule(),
+            curvature_trials=20,
+            epsilons=(0.5, 1, 2, 4, 8, 16, 32, 64, math.inf),
+        ),
+        RECIPE,
     )

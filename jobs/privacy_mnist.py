@@ -15,7 +15,9 @@ accuracy 97.3% in and 87.0% out without privacy, 78.1% and 77.6% at epsilon 8; m
 memorization (rank correlation 0.70), the loss more so (0.75). docs/results.md has the tables.
 """
 
-from raymem import JobOptions, Recipe, Study, run_job
+import math
+
+from raymem import CurvatureRule, JobSettings, Recipe, run_job
 
 # Adam's steps have one size, however large the noise; the rate falls to zero, for models that fit.
 RECIPE = Recipe(
@@ -28,17 +30,15 @@ RECIPE = Recipe(
 )
 
 
-def study(options: JobOptions) -> Study:
-    return options.study(RECIPE)
-
-
 if __name__ == "__main__":
     run_job(
-        study,
-        data="mnist",
-        store="runs/privacy_mnist",
-        trials=200,
-        subset_ratio=0.5,
-        curvature=True,
-        epsilons="8,inf",
+        JobSettings(
+            data="mnist",
+            store="runs/privacy_mnist",
+            trials=200,
+            subset_ratio=0.5,
+            curvature=CurvatureRule(),
+            epsilons=(8, math.inf),
+        ),
+        RECIPE,
     )

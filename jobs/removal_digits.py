@@ -15,7 +15,7 @@ random ones of the same classes. Per example removed it falls by
 docs/results.md has the table. Of MNIST and CIFAR-10 nothing has been run yet.
 """
 
-from raymem import JobOptions, Recipe, Study, run_removal_job
+from raymem import Recipe, RemovalSettings, run_removal_job
 
 RECIPES = {
     "mlp": Recipe(model="mlp-128", epochs=12, batch_size=64, learning_rate=0.2),
@@ -34,17 +34,14 @@ RECIPES = {
 }
 
 
-def study(options: JobOptions) -> Study:
-    return options.study()
-
-
 if __name__ == "__main__":
     run_removal_job(
-        study,
-        data="digits",
-        store="runs/removal_digits",
-        trials=100,
-        sizes=(10, 20, 40, 80),
-        repeats=10,
-        recipes=RECIPES,
+        RemovalSettings(
+            data="digits",
+            store="runs/removal_digits",
+            trials=100,
+            sizes=(10, 20, 40, 80),
+            repeats=10,
+        ),
+        RECIPES,
     )

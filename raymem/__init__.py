@@ -15,8 +15,11 @@ from raymem.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from raymem.cli import (
-        JobOptions,
+        CacheSettings,
+        JobSettings,
+        PoolSettings,
         PrivateStudy,
+        RemovalSettings,
         Smoke,
         run_curvature_job,
         run_job,
@@ -92,6 +95,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Bound",
     "Cache",
+    "CacheSettings",
     "CachedExamples",
     "Correlation",
     "Curvature",
@@ -108,7 +112,7 @@ __all__ = [
     "ImportFileError",
     "InfluencePairs",
     "IngestSummary",
-    "JobOptions",
+    "JobSettings",
     "Links",
     "Measured",
     "Mechanism",
@@ -120,6 +124,7 @@ __all__ = [
     "PaperRule",
     "Plan",
     "PlanError",
+    "PoolSettings",
     "Privacy",
     "PrivacyError",
     "PrivateStudy",
@@ -129,6 +134,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Removal",
+    "RemovalSettings",
     "Removed",
     "ResultMismatchError",
     "ScoringModel",

@@ -43,6 +43,8 @@ class Setting:
     """Must be given."""
     path: bool = False
     """A folder or URL: made absolute, and refused in a submitted job if it is relative."""
+    heading: str | None = None
+    """What help groups the option under, if not under what its class is."""
     prefix: str = ""
     """Of the options of a nested dataclass."""
     switch: bool = False

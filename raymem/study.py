@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming import StageSummary, measure_kept
@@ -32,12 +32,44 @@ from raymem.privacy import (
     mechanism_for,
 )
 from raymem.scores import EpsilonSummary, PairRule, Until, look, score
-from raymem.store import Part, Store, Target
+from raymem.settings import Setting
+from raymem.store import Part, Store, Target, parse_part
 from raymem.training import Recipe, check_private_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class StudySettings:
+    """The study."""
+
+    store: Annotated[str | os.PathLike[str], Setting(path=True)]
+    """Folder or URL of the study; made if it is not there, checked if it is."""
+    trials: Annotated[int, Setting(least=1)]
+    """How many models are trained; can be raised later, whole blocks are best."""
+    subset_ratio: float = 0.7
+    """Share of the training examples that each model sees."""
+    kind: Annotated[Kind, Setting(choices=("balanced", "fixed-size"))] = "balanced"
+    """How subsets are drawn; balanced: in each block of trials every example is in equally many."""
+    part: Annotated[tuple[int, int] | None, Setting(parse=parse_part, form="K/N")] = None
+    """Train only part K of N of the trials, such as 1/2, whole blocks, as another cluster does the
+    others; see `raymem merge`; None: all trials."""
+    seed: Annotated[int, Setting(least=0)] = 0
+    """Random seed."""
+    curvature: Annotated[CurvatureRule | None, Setting(switch=True, prefix="curvature-")] = None
+    """Measure the input loss curvature of every training example; None: not measured."""
+    curvature_trials: Annotated[int | None, Setting(least=1)] = None
+    """Measure it in the first this many trials only, whole blocks; can be raised for later trials;
+    None: in all."""
+    curvature_at: Literal["trial", "stage"] = "trial"
+    """When it is measured: at the end of each trial, or in a stage after training, under weights
+    that trials keep; the numbers are the same."""
+    curvature_data: Annotated[str | None, Setting(path=True)] = None
+    """Shards that this stage reads the images from; None: the cache."""
+    keep_models: Annotated[int, Setting(least=0)] = 0
+    """Keep the weights of the first this many trials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(StudySettings):
     """A fleet of models of one recipe on random subsets of one data set, in one store.
 
     >>> from raymem.data import load_examples
@@ -59,41 +91,15 @@ class Study:
     """The labelled images."""
     recipe: Recipe
     """How each model is trained."""
-    store: str | os.PathLike[str]
-    """Folder or URL of the study; made if it is not there, checked if it is."""
-    trials: int
-    """How many models; more can be asked for later, whole blocks are best."""
-    subset_ratio: float = 0.7
-    """Probability that an example is in a model's subset."""
-    kind: Kind = "balanced"
-    """How subsets are drawn, see Plan."""
-    seed: int = 0
-    """Start of all randomness."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only, see Plan."""
     removal: Removal | None = None
     """Removal plans only, see Plan."""
-    curvature: CurvatureRule | None = None
-    """How trials measure every training example's input loss curvature; None: they do not."""
-    curvature_trials: int | None = None
-    """Only the first so many trials do, whole blocks; None: all. Can be raised for later trials."""
-    keep_models: int = 0
-    """Weights of the first so many trials are kept in the store."""
-    curvature_at: Literal["trial", "stage"] = "trial"
-    """When it is measured: at the end of each trial, or after training by `measure_curvature` under
-    the weights that those trials keep. The numbers are the same."""
-    curvature_data: str | None = None
-    """Where that stage reads the study's images: shards, or None for its cache."""
-    checkpoint_seconds: float = TrialOptions.checkpoint_seconds
-    """A trial is saved so often while it trains."""
     epsilons: tuple[float, ...] = (math.inf,)
     """Privacy budgets, each of which trains the same subsets; inf is not private. More can be asked
     for later."""
     privacy: Privacy | None = None
     """How trials are made private; None: not at all, unless an epsilon is finite."""
-    part: tuple[int, int] | None = None
-    """(K, N): train only the Kth of N parts, whole blocks, as another cluster does the others; see
-    `merge`. None: all trials."""
     plan: Plan = field(init=False)
     """The subsets."""
 
@@ -263,7 +269,6 @@ class Study:
             curvature=None if at_stage else self.curvature,
             curvature_trials=self.curvature_trials,
             keep_models=max(self.keep_models, self._measured_trials if at_stage else 0),
-            checkpoint_seconds=self.checkpoint_seconds,
             mechanisms=self.mechanisms(store),
         )
 

@@ -150,11 +150,8 @@ def test_a_fleet_goes_on_from_a_checkpoint_and_clears_it_up(tmp_path, digits, mo
     )  # fmt: skip
     recipe = Recipe(model="mlp-16", epochs=6, batch_size=50)
 
-    def study(name, seconds=600.0):
-        return Study(
-            examples=examples, recipe=recipe, store=tmp_path / name, trials=2,
-            checkpoint_seconds=seconds,
-        )  # fmt: skip
+    def study(name):
+        return Study(examples=examples, recipe=recipe, store=tmp_path / name, trials=2)
 
     epochs = []
     end_epoch = training_state().end_epoch

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from learners import errs_at_known_odds, numbered_examples, recipe
 
-from raymem import JobOptions, Store, Study, Target, run_job
+from raymem import JobSettings, Store, Study, Target, run_job
 from raymem.cli import absolute_store, main
 from raymem.errors import StoreError
 
@@ -120,21 +120,10 @@ def test_verify_exits_with_one_until_repaired(store):
     files.create(key, whole)
 
 
-def study(options: JobOptions) -> Study:
-    """A job of tests."""
-    return Study(
-        examples=numbered_examples(),
-        recipe=recipe(errs_at_known_odds),
-        store=options.store,
-        trials=options.trials,
-        subset_ratio=options.subset_ratio,
-        seed=options.seed,
-    )
-
-
 def job(*arguments, code=0):
+    settings = JobSettings(data=numbered_examples(), store="runs/x", trials=20)
     with pytest.raises(SystemExit) as done:
-        run_job(study, data="digits", store="runs/x", trials=20, arguments=[*map(str, arguments)])
+        run_job(settings, recipe(errs_at_known_odds), arguments=[*map(str, arguments)])
     assert done.value.code == code
 
 

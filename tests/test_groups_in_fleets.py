@@ -14,11 +14,11 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raymem.cli.job_options import ModelsPerStep
 from test_ledger import Clock, keys
 from torch import nn
 
 from raymem import Recipe, Store, Study, TrialKey
-from raymem.cli.job_options import ModelsPerStep
 from raymem.fleet import Stopped
 from raymem.fleet.ledger import DEATHS_ALLOWED, LEASE_SECONDS, Ledger
 from raymem.training.group import Group
@@ -226,14 +226,14 @@ def test_a_fleet_of_groups_goes_on_from_its_checkpoints(examples, tmp_path, monk
 
     calm = study(examples, tmp_path / "calm", trials=3)
     calm.train(engine="serial", models_per_step=3)
-    lost = study(examples, tmp_path / "lost", trials=3, checkpoint_seconds=0.0)
+    lost = study(examples, tmp_path / "lost", trials=3)
     with monkeypatch.context() as patch:
         patch.setattr(Group, "__init__", counted)
         with pytest.raises(KeyboardInterrupt):
-            lost.train(engine="serial", models_per_step=3)
+            lost.train(engine="serial", models_per_step=3, checkpoint_seconds=0.0)
         store = Store(tmp_path / "lost")
         assert store.checkpointed() == set(keys(3))
-        lost.train(engine="serial", models_per_step=3)
+        lost.train(engine="serial", models_per_step=3, checkpoint_seconds=0.0)
     # 140 examples, batches of 50, four epochs: eleven steps, of which the last one of the first
     # driver was taken and not saved.
     assert len(took) == 6 + 6

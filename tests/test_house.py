@@ -91,13 +91,15 @@ def test_no_function_hides_a_module():
 
 def test_the_public_door_is_this_wide():
     assert set(raymem.__all__) == {
-        "Bound", "Cache", "CachedExamples", "Correlation", "Curvature", "CurvatureError",
+        "Bound", "Cache", "CacheSettings", "CachedExamples", "Correlation", "Curvature",
+        "CurvatureError",
         "CurvatureRule", "DamagedObjectError", "DivergedError", "EpsilonSummary", "Estimate",
         "Examples", "ExamplesError", "FleetError", "Images", "ImportFileError",
-        "InfluencePairs", "IngestSummary", "JobOptions", "Links", "Measured", "Mechanism",
+        "InfluencePairs", "IngestSummary", "JobSettings", "Links", "Measured", "Mechanism",
         "Membership", "Memorization", "Opened", "OutOfMemoryError", "PairRule", "PaperRule", "Plan",
-        "PlanError", "Privacy", "PrivacyError", "PrivateStudy", "Problem", "Progress",
-        "RaymemError", "Recipe", "Removal", "Removed",
+        "PlanError", "PoolSettings", "Privacy", "PrivacyError", "PrivateStudy", "Problem",
+        "Progress",
+        "RaymemError", "Recipe", "Removal", "RemovalSettings", "Removed",
         "RecipeError", "ResultMismatchError", "ScoringModel", "Seeds", "Smoke", "StageSummary",
         "Store", "StoreError", "StoreFullError", "StoreHeldError", "Study",
         "StudyMismatchError", "Target", "Transform", "TrialError", "TrialKey", "TrialResult",

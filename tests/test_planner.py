@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from scipy import stats
 from scipy.optimize import brentq
 
-from raymem import Recipe, Store, Study, run_job
+from raymem import JobSettings, Recipe, Store, Study, run_job
 from raymem.cli import main
 from raymem.scores import (
     Look,
@@ -163,7 +163,7 @@ def test_other_targets_are_refused(text, capsys):
     with pytest.raises(ValueError, match="a target is"):
         Until.parse(text)
     with pytest.raises(SystemExit) as end:
-        run_job(lambda options: None, data="digits", store="memory://until", trials=2,
+        run_job(JobSettings(data="digits", store="memory://until", trials=2), RECIPE,
                 arguments=["--until", text])  # fmt: skip
     assert end.value.code == 2
 

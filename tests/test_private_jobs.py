@@ -16,7 +16,9 @@ from click.testing import CliRunner
 from raymem import (
     CurvatureRule,
     Examples,
+    JobSettings,
     Plan,
+    PoolSettings,
     Privacy,
     PrivacyError,
     PrivateStudy,
@@ -29,6 +31,7 @@ from raymem import (
 from raymem.cli import main
 from raymem.links import find_links, link2, link3
 from raymem.store import TrialKey, verify
+from raymem.training import private_recipe
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
@@ -40,25 +43,15 @@ def job(name):
     return module
 
 
-def small(options):
-    return options.study(Recipe(model="mlp-8", epochs=2, batch_size=100))
+SMALL = Recipe(model="mlp-8", epochs=2, batch_size=100)
 
 
-small.__module__ = __name__
-
-
-def run(capsys, *arguments, build=small, **settings):
+def run(capsys, *arguments, recipe=SMALL, **settings):
     """What a job prints, and its exit code."""
     code = 0
+    asked = {"data": "digits", "store": "memory://private-jobs", "trials": 2, **settings}
     try:
-        run_job(
-            build,
-            data="digits",
-            store="memory://private-jobs",
-            trials=2,
-            arguments=[*arguments, "--engine", "serial"],
-            **settings,
-        )
+        run_job(JobSettings(**asked), recipe, arguments=[*arguments, "--engine", "serial"])
     except SystemExit as end:
         code = end.code or 0
     out = capsys.readouterr()
@@ -115,7 +108,11 @@ def test_a_dry_run_says_what_epsilons_cost(capsys):
 @pytest.mark.parametrize(
     ("arguments", "says", "code"),
     [
-        (["--epsilons", "much"], "neither a grid (default, quick, paper-curvature", 2),
+        (
+            ["--epsilons", "much"],
+            "invalid epsilons 'much'; give numbers such as 0.5,2,8,inf",
+            2,
+        ),
         (["--epsilons", "0,1"], "must be positive", 1),
         (["--epsilons", "1,1"], "given twice", 1),
         (["--epsilons", "1", "--delta", "0.01"], "publishing a whole example", 1),
@@ -131,15 +128,9 @@ def test_what_is_refused(capsys, arguments, says, code):
 
 
 def test_grids_have_names(capsys):
-    options = []
-
-    def seen(given):
-        options.append(given)
-        raise PrivacyError("only asked")
-
-    seen.__module__ = __name__
-    assert run(capsys, "plan", "--epsilons", "quick", build=seen)[1] == 1
-    assert options[0].epsilons == (0.5, 2, 8, math.inf)
+    text, code = run(capsys, "plan", "--epsilons", "quick", "--accountant", "rdp")
+    assert code == 0, text
+    assert re.findall(r"^epsilon (\S+?):? .*steps", text, re.MULTILINE) == ["0.5", "2", "8", "inf"]
 
 
 def test_a_store_tells_private_studies_from_others(capsys, tmp_path):
@@ -235,7 +226,7 @@ def test_a_pool_from_an_earlier_store(capsys, tmp_path):
     assert run(capsys, "--store", first, "--trials", "20")[1] == 0
     out, code = run(
         capsys, "--store", second, "--epsilons", "8", "--accountant", "rdp", "--pool-from", first,
-        "--pool-size", "30", "--subset-ratio", "0.5", pool_size=500,
+        "--pool-size", "30", "--subset-ratio", "0.5", pool=PoolSettings(),
     )  # fmt: skip
     assert code == 0, out
     plan = Store(second).plan()
@@ -244,7 +235,7 @@ def test_a_pool_from_an_earlier_store(capsys, tmp_path):
     sizes = Store(second).scores("trials")["subset_size"].to_pylist()
     assert all(1170 <= size <= 1200 for size in sizes)
     out, code = run(capsys, "--store", second, "--pool-from", str(tmp_path / "nowhere"),
-                    "--epsilons", "8", pool_size=500)  # fmt: skip
+                    "--epsilons", "8", pool=PoolSettings())  # fmt: skip
     assert code == 1
     assert "there is no study" in out
 
@@ -254,7 +245,8 @@ def test_the_papers_studies_are_there():
     assert (paper.model, paper.epochs, paper.batch_size) == ("cifar-resnet18-gn", 20, 128)
     assert (paper.learning_rate, paper.schedule) == (0.001, "steps")
     assert Privacy() == Privacy(delta=1e-5, max_grad_norm=1.0, accountant="prv")
-    private = job("feldman_imagenet").private(job("feldman_imagenet").QUICK)
+    quick = job("feldman_imagenet").QUICK
+    private = private_recipe(quick, n_classes=1000, image_shape=(128, 128, 3))
     assert (private.model, private.precision) == ("resnet50-gn", "float32")
 
 

@@ -17,12 +17,12 @@ from learners import memorizes_everything, numbered_examples, recipe
 
 from raymem import (
     Examples,
-    JobOptions,
     Plan,
     PlanError,
     Privacy,
     Recipe,
     Removal,
+    RemovalSettings,
     Store,
     StoreError,
     Study,
@@ -365,11 +365,6 @@ def test_copies_of_training_images_are_left_out_of_the_verdict(tmp_path):
 # The job
 
 
-def small(options: JobOptions) -> Study:
-    return options.study()
-
-
-small.__module__ = __name__
 RECIPES = {"small": Recipe(model="mlp-8", epochs=1, batch_size=200)}
 
 
@@ -377,13 +372,10 @@ def run(capsys, *arguments):
     code = 0
     try:
         run_removal_job(
-            small,
-            data="digits",
-            store="memory://removal-job",
-            trials=20,
-            sizes=(10, 20),
-            repeats=6,
-            recipes=RECIPES,
+            RemovalSettings(
+                data="digits", store="memory://removal-job", trials=20, sizes=(10, 20), repeats=6
+            ),
+            RECIPES,
             arguments=[*arguments, "--engine", "serial"],
         )
     except SystemExit as stopped:
@@ -472,7 +464,7 @@ def test_the_job_refuses_what_cannot_be(capsys, tmp_path):
     assert "--epsilons" in out
     out, code = run(capsys, "--store", place, "--sizes", "ten")
     assert code == 2
-    assert "is not a list of numbers" in out
+    assert "invalid list 'ten'; give numbers such as" in out
 
 
 def test_the_job_file_has_help_with_an_example(monkeypatch, capsys):

@@ -709,7 +709,7 @@ def test_a_store_of_curvature_alone_has_a_status_and_can_be_repaired(shards_at, 
 
 def job(*arguments):
     with pytest.raises(SystemExit) as stopped:
-        run_curvature_job("Doc.", [str(a) for a in arguments])
+        run_curvature_job(arguments=[str(a) for a in arguments])
     return stopped.value.code
 
 

@@ -13,6 +13,7 @@ from raymem import (
     DamagedObjectError,
     Examples,
     ExamplesError,
+    JobSettings,
     Recipe,
     Store,
     StoreError,
@@ -155,12 +156,9 @@ def test_prices_at_a_reliability_that_nobody_knows_are_not_told(tmp_path):
 
 
 def test_a_plan_for_another_study_is_refused(study, capsys):
-    def other(options):
-        return small(options.store, options.trials, seed=7)
-
-    other.__module__ = __name__
+    other = JobSettings(data=study.examples, store=str(study.store), trials=20, seed=7)
     with pytest.raises(SystemExit) as end:
-        run_job(other, data="digits", store=str(study.store), trials=20, arguments=["plan"])
+        run_job(other, study.recipe, arguments=["plan"])
     assert end.value.code == 1
     assert "plan.seed: store has 0, this run has 7" in capsys.readouterr().err
 

@@ -88,7 +88,7 @@ def test_runners_and_workers_import_what_training_needs():
 
 
 def test_a_job_starts_without_what_only_its_last_stages_need():
-    found = imported_by("from raymem import JobOptions, PrivateStudy, Recipe, Study, run_job")
+    found = imported_by("from raymem import JobSettings, PrivateStudy, Recipe, Study, run_job")
     assert not found & (HEAVY - {"torch", "scipy"})
     assert not {"scipy.stats", "scipy.optimize", "raymem.links", "raymem.show.figures"} & found
 

@@ -9,6 +9,7 @@ import pytest
 from raymem import (
     DamagedObjectError,
     Examples,
+    JobSettings,
     PlanError,
     Recipe,
     Store,
@@ -102,23 +103,20 @@ def test_what_is_no_part_is_refused(study, tmp_path, capsys):
     assert not (tmp_path / "half").exists()
     for text in ("2", "0/2", "3/2", "1/0", "a/b", "1/2/3"):
         with pytest.raises(SystemExit) as stopped:
-            run_job(job, data="digits", store=str(tmp_path), trials=40,
-                    arguments=["plan", "--part", text])  # fmt: skip
+            job(tmp_path, "plan", "--part", text)
         assert stopped.value.code == 2
-        assert "is no part; give K/N" in capsys.readouterr().err
+        assert f"invalid part {text!r}; give K/N" in capsys.readouterr().err
 
 
-def job(options):
-    return options.study(Recipe(model="mlp-8", epochs=1))
+def job(store, *arguments):
+    settings = JobSettings(data="digits", store=str(store), trials=60)
+    run_job(settings, Recipe(model="mlp-8", epochs=1), arguments=arguments)
 
 
 def test_a_job_trains_and_plans_its_part(tmp_path, capsys):
     for stage in ("train", "plan"):
         with pytest.raises(SystemExit) as stopped:
-            run_job(
-                job, data="digits", store=str(tmp_path / "store"), trials=60,
-                arguments=[stage, "--part", "3/3", "--engine", "serial"],
-            )  # fmt: skip
+            job(tmp_path / "store", stage, "--part", "3/3", "--engine", "serial")
         assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "part 3/3 of 60 trials: 20" in out

@@ -13,17 +13,27 @@ from raymem.cli.base import absolute_store, command_errors, main
 from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from raymem.cli.job_curvature import run_curvature_job
-    from raymem.cli.job_options import JobOptions, Machine
-    from raymem.cli.job_removal import run_removal_job
-    from raymem.cli.job_study import STAGES, PrivateStudy, run_job, score_and_print
+    from raymem.cli.job_curvature import ScoringSettings, run_curvature_job
+    from raymem.cli.job_removal import RemovalSettings, run_removal_job
+    from raymem.cli.job_settings import (
+        CacheSettings,
+        JobSettings,
+        PoolSettings,
+        PrivateStudy,
+        RunOptions,
+    )
+    from raymem.cli.job_study import STAGES, run_job, score_and_print
     from raymem.cli.smoke import Smoke
 
 __all__ = [
     "STAGES",
-    "JobOptions",
-    "Machine",
+    "CacheSettings",
+    "JobSettings",
+    "PoolSettings",
     "PrivateStudy",
+    "RemovalSettings",
+    "RunOptions",
+    "ScoringSettings",
     "Smoke",
     "absolute_store",
     "command_errors",

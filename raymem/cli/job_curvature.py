@@ -4,212 +4,138 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import click
 
-from raymem.cli.base import absolute_store, command_errors
-from raymem.curvature import CurvatureRule, PaperRule
+from raymem.cli.options import run_command
+from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming import ScoringModel, StreamSummary, stream_curvature
 from raymem.data.shards import list_shards
 from raymem.encoding import epsilon_name
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, duration
+from raymem.settings import Setting
 from raymem.store import Store, TrialKey
 
 SHOWN = 10
 
 
-def run_curvature_job(doc: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Run a job file that scores shards; `doc` is its help.
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The models."""
 
-    Exits with 0 when done, 1 on failure, 2 on wrong usage, 4 without space.
-    """
+    models: Annotated[tuple[str, ...], Setting(option="model", repeated=True)] = ()
+    """A model of timm by its name; can be repeated."""
+    weights: str | None = None
+    """File with the state dict of the one --model, from safetensors or torch.save; None: timm's
+    pretrained weights."""
+    n_classes: Annotated[int, Setting(least=2)] = 1000
+    """Number of classes of the model whose --weights are given."""
+    models_of: Annotated[str | None, Setting(path=True)] = None
+    """Take models from this raymem store, in place of --model; its study ran with --keep-models."""
+    trials: Annotated[tuple[int, ...], Setting(option="trial", repeated=True)] = ()
+    """Trial of --models-of whose model is scored; can be repeated; none: all kept ones."""
+    epsilon: float = math.inf
+    """Privacy budget of --trial; inf is not private."""
+    name: str | None = None
+    """Folder of the scores of the one model, below STORE/curvature; None: the model's name."""
+    transform: Literal["model", "paper"] = "model"
+    """How images are resized: as the model's weights want them, or to 256 with a crop of 224."""
 
-    @click.command(
-        help=(doc or "").replace("\n\n", "\n\n\b\n"),
-        context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
-    )
-    @click.option(
-        "--data", required=True, help="A .tar or .parquet, a pattern with *, a folder, a cache."
-    )
-    @click.option("--store", required=True, help="Folder or URL; scores go to STORE/curvature.")
-    @click.option("--model", "models", multiple=True, help="timm's name; can be given repeatedly.")
-    @click.option("--weights", help="State dict for the one --model: .safetensors or torch.save's.")
-    @click.option(
-        "--n-classes",
-        type=click.IntRange(2),
-        default=1000,
-        help="Classes of the model whose --weights are given.",
-    )
-    @click.option("--models-of", help="A raymem store that keeps models.")
-    @click.option(
-        "--trial", "trials", type=int, multiple=True, help="Which of --models-of.  [default: all]"
-    )
-    @click.option(
-        "--epsilon",
-        type=float,
-        default=math.inf,
-        help="Privacy budget of --trial; inf is not private.",
-    )
-    @click.option("--name", help="Folder of the one model.  [default: the model's name]")
-    @click.option(
-        "--transform",
-        type=click.Choice(["model", "paper"]),
-        default="model",
-        help="The model's own, or resize 256 and crop 224.",
-    )
-    @click.option(
-        "--on-bad",
-        type=click.Choice(["fail", "skip"]),
-        default="fail",
-        help="At images that cannot be read; skipped ones get a row without scores.",
-    )
-    @click.option(
-        "--mode",
-        type=click.Choice(["auto", "gauss-newton", "hessian"]),
-        default="auto",
-        help="How the trace is computed.",
-    )
-    @click.option(
-        "--probes",
-        type=click.IntRange(2),
-        default=CurvatureRule.probes,
-        help="Hessian-vector products an image, in hessian mode.",
-    )
-    @click.option(
-        "--columns",
-        type=click.IntRange(0),
-        default=8,
-        help="Above 16 classes: most columns computed exactly.",
-    )
-    @click.option(
-        "--logit-probes",
-        type=click.IntRange(2),
-        default=2,
-        help="Above 16 classes: least probes for the rest.",
-    )
-    @click.option("--paper/--no-paper", default=False, help="The paper's score too.")
-    @click.option(
-        "--paper-step",
-        type=float,
-        default=PaperRule.step,
-        help="Step h of the paper's score, in [0, 1] pixels.",
-    )
-    @click.option("--seed", type=click.IntRange(0), default=0, help="Start of the random probes.")
-    @click.option(
-        "--engine",
-        type=click.Choice(["ray", "serial"]),
-        default="ray",
-        help="serial: in this process, without Ray.",
-    )
-    @click.option(
-        "--scorers",
-        type=click.IntRange(1),
-        help="Models at work at once.  [default: GPUs, or cores]",
-    )
-    @click.option(
-        "--gpus-per-scorer",
-        type=click.FloatRange(0),
-        help="Fractions pack models.  [default: 1 if any]",
-    )
-    @click.option(
-        "--batch-size", type=click.IntRange(1), help="Images at once.  [default: by the image size]"
-    )
-    @click.option(
-        "--threads", type=click.IntRange(1, 256), default=1, help="CPU threads of one scorer."
-    )
-    @click.option("--verbose", is_flag=True, help="Show what Ray says.")
-    @click.option("--debug", is_flag=True, help="Show tracebacks.")
-    def command(
-        data: str,
-        store: str,
-        on_bad: str,
-        mode: str,
-        probes: int,
-        columns: int,
-        logit_probes: int,
-        paper: bool,
-        paper_step: float,
-        seed: int,
-        engine: str,
-        scorers: int | None,
-        gpus_per_scorer: float | None,
-        batch_size: int | None,
-        threads: int,
-        verbose: bool,
-        debug: bool,
-        **which: Any,
-    ) -> None:
-        with command_errors(debug):
-            rule = CurvatureRule(
-                mode=cast(Any, mode),
-                columns=columns,
-                logit_probes=logit_probes,
-                probes=probes,
-                paper=PaperRule(step=paper_step) if paper else None,
-            )
-            opened = Store(absolute_store(store))
-            for model in _models(**which):
-                shards = list_shards(
-                    absolute_store(data, "--data"), model.classes, n_classes=model.n_classes
-                )
-                summary = stream_curvature(
-                    shards,
-                    model,
-                    opened,
-                    rule,
-                    seed=seed,
-                    skip_bad=on_bad == "skip",
-                    engine=cast(Engine, engine),
-                    scorers=scorers,
-                    gpus_per_scorer=gpus_per_scorer,
-                    batch_size=batch_size,
-                    threads=threads,
-                    verbose=verbose,
-                )
-                click.echo(stream_text(summary, opened))
-
-    command.main(args=None if arguments is None else list(arguments), standalone_mode=True)
-
-
-def _models(
-    models: Sequence[str],
-    weights: str | None,
-    n_classes: int,
-    models_of: str | None,
-    trials: Sequence[int],
-    epsilon: float,
-    name: str | None,
-    transform: str,
-) -> Iterator[ScoringModel]:
-    """The models asked for, loaded one after the other."""
-    paper = transform == "paper"
-    if (models_of is None) == (not models):
-        raise RecipeError("give --model, or --models-of a raymem store that keeps models")
-    if weights is not None and (len(models) != 1 or models_of is not None):
-        raise RecipeError("--weights needs exactly one --model, whose architecture they fit")
-    if models_of is None:
-        if name is not None and len(models) > 1:
+    def load(self) -> Iterator[ScoringModel]:
+        """The models, one after the other. Raises RecipeError if it is not clear which."""
+        paper = self.transform == "paper"
+        if (self.models_of is None) == (not self.models):
+            raise RecipeError("give --model, or --models-of a raymem store that keeps models")
+        if self.weights is not None and (len(self.models) != 1 or self.models_of is not None):
+            raise RecipeError("--weights needs exactly one --model, whose architecture they fit")
+        if self.models_of is not None:
+            yield from self._kept(self.models_of, paper)
+            return
+        if self.name is not None and len(self.models) > 1:
             raise RecipeError("--name needs exactly one --model")
-        for model in models:
+        for model in self.models:
             yield ScoringModel.of_timm(
-                model, weights=weights, n_classes=n_classes, name=name, paper=paper
+                model, weights=self.weights, n_classes=self.n_classes, name=self.name, paper=paper
             )
-        return
-    source = Store(absolute_store(models_of, "--models-of"))
-    keys = [TrialKey(epsilon, trial) for trial in trials]
-    keys = keys or sorted(key for key in source.kept() if key.epsilon == epsilon)
-    if not keys:
-        source.study()  # says so if there is no store at all
-        raise RecipeError(
-            f"{source.url} keeps no models at epsilon {epsilon_name(epsilon)}; train its study "
-            "with --keep-models"
+
+    def _kept(self, url: str, paper: bool) -> Iterator[ScoringModel]:
+        source = Store(url)
+        keys = [TrialKey(self.epsilon, trial) for trial in self.trials]
+        keys = keys or sorted(key for key in source.kept() if key.epsilon == self.epsilon)
+        if not keys:
+            source.study()  # says so if there is no store at all
+            raise RecipeError(
+                f"{source.url} keeps no models at epsilon {epsilon_name(self.epsilon)}; train its "
+                "study with --keep-models"
+            )
+        if self.name is not None and len(keys) > 1:
+            raise RecipeError("--name needs exactly one --trial")
+        for key in keys:
+            yield ScoringModel.of_store(source, key, name=self.name, paper=paper)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringSettings:
+    """Images and scores."""
+
+    data: Annotated[str, Setting(path=True, required=True)] = ""
+    """Images: a .tar or .parquet file, a pattern with *, a folder, a cache; a path or a URL."""
+    store: Annotated[str, Setting(path=True, required=True)] = ""
+    """Folder or URL; scores go to STORE/curvature/MODEL."""
+    models: ModelSettings = field(default_factory=ModelSettings)
+    """Under which models."""
+    on_bad: Literal["fail", "skip"] = "fail"
+    """What to do with images that cannot be read; skipped ones get a row without scores."""
+    curvature: CurvatureRule = field(default_factory=lambda: CurvatureRule(paper=None))
+    """How curvature is measured."""
+    seed: Annotated[int, Setting(least=0)] = 0
+    """Random seed of the probes."""
+    engine: Engine = "ray"
+    """Where models run; serial: in this process, without Ray."""
+    scorers: Annotated[int | None, Setting(least=1)] = None
+    """Copies of the model at work at once; None: one for each GPU, or core."""
+    gpus_per_scorer: Annotated[float | None, Setting(least=0)] = None
+    """GPUs of each copy; a fraction packs several on one GPU; None: 1 if there are any, else 0."""
+    batch_size: Annotated[int | None, Setting(least=1)] = None
+    """Images in a batch; None: by the size of the images."""
+    threads: Annotated[int, Setting(least=1, most=256)] = 1
+    """CPU threads of each copy."""
+    verbose: bool = False
+    """Show Ray's own output."""
+
+
+def run_curvature_job(
+    settings: ScoringSettings | None = None, *, arguments: Sequence[str] | None = None
+) -> None:
+    """Run a job file that scores shards, each of whose `settings` an option can change.
+
+    Exits as `run_command` does.
+    """
+    run_command(_score, settings or ScoringSettings(), arguments=arguments)
+
+
+def _score(settings: ScoringSettings) -> None:
+    store = Store(settings.store)
+    for model in settings.models.load():
+        shards = list_shards(settings.data, model.classes, n_classes=model.n_classes)
+        summary = stream_curvature(
+            shards,
+            model,
+            store,
+            settings.curvature,
+            seed=settings.seed,
+            skip_bad=settings.on_bad == "skip",
+            engine=settings.engine,
+            scorers=settings.scorers,
+            gpus_per_scorer=settings.gpus_per_scorer,
+            batch_size=settings.batch_size,
+            threads=settings.threads,
+            verbose=settings.verbose,
         )
-    if name is not None and len(keys) > 1:
-        raise RecipeError("--name needs exactly one --trial")
-    for key in keys:
-        yield ScoringModel.of_store(source, key, name=name, paper=paper)
+        click.echo(stream_text(summary, store))
 
 
 def stream_text(summary: StreamSummary, store: Store) -> str:

@@ -6,159 +6,127 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import click
 
-from raymem.cli.base import absolute_store, command_errors
-from raymem.cli.job_options import (
-    JobOptions,
-    Machine,
-    PartOf,
-    data_options,
-    machine_options,
-    recipe_option,
-)
+from raymem.cli.job_settings import DataSettings, JobSettings, recipe_option
+from raymem.cli.options import run_command
 from raymem.errors import StoreError
+from raymem.fleet import Resources
 from raymem.links import Removed, find_removal, removal_by_scores
+from raymem.settings import Setting
 from raymem.show import removal_text, write_removal
 from raymem.show.dry_run import planned
-from raymem.store import Store
+from raymem.store import Store, parse_part
 from raymem.study import Study
 from raymem.training import Recipe
 
 STAGES = ("all", "plan", "scores", "train", "removal")
 
 
-class Sizes(click.ParamType[tuple[int, ...]]):
-    """Numbers of examples between commas."""
+@dataclass(frozen=True, kw_only=True)
+class RemovalSettings(DataSettings):
+    """The removal experiment."""
 
-    name = "sizes"
+    store: Annotated[str, Setting(path=True)]
+    """Folder or URL of the experiment."""
+    scores_from: Annotated[str | None, Setting(path=True)] = None
+    """A scored store of the same examples, whose most memorized ones are removed; None:
+    STORE_scores, trained first."""
+    trials: Annotated[int, Setting(least=20)] = 100
+    """Models that memorization is measured with, in STORE_scores."""
+    sizes: Annotated[tuple[int, ...], Setting(form="NUMBERS")] = (10, 20, 40, 80)
+    """Numbers of training examples that are removed."""
+    repeats: Annotated[int, Setting(least=1)] = 10
+    """Models for each size and each way to choose what is removed; can be raised later."""
+    part: Annotated[tuple[int, int] | None, Setting(parse=parse_part, form="K/N")] = None
+    """Train only part K/N of the repeats, such as 1/2; None: all."""
+    seed: Annotated[int, Setting(least=0)] = 0
+    """Random seed."""
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        """Raises click.BadParameter for what is not that."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 10,20,40", param, ctx)
+    def scoring(self, recipe: Recipe) -> Study:
+        """The study that measures memorization."""
+        shared = [f.name for f in dataclasses.fields(DataSettings)]
+        settings = JobSettings(
+            **{name: getattr(self, name) for name in shared},
+            store=f"{self.store.rstrip('/')}_scores",
+            trials=self.trials,
+            seed=self.seed,
+        )
+        return settings.study(recipe)
+
+    def study(self, scoring: Study, source: str) -> Study:
+        """The experiment, of the examples that the store `source` finds most memorized."""
+        removal = removal_by_scores(scoring.examples, source, self.sizes)
+        return dataclasses.replace(
+            scoring,
+            store=self.store,
+            kind="removal",
+            removal=removal,
+            subset_ratio=1,
+            trials=self.repeats * removal.block,
+            part=self.part,
+        )
 
 
 def run_removal_job(
-    build: Callable[[JobOptions], Study],
+    settings: RemovalSettings,
+    recipes: Recipe | Mapping[str, Recipe],
     *,
-    data: str,
-    store: str,
-    trials: int,
-    sizes: tuple[int, ...],
-    repeats: int,
-    recipes: Mapping[str, Recipe],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Run a removal experiment (Feldman & Zhang 2020, section 4): `build` makes the study that
-    scores memorization from the options, whose defaults are given here.
+    """Run a removal experiment (Feldman & Zhang 2020, section 4), each of whose `settings` an
+    option can change; of several `recipes`, --recipe chooses one.
 
-    Its `trials` go to STORE_scores, unless --scores-from names a scored store; then `repeats` times
-    one model on all examples, and one of each arm at each of `sizes`, go to STORE.
-
-    Exits with 0 when done, 1 on failure, 2 on wrong usage, 3 if another driver holds the store, 4
-    without space.
+    `settings.trials` models go to STORE_scores, unless --scores-from names a scored store; then, in
+    each repeat, one model on all examples and one of each arm and size go to STORE. Exits as
+    `run_command` does.
     """
 
-    @click.command(
-        help=(sys.modules[build.__module__].__doc__ or "").replace("\n\n", "\n\n\b\n"),
-        context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
-    )
-    @click.argument("stage", type=click.Choice(STAGES), default="all")
-    @data_options(data)
-    @click.option("--store", default=store, help="Folder or URL of the experiment.")
-    @click.option(
-        "--scores-from",
-        help="A scored store of the same examples, whose most memorized ones are left out.  "
-        "[default: STORE_scores, trained first]",
-    )
-    @click.option(
-        "--trials",
-        type=click.IntRange(20),
-        default=trials,
-        help="Models that score memorization in STORE_scores.",
-    )
-    @click.option(
-        "--sizes",
-        type=Sizes(),
-        default=",".join(map(str, sizes)),
-        help="How many examples are left out.",
-    )
-    @click.option(
-        "--repeats",
-        type=click.IntRange(1),
-        default=repeats,
-        help="Models of each arm and size; can be raised later.",
-    )
-    @click.option("--part", type=PartOf(), help="Train only part K/N of the repeats, such as 1/2.")
-    @click.option("--seed", type=click.IntRange(0), default=0, help="Random seed.")
-    @recipe_option(recipes)
-    @machine_options
-    def command(
-        stage: str,
-        store: str,
-        scores_from: str | None,
-        sizes: tuple[int, ...],
-        repeats: int,
-        part: tuple[int, int] | None,
-        recipe: str,
-        checkpoint_minutes: float,
-        debug: bool,
-        **settings: Any,
+    def work(
+        given: RemovalSettings, resources: Resources, stage: str, recipe: str | None = None
     ) -> None:
-        with command_errors(debug):
-            machine = Machine(**{f.name: settings.pop(f.name) for f in dataclasses.fields(Machine)})
-            place = absolute_store(store)
-            options = JobOptions(
-                **settings,
-                store=f"{place.rstrip('/')}_scores",
-                subset_ratio=0.7,
-                kind="balanced",
-                recipe=recipes[recipe],
-                checkpoint_seconds=60 * checkpoint_minutes,
-            )
-            scoring = build(options)
-            source = scoring.store
-            if scores_from is not None:
-                source = absolute_store(scores_from, "--scores-from")
-            elif stage in ("all", "scores"):
-                _score(scoring, machine)
-            if stage == "scores":
-                return
-            if stage == "removal":
-                _show(find_removal(Store(place)))
-                return
-            if stage == "plan" and scores_from is None and not _has_scores(scoring):
-                click.echo("First, the trials that score memorization:")
-                click.echo(planned(scoring, threads=machine.cpus_per_trial))
-                return
-            removal = removal_by_scores(scoring.examples, source, sizes)
-            study = dataclasses.replace(
-                scoring,
-                store=place,
-                kind="removal",
-                removal=removal,
-                subset_ratio=1,
-                trials=repeats * removal.block,
-                part=part,
-            )
-            if stage == "plan":
-                click.echo(planned(study, threads=machine.cpus_per_trial))
-                return
-            study.train(**vars(machine))
-            command_line = shlex.join(["python", *sys.argv])
-            study.open_store().write_note("command", {"command": command_line})
-            if stage == "all":
-                _show(find_removal(study.open_store()))
+        chosen = recipes if isinstance(recipes, Recipe) else recipes[str(recipe)]
+        run_removal(given, given.scoring(chosen), resources, stage)
 
-    command.main(args=None if arguments is None else list(arguments), standalone_mode=True)
+    stage = click.Argument(["stage"], type=click.Choice(STAGES), default="all")
+    run_command(
+        work,
+        settings,
+        Resources(),
+        params=[stage, *recipe_option(recipes)],
+        arguments=arguments,
+    )
+
+
+def run_removal(
+    settings: RemovalSettings, scoring: Study, resources: Resources, stage: str
+) -> None:
+    """One stage, or all of them in turn."""
+    threads = resources.cpus_per_trial
+    if settings.scores_from is None and stage in ("all", "scores"):
+        _score(scoring, resources)
+    if stage == "scores":
+        return
+    if stage == "removal":
+        _show(find_removal(Store(settings.store)))
+        return
+    if stage == "plan" and settings.scores_from is None and not _has_scores(scoring):
+        click.echo("First, the trials that memorization is measured with:")
+        click.echo(planned(scoring, threads=threads))
+        return
+    study = settings.study(scoring, settings.scores_from or str(scoring.store))
+    if stage == "plan":
+        click.echo(planned(study, threads=threads))
+        return
+    study.train(resources)
+    command = shlex.join(["python", *sys.argv])
+    study.open_store().write_note("command", {"command": command})
+    if stage == "all":
+        _show(find_removal(study.open_store()))
 
 
 def _has_scores(study: Study) -> bool:
@@ -170,11 +138,11 @@ def _has_scores(study: Study) -> bool:
     return set(study.target.wanted()) <= set(scored)
 
 
-def _score(study: Study, machine: Machine) -> None:
+def _score(study: Study, resources: Resources) -> None:
     """Train and score what memorization is measured with, unless that is done."""
     click.echo(study.examples.describe())
     if not _has_scores(study):
-        study.train(**vars(machine))
+        study.train(resources)
         study.score()
     store = study.open_store()
     click.echo(f"memorization: {len(store.scored(math.inf)):,} trials in {store.url}")

@@ -5,33 +5,18 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
 
 import click
 from click.core import ParameterSource
 
-from raymem.cli.base import absolute_store, command_errors
-from raymem.cli.job_cache import CacheOptions, cache_options, ready_cache
-from raymem.cli.job_options import (
-    JobOptions,
-    Machine,
-    curvature_options,
-    machine_options,
-    plan_options,
-    pool_options,
-    privacy_options,
-    recipe_option,
-    study_options,
-)
+from raymem.cli.job_settings import JobSettings, RunOptions, recipe_option, with_cache
+from raymem.cli.options import run_command
 from raymem.cli.smoke import Smoke, check_rows
-from raymem.curvature import CurvatureRule, PaperRule
-from raymem.encoding import epsilon_name
-from raymem.fleet import duration
-from raymem.privacy import Privacy
-from raymem.scores import PairRule, Until
+from raymem.fleet import Resources, duration
+from raymem.scores import PairRule
 from raymem.show import as_text, for_people, pairs_for_people, summary_text, top, where
-from raymem.show.dry_run import Cluster, planned
+from raymem.show.dry_run import planned
 from raymem.store import Store
 from raymem.study import Study
 from raymem.training import Recipe
@@ -41,198 +26,80 @@ STAGES = ("all", "plan", "train", "repeat", "curvature", "score", "links", "repo
 SHORT_TRIAL = 60.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivateStudy:
-    """A second study of a job: the same examples under differential privacy, for links 2 and 3."""
-
-    recipe: Recipe
-    """How its models are trained; not that of the first study, whose fit privacy would ruin."""
-    trials: int
-    """At each epsilon."""
-    epsilons: tuple[float, ...]
-    curvature_trials: int | None = None
-    subset_ratio: float = 0.5
-
-    def options(self, first: JobOptions, trials: int) -> JobOptions:
-        """The second study's, from those of the first: its store is STORE_private."""
-        return dataclasses.replace(
-            first,
-            store=f"{first.store.rstrip('/')}_private",
-            trials=trials,
-            subset_ratio=self.subset_ratio,
-            kind="balanced",
-            epsilons=self.epsilons,
-            privacy=first.privacy or Privacy(),
-            curvature_trials=None if first.curvature is None else self.curvature_trials,
-            recipe=None,
-        )
-
-
 def run_job(
-    build: Callable[[JobOptions], Study],
+    settings: JobSettings,
+    recipes: Recipe | Mapping[str, Recipe],
     *,
-    data: str,
-    store: str,
-    trials: int,
-    subset_ratio: float = 0.7,
-    seed: int = 0,
-    recipes: Mapping[str, Recipe] | None = None,
-    curvature: bool = False,
-    curvature_at: Literal["trial", "stage"] = "trial",
-    curvature_trials: int | None = None,
-    epsilons: str | None = None,
-    flip_labels: float = 0.0,
-    pool_size: int | None = None,
-    cache: bool = False,
     smoke: Smoke | None = None,
-    private: PrivateStudy | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Run a job file: `build` makes the study from the options, whose defaults are given here.
+    """Run a job file: the study of `settings`, each of which an option can change.
 
-    `recipes` adds an option --recipe to choose one by name, the first by default. `curvature` says
-    if it is measured unless --no-curvature (or --curvature) is given, `curvature_at` when, in the
-    first `curvature_trials`. `epsilons` are the privacy budgets, a grid's name or numbers; without,
-    trials are not private unless --epsilons is given. `flip_labels` is the share of training labels
-    made wrong on purpose. `pool_size` adds --pool-from: the candidates are an earlier study's most
-    memorized examples. `cache` adds the stage `ingest`, which makes a cache of shards first.
-    `smoke` adds --smoke: the whole chain on a few images that it makes itself. `private` is a
-    second study that every stage runs after the first; the first one's report shows both.
-
-    Exits with 0 when done, 1 on failure, 2 on wrong usage, 3 if another driver holds the store, 4
-    without space.
+    Of several `recipes`, --recipe chooses one by name, the first by default. `settings.cache` adds
+    the stage `ingest`, which makes a cache of shards first. With `settings.private` every stage
+    runs the private study after the first, and the first one's report shows both. `smoke` adds
+    --smoke: the whole chain on a few images that it makes itself. Exits as `run_command` does.
     """
-    stages = (*STAGES[:1], "ingest", *STAGES[1:]) if cache else STAGES
+    stages = STAGES if settings.cache is None else (*STAGES[:1], "ingest", *STAGES[1:])
 
-    @click.command(
-        help=(sys.modules[build.__module__].__doc__ or "").replace("\n\n", "\n\n\b\n"),
-        context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
-    )
-    @click.argument("stage", type=click.Choice(stages), default="all")
-    @study_options(
-        data=data,
-        store=store,
-        trials=trials,
-        subset_ratio=subset_ratio,
-        seed=seed,
-        flipped=flip_labels,
-    )
-    @recipe_option(recipes or {})
-    @curvature_options(on=curvature, at=curvature_at, trials=curvature_trials)
-    @privacy_options(epsilons=epsilons)
-    @pool_options(pool_size)
-    @cache_options(cache)
-    @smoke_option(smoke)
-    @private_option(private)
-    @plan_options
-    @machine_options
-    def command(stage: str, debug: bool, **settings: Any) -> None:
-        with command_errors(debug):
-            machine = Machine(**{f.name: settings.pop(f.name) for f in dataclasses.fields(Machine)})
-            way = Way(
-                machine=machine,
-                rule=PairRule(max_pairs=settings.pop("max_pairs")),
-                until=settings.pop("until"),
-                cluster=Cluster(
-                    machines=settings.pop("machines"),
-                    at_once=settings.pop("trials_at_once") or machine.max_workers,
-                    times_faster=settings.pop("times_faster"),
-                    price=settings.pop("price"),
-                ),
+    def work(
+        given: JobSettings,
+        run: RunOptions,
+        stage: str,
+        recipe: str | None = None,
+        smoke_test: bool = False,
+    ) -> None:
+        chosen = recipes if isinstance(recipes, Recipe) else recipes[str(recipe)]
+        if not given.curvature and _is_default("curvature_trials"):
+            # Asked for without curvature it is the user's mistake, which Study names.
+            given = dataclasses.replace(given, curvature_trials=None)
+        if smoke_test and smoke is not None:
+            chosen, keep = smoke.recipe, {n for n in ("store", "trials") if not _is_default(n)}
+            given = smoke.prepare(given, keep=keep)
+        given = with_cache(given, run.resources, make=stage in ("all", "ingest"))
+        if stage == "ingest":
+            return
+        study = given.study(chosen)
+        if study.recipe != chosen:
+            click.echo(
+                f"private training takes {study.recipe.model} in {study.recipe.precision}, in "
+                f"place of {chosen.model} in {chosen.precision}: no BatchNorm, no mixed precision"
             )
-            caching = CacheOptions.taken_from(settings)
-            if settings.pop("smoke", False) and smoke is not None:
-                caching = smoke.prepare(settings)
-            private_trials = settings.pop("private_trials", 0)
-            options = _options(settings, recipes or {})
-            if caching is not None:
-                make = stage in ("all", "ingest")
-                options = ready_cache(options, caching, machine, make=make)
-            if stage != "ingest":
-                study, second = build(options), None
-                if private is not None and private_trials:
-                    second = private.options(options, private_trials).study(private.recipe)
-                run_stages(study, stage, way, second)
-                if smoke is not None and options.recipe is smoke.recipe:
-                    click.echo(check_rows(study))
+        private = given.private and given.private.trials and given.private.study(given)
+        run_stages(study, stage, run, private or None)
+        if smoke_test:
+            click.echo(check_rows(study))
 
-    command.main(args=None if arguments is None else list(arguments), standalone_mode=True)
-
-
-def smoke_option(smoke: Smoke | None) -> Callable[[Any], Any]:
-    """--smoke, for jobs that have it."""
-    if smoke is None:
-        return lambda function: function
-    return click.option(
-        "--smoke",
+    flag = click.Option(
+        ["--smoke", "smoke_test"],
         is_flag=True,
-        help="The whole chain in minutes, on a few small images made here, in a new --store.",
+        help="Run the whole chain in minutes, on a few small images made for it, in a new --store.",
+    )
+    run_command(
+        work,
+        settings,
+        RunOptions(),
+        skip=("epsilons", "privacy") if settings.private else (),
+        params=[
+            click.Argument(["stage"], type=click.Choice(stages), default="all"),
+            *recipe_option(recipes),
+            *([] if smoke is None else [flag]),
+        ],
+        arguments=arguments,
     )
 
 
-def private_option(private: PrivateStudy | None) -> Callable[[Any], Any]:
-    """--private-trials, for jobs that have a private study too."""
-    if private is None:
-        return lambda function: function
-    return click.option(
-        "--private-trials",
-        type=click.IntRange(0),
-        default=private.trials,
-        help="Models at each epsilon "
-        f"({', '.join(map(epsilon_name, private.epsilons))}) of the private study in "
-        "STORE_private; 0: none.",
-    )
+def _is_default(option: str) -> bool:
+    source = click.get_current_context().get_parameter_source(option)
+    return source in (None, ParameterSource.DEFAULT)
 
 
-def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOptions:
-    mode, step = settings.pop("curvature_mode"), settings.pop("paper_step")
-    on = settings.pop("curvature")
-    rule = CurvatureRule(mode=cast(Any, mode), paper=PaperRule(step=step)) if on else None
-    recipe = settings.pop("recipe", None)
-    pool_from, pool_size = settings.pop("pool_from", None), settings.pop("pool_size", None)
-    if pool_from is not None:
-        settings["pool"] = (absolute_store(pool_from, "--pool-from"), pool_size)
-    names = [f.name for f in dataclasses.fields(Privacy)]
-    privacy = Privacy(**{name: settings.pop(name) for name in names})
-    if settings["epsilons"] is None:
-        del settings["epsilons"]
-    else:
-        settings["privacy"] = privacy
-    seconds = 60 * settings.pop("checkpoint_minutes")
-    settings["store"] = absolute_store(settings["store"])
-    if settings["curvature_data"]:
-        settings["curvature_data"] = absolute_store(settings["curvature_data"], "--curvature-data")
-    if not on:
-        # A job's default; asked for without curvature it is the user's mistake, which Study names.
-        context = click.get_current_context()
-        if context.get_parameter_source("curvature_trials") is ParameterSource.DEFAULT:
-            settings["curvature_trials"] = None
-    return JobOptions(
-        **settings,
-        recipe=recipe if isinstance(recipe, Recipe) else recipes.get(recipe or ""),
-        curvature=rule,
-        checkpoint_seconds=seconds,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Way:
-    """How stages are run: no part of what the study is."""
-
-    machine: Machine
-    rule: PairRule
-    cluster: Cluster
-    """What `plan` counts for."""
-    until: Until | None = None
-    """When training has enough trials, before all of them are done."""
-
-
-def run_stages(study: Study, stage: str, way: Way, private: Study | None = None) -> None:
+def run_stages(study: Study, stage: str, run: RunOptions, private: Study | None = None) -> None:
     """One stage, or all of them in turn; of the private study too, before the report of both."""
-    _run(study, stage, way)
+    _run(study, stage, run)
     if private is not None:
         click.echo("\nThe same examples under differential privacy:")
-        _run(private, stage, dataclasses.replace(way, until=None))
+        _run(private, stage, dataclasses.replace(run, until=None))
     if stage in ("all", "report"):
         from raymem.show import write_report
 
@@ -257,17 +124,20 @@ def conclusions(store: Store) -> str:
     return "\nWhat these trials show, and what they do not:\n" + "\n".join(lines)
 
 
-def _run(study: Study, stage: str, way: Way) -> None:
-    machine = way.machine
+def _run(study: Study, stage: str, run: RunOptions) -> None:
+    resources = run.resources
     if stage == "plan":
-        click.echo(planned(study, way.cluster, threads=machine.cpus_per_trial))
+        cluster = run.cluster
+        if cluster.at_once is None:
+            cluster = dataclasses.replace(cluster, at_once=resources.max_workers)
+        click.echo(planned(study, cluster, threads=resources.cpus_per_trial))
         return
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
-        if way.until is None:
-            progress = study.train(**vars(machine))
+        if run.until is None:
+            progress = study.train(resources)
         else:
-            progress = study.train_until(way.until, on_message=click.echo, **vars(machine))
+            progress = study.train_until(run.until, resources, on_message=click.echo)
         # Only now: a run that is refused is not how the store came about.
         command = shlex.join(["python", *sys.argv])
         study.open_store().write_note("command", {"command": command})
@@ -276,29 +146,29 @@ def _run(study: Study, stage: str, way: Way) -> None:
                 f"{progress.committed:,} trials trained, one every {duration(1 / progress.rate)}"
             )
     if stage in ("all", "repeat"):
-        _repeat(study, machine, asked=stage == "repeat")
+        _repeat(study, resources, asked=stage == "repeat")
     if stage in ("all", "curvature"):
-        _measure(study, machine, asked=stage == "curvature")
+        _measure(study, resources, asked=stage == "curvature")
     if stage in ("all", "score"):
-        score_and_print(study, way.rule)
+        score_and_print(study, run.pairs)
     if stage in ("all", "links"):
         links_and_print(study)
 
 
-def _repeat(study: Study, machine: Machine, *, asked: bool) -> None:
+def _repeat(study: Study, resources: Resources, *, asked: bool) -> None:
     """Train one trial again and compare, once; a long one, or once more, only when asked to."""
     known = study.open_store().note("repeat") is not None
     if not asked and (known or study.seconds_of_a_trial() > SHORT_TRIAL):
         return
-    click.echo(study.repeat(threads=machine.cpus_per_trial).text)
+    click.echo(study.repeat(threads=resources.cpus_per_trial).text)
 
 
-def _measure(study: Study, machine: Machine, *, asked: bool) -> None:
+def _measure(study: Study, resources: Resources, *, asked: bool) -> None:
     done = study.measure_curvature(
-        engine=machine.engine,
-        gpus_per_scorer=machine.gpus_per_trial,
-        threads=machine.cpus_per_trial,
-        verbose=machine.verbose,
+        engine=resources.engine,
+        gpus_per_scorer=resources.gpus_per_trial,
+        threads=resources.cpus_per_trial,
+        verbose=resources.verbose,
     )
     if done is None:
         if asked:

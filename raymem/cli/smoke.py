@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import click
 import numpy as np
-from click.core import ParameterSource
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymem.cli.job_cache import CacheOptions
+from raymem.cli.job_settings import CacheSettings, JobSettings
 from raymem.errors import FleetError
 from raymem.show.tables import where
 from raymem.store import columns
@@ -34,22 +33,19 @@ class Smoke:
     train_per_class: int = 30
     test_per_class: int = 10
 
-    def prepare(self, settings: dict[str, Any]) -> CacheOptions:
-        """Make the images, as ImageNet's folders have them, and put `settings` to them."""
+    def prepare(self, settings: JobSettings, *, keep: Collection[str]) -> JobSettings:
+        """Make the images, as ImageNet's folders have them; `settings` for these, but for those in
+        `keep`, which the user gave."""
         root = Path(tempfile.mkdtemp(prefix="raymem-smoke-"))
-        context = click.get_current_context()
-        if context.get_parameter_source("store") is ParameterSource.DEFAULT:
-            settings["store"] = str(root / "store")
         write_images(root / "images", self.train_per_class, self.test_per_class, self.size)
-        if context.get_parameter_source("trials") is ParameterSource.DEFAULT:
-            settings["trials"] = self.trials
-        settings |= {
-            "data": str(root / "images"),
-            "curvature_trials": settings["trials"],
-            "recipe": self.recipe,
-        }
-        return CacheOptions(
-            cache=str(root / "cache"), size=self.size, on_bad="fail", val_labels=None
+        trials = settings.trials if "trials" in keep else self.trials
+        return dataclasses.replace(
+            settings,
+            data=str(root / "images"),
+            store=settings.store if "store" in keep else str(root / "store"),
+            trials=trials,
+            curvature_trials=trials,
+            cache=CacheSettings(cache=str(root / "cache"), size=self.size),
         )
 
 

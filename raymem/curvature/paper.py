@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,16 @@ from torch.nn import functional as F
 from raymem.curvature.input_checks import check_inputs, differentiable, plain_arithmetic
 from raymem.curvature.probes import image_signs, keys_of
 from raymem.errors import CurvatureError
+from raymem.settings import Setting
 
 PAPER_STREAM = 3 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperRule:
-    """The settings of eq. 14 of Ravikumar et al. 2024. Raises CurvatureError for impossible ones.
+    """The paper's curvature score: eq. 14 of Ravikumar et al. 2024, and variants of its scripts.
+
+    Raises CurvatureError for settings that make no sense.
 
     As in the published scripts, which feed batches of 1,024 and leave the mean over the batch in:
 
@@ -32,17 +35,20 @@ class PaperRule:
     """
 
     step: float = 1e-3
-    """h, in pixel units. In float32, 1e-3 to 1e-4 is safe at 8x8, about 1e-4 at 32x32."""
-    probes: int = 10
-    """n, Rademacher."""
+    """Step h, in units of [0, 1] pixels; in float32, 1e-3 to 1e-4 is safe at 8x8, about 1e-4 at
+    32x32."""
+    probes: Annotated[int, Setting(least=1)] = 10
+    """Number n of Rademacher probes."""
     norm: Literal["squared", "first-power"] = "squared"
-    """squared as in the equation; first-power as in the published scripts."""
+    """Norm of the gradient's change: squared as in the equation, or first-power as in the published
+    scripts."""
     temperature: float = 1.0
-    """Divides the logits before the loss."""
+    """Temperature that divides the logits before the loss."""
     labels: Literal["true", "predicted"] = "true"
-    """Whose loss: the label's, or that of the class the model predicts at x."""
+    """Loss of the true label, or of the class that the model predicts."""
     batch_divisor: int = 1
-    """Divides the gradients: the batch size, to repeat scripts that take the mean over a batch."""
+    """Number that divides the gradients; the batch size repeats scripts that take the mean over a
+    batch."""
 
     def __post_init__(self) -> None:
         wrong = [

@@ -27,7 +27,7 @@ import dataclasses
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from raymem.curvature.paper import PaperRule
 from raymem.curvature.probes import image_signs, keys_of, signs
 from raymem.errors import CurvatureError, first_line
 from raymem.models import margins
+from raymem.settings import Setting
 
 Mode = Literal["gauss-newton", "hessian"]
 # |Rv| / |Hv| is exactly 0 on BatchNorm-ReLU nets, 0.56 on GroupNorm-ReLU, 0.74 on GELU.
@@ -59,18 +60,23 @@ class CurvatureRule:
     """
 
     mode: Literal["auto", "gauss-newton", "hessian"] = "auto"
-    """auto: Gauss-Newton if that is all of H for this model, see `pick_mode`."""
-    exact_classes: int = 16
-    """Up to this many classes the Gauss-Newton trace takes K-1 passes and is exact."""
-    columns: int = 8
-    """Above: at most this many of the likeliest classes' columns exactly ..."""
-    logit_probes: int = 2
-    """... and the rest from at least so many Rademacher probes, columns + logit_probes in all; two
-    or more, for the standard error."""
-    probes: int = 8
-    """Hessian mode: Rademacher probes of the part that Gauss-Newton misses; two or more."""
-    paper: PaperRule | None = field(default_factory=PaperRule)
-    """The paper's score, beside; None: not."""
+    """How the trace of the Hessian is computed; auto: Gauss-Newton where that is the whole Hessian,
+    as for networks of ReLUs."""
+    exact_classes: Annotated[int, Setting(least=1)] = 16
+    """Up to this many classes the Gauss-Newton trace is exact, at one pass a class."""
+    columns: Annotated[int, Setting(least=0)] = 8
+    """With more classes: at most this many of the likeliest classes are computed exactly, the rest
+    by probes."""
+    logit_probes: Annotated[int, Setting(least=2)] = 2
+    """With more classes: at least this many Rademacher probes for the rest; columns + logit_probes
+    in all."""
+    probes: Annotated[int, Setting(least=2)] = 8
+    """In hessian mode: Rademacher probes, each a Hessian-vector product, of the part that
+    Gauss-Newton misses."""
+    paper: Annotated[PaperRule | None, Setting(option="paper", switch=True, prefix="paper-")] = (
+        field(default_factory=PaperRule)
+    )
+    """Measure the paper's finite-difference score too; None: not measured."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "gauss-newton", "hessian"):

@@ -33,6 +33,10 @@ class Resources:
     is fastest, on a CPU one."""
     max_workers: Annotated[int | None, Setting(least=1)] = None
     """Most workers at once, over all nodes; None: as many as fit."""
+    checkpoint_seconds: Annotated[
+        float, Setting(option="checkpoint-minutes", unit=60, least=0, form="MINUTES")
+    ] = 600.0
+    """Save each trial this often while it trains, so that a lost node does not cost all of it."""
     verbose: bool = False
     """Show Ray's own output."""
 

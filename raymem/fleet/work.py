@@ -63,8 +63,6 @@ class TrialOptions:
     """Only in trials below this number; None: in all."""
     keep_models: int = 0
     """Weights are kept of the trials below this number."""
-    checkpoint_seconds: float = 600.0
-    """A trial is saved so often while it trains, so that a lost node does not cost all of it."""
     mechanisms: Mapping[float, Mechanism] = field(default_factory=dict)
     """Of private studies: what trials at each epsilon do, epsilon inf among them."""
 
@@ -117,6 +115,8 @@ class Job:
     """How many models a worker trains at once; None: as many as its device is faster with."""
     gpu_share: float = 1.0
     """Of a GPU, for each worker."""
+    checkpoint_seconds: float = Resources.checkpoint_seconds
+    """How often a trial is saved while it trains."""
 
     @classmethod
     def of(
@@ -140,6 +140,7 @@ class Job:
             n_classes=examples.n_classes,
             models_per_step=1 if resources.workers_per_trial > 1 else resources.models_per_step,
             gpu_share=min(1.0, resources.gpus_per_trial or 1.0),
+            checkpoint_seconds=resources.checkpoint_seconds,
         )
 
     def models_at_once(self, images: Images) -> int:
@@ -377,7 +378,7 @@ class _Trial:
             "seeds": vars(seeds),
             "workers": attempt.ranks.world,
         }
-        seconds = job.options.checkpoint_seconds
+        seconds = job.checkpoint_seconds
         return cls(
             mask=job.plan.mask(key.trial),
             seeds=seeds,

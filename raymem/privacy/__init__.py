@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Privacy,
         check_epsilons,
         mechanism_for,
+        parse_epsilons,
     )
     from raymem.privacy.per_example import (
         check_frozen,
@@ -79,6 +80,7 @@ __all__ = [
     "one_run_epsilon",
     "one_run_p_value",
     "paper_bound",
+    "parse_epsilons",
     "physical_batches",
     "poisson_batch",
     "sharp_bound",

@@ -25,9 +25,26 @@ EPSILON_GRIDS: dict[str, tuple[float, ...]] = {
 """Grids of epsilons by name; the paper's are those of its sections 6.4 and 6.5."""
 
 
+def parse_epsilons(text: str) -> tuple[float, ...]:
+    """Epsilons of the name of a grid, or of numbers between commas. Raises ValueError for others.
+
+    >>> parse_epsilons("0.5,2,inf"), parse_epsilons("quick")
+    ((0.5, 2.0, inf), (0.5, 2, 8, inf))
+    """
+    if text in EPSILON_GRIDS:
+        return EPSILON_GRIDS[text]
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"invalid epsilons {text!r}; give numbers such as 0.5,2,8,inf, or a grid: "
+            f"{', '.join(EPSILON_GRIDS)}"
+        ) from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
-    """How a study's trials are made private. Part of its identity; its epsilons are not.
+    """Differential privacy: how trials are trained. Part of a study's identity; epsilons are not.
 
     A study with this is a private study: all its trials, also those at epsilon inf, draw Poisson
     batches and take the same number of steps. At inf nothing is clipped and no noise is added.
@@ -36,17 +53,17 @@ class Privacy:
     """
 
     delta: float = 1e-5
-    """The delta of (epsilon, delta)-DP: below one over the number of examples."""
+    """delta of (epsilon, delta)-DP; below one over the number of examples."""
     max_grad_norm: float = 1.0
-    """C: each example's gradient is scaled down to at most this L2 norm."""
+    """L2 norm that the gradient of each example is clipped to."""
     accountant: Accountant = "prv"
-    """What counts epsilon: `prv` (Gopi et al. 2021), or `rdp` (Mironov et al. 2019), which is also
-    taken where `prv` fails."""
+    """Privacy accountant: prv (Gopi et al. 2021), or rdp (Mironov et al. 2019), which is also used
+    where prv fails."""
     clip_control: bool = False
-    """At epsilon inf, clip all the same, without noise: what clipping alone does."""
+    """Clip gradients at epsilon inf too, without noise: shows what clipping alone does."""
     secure_mode: bool = False
-    """Noise and batches from the operating system's randomness, noise made safe against attacks on
-    floating point numbers. Such a trial cannot be repeated, nor resumed to the same result."""
+    """Draw noise and batches from the operating system's randomness, and harden the noise against
+    floating-point attacks; such a trial cannot be repeated, nor resumed to the same result."""
 
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:

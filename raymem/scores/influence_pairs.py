@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raymem.scores.bits import Bits, Ints
 from raymem.scores.estimates import Floats, _booleans, ratio
+from raymem.settings import Setting
 
 # 512 x 4096 products of 4 bytes are 8 MB: what a core's cache and bandwidth like.
 TEST_TILE, TRAIN_TILE = 512, 4096
@@ -33,7 +34,7 @@ WORK_PER_GATHERED_BIT = 500
 
 @dataclass(frozen=True, kw_only=True)
 class PairRule:
-    """Which pairs are kept.
+    """Which influence pairs are kept.
 
     *Strong* pairs: influence >= min_influence, memorization of the training example >=
     min_memorization (Feldman & Zhang's rule is 0.15 and 0.25), and a p-value of at most `level`:
@@ -43,17 +44,17 @@ class PairRule:
     """
 
     min_influence: float = 0.15
-    """Least influence of a strong pair."""
+    """Smallest influence of a strong pair."""
     min_memorization: float = 0.25
-    """Least memorization of the training example of a strong pair."""
-    level: float | None = None
-    """Largest p-value of a strong pair; None: so small that one pair is expected by chance."""
-    top: int = 5
-    """Pairs kept for each test example in any case."""
-    max_pairs: int = 1_000_000
-    """At most so many in all; the most influential stay, strong ones first."""
+    """Smallest memorization of the training example of a strong pair."""
+    level: Annotated[float | None, Setting(option="pair-level", least=0, most=1)] = None
+    """Largest p-value of a strong pair; None: one false pair expected."""
+    top: Annotated[int, Setting(option="pairs-per-test-example", least=0)] = 5
+    """Pairs kept for each test example, strong or not."""
+    max_pairs: Annotated[int, Setting(least=1)] = 1_000_000
+    """Influence pairs kept in all, strong ones first, then by influence."""
     same_class: bool | None = None
-    """Only pairs of one class; None: from 1,000 classes up."""
+    """Keep only pairs of one class; None: from 1,000 classes up."""
 
     def __post_init__(self) -> None:
         if self.top < 0 or self.max_pairs < 1:

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from raymem.scores import (
     power_to_list,
     trials_for,
 )
+from raymem.settings import Setting
 from raymem.show.terminal_scores import as_text
 from raymem.store import Store
 from raymem.study import Study
@@ -52,15 +54,16 @@ LISTED, PAIR = (0.99, 0.49), 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where a study is to run; by default here."""
+    """The machines that `plan` plans for, by default this one."""
 
-    machines: int = 1
-    at_once: int | None = None
-    """Trials at once on each machine; None: one a core, here."""
-    times_faster: float = 1.0
-    """How much faster a trial is there than here."""
-    price: float | None = None
-    """Of a machine for an hour, in any currency."""
+    machines: Annotated[int, Setting(least=1)] = 1
+    """Number of machines to plan for."""
+    at_once: Annotated[int | None, Setting(option="trials-at-once", least=1)] = None
+    """Trials at once on each machine; None: one for each core of this machine."""
+    times_faster: Annotated[float, Setting(least=0, above_least=True)] = 1.0
+    """Speed-up of a trial over this machine."""
+    price: Annotated[float | None, Setting(least=0)] = None
+    """Price per machine-hour, in any currency; None: no price is shown."""
 
 
 @dataclass(frozen=True, kw_only=True)

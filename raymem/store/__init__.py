@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from raymem.store.lock import DriverLock, is_alive, read_driver
     from raymem.store.merge_stores import MergeSummary, merge
     from raymem.store.store import Store
-    from raymem.store.target import Failure, Part, Target
+    from raymem.store.target import Failure, Part, Target, parse_part
     from raymem.store.trials import TrialKey, trial_table
     from raymem.store.verify_store import Problem, verify
 
@@ -42,6 +42,7 @@ __all__ = [
     "TrialKey",
     "is_alive",
     "merge",
+    "parse_part",
     "read_ahead",
     "read_driver",
     "study_hash",

@@ -40,6 +40,18 @@ class Part:
         return trial // self.block % self.of == self.number - 1
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """(K, N) of K/N. Raises ValueError for anything else.
+
+    >>> parse_part("1/2")
+    (1, 2)
+    """
+    number, slash, of = text.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ValueError(f"invalid part {text!r}; give K/N with K from 1 to N, such as 1/2")
+    return int(number), int(of)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """What a study wants to have: replaceable, not part of its identity."""

@@ -17,7 +17,7 @@ from raymem.training.images import Images, as_input, augment, default_device
 from raymem.training.loop import OnEpoch, train
 from raymem.training.measure import Measured, Meter, batch_of, measure
 from raymem.training.precision import fast_arithmetic
-from raymem.training.private import check_private_recipe, train_privately
+from raymem.training.private import check_private_recipe, private_recipe, train_privately
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, Steps, learning_rate_factor
 from raymem.training.trial import Evaluation, TrialResult, evaluate, run_trial
@@ -47,6 +47,7 @@ __all__ = [
     "margins",
     "measure",
     "models_per_step",
+    "private_recipe",
     "run_group",
     "run_trial",
     "train",

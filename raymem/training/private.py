@@ -5,6 +5,7 @@ Shapes: N training examples, n in the subset, B batch.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -124,6 +125,28 @@ def _tested_mode(
     with torch.random.fork_rng(devices=[]):
         fresh = build_model(model, n_classes=n_classes, image_shape=image_shape)
         return check_private(fresh, image_shape)
+
+
+def private_recipe(recipe: Recipe, *, n_classes: int, image_shape: tuple[int, int, int]) -> Recipe:
+    """`recipe` with what private training needs, itself if it has that.
+
+    That is GroupNorm in place of BatchNorm (the model's name with -gn), float32, no compilation and
+    torch's default memory format. A model function is left as it is.
+
+    >>> recipe = Recipe(model="tiny-resnet", epochs=2, precision="bfloat16")
+    >>> private = private_recipe(recipe, n_classes=10, image_shape=(32, 32, 3))
+    >>> private.model, private.precision
+    ('tiny-resnet-gn', 'float32')
+    """
+    model = recipe.model
+    if isinstance(model, str) and ":" not in model:
+        with torch.random.fork_rng():
+            net = build_model(model, n_classes=n_classes, image_shape=image_shape)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules()):
+            model = f"{model}-gn"
+    return dataclasses.replace(
+        recipe, model=model, precision="float32", compile=False, channels_last=False
+    )
 
 
 def check_private_recipe(recipe: Recipe, workers: int = 1) -> None:

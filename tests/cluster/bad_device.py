@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from raymem import Examples, JobOptions, Recipe, Study, run_job
+from raymem import Examples, JobSettings, Recipe, load_examples, run_job
 
 
 def is_bad() -> bool:
@@ -49,19 +49,13 @@ def model(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     return OnADevice(H * W * C, n_classes)
 
 
-def study(options: JobOptions) -> Study:
-    digits = options.load_examples()
+if __name__ == "__main__":
+    digits = load_examples("digits")
     few = Examples(
         x_train=digits.x_train[:100], y_train=digits.y_train[:100],
         x_test=digits.x_test[:40], y_test=digits.y_test[:40],
     )  # fmt: skip
-    return Study(
-        examples=few,
-        recipe=Recipe(model="bad_device:model", epochs=1, batch_size=50),
-        store=options.store,
-        trials=options.trials,
+    run_job(
+        JobSettings(data=few, store="runs/bad_device", trials=20),
+        Recipe(model="bad_device:model", epochs=1, batch_size=50),
     )
-
-
-if __name__ == "__main__":
-    run_job(study, data="digits", store="runs/bad_device", trials=20)

@@ -17,9 +17,9 @@ from pathlib import Path
 import ray
 from losing_a_node import FAST_DETECTION, wait_until
 from ray.cluster_utils import Cluster
-from slow_epochs import study
+from slow_epochs import RECIPE, settings
 
-from raymem import JobOptions, Store, TrialKey
+from raymem import Store, TrialKey
 
 NOTICE_SECONDS = 25
 
@@ -46,12 +46,11 @@ def main(store: str, gate: Path, trials: int) -> None:
     )
     cluster.connect()
     others = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    options = JobOptions(
-        data="digits", data_root="", download=False, image_size=None, store=store, trials=trials,
-        subset_ratio=0.7, kind="balanced", seed=0, checkpoint_seconds=10_000.0,
-    )  # fmt: skip
+    study = settings(store, trials).study(RECIPE)
     progress = []
-    fleet = threading.Thread(target=lambda: progress.append(study(options).train()))
+    fleet = threading.Thread(
+        target=lambda: progress.append(study.train(checkpoint_seconds=10_000.0))
+    )
     fleet.start()
     wait_until(lambda: len({node for node, _ in started()}) == 3, "a trial on each of three nodes")
     lost = others[0].node_id

@@ -8,6 +8,7 @@ dead group holds is seen: the next group of that node cannot start without it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -19,12 +20,10 @@ from pathlib import Path
 
 import psutil
 import ray
-from gated import study
+from gated import RECIPE, SETTINGS
 from losing_a_node import FAST_DETECTION, wait_until
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
-
-from raymem import JobOptions
 
 
 def groups() -> dict[str, int]:
@@ -59,12 +58,9 @@ def main(store: str, gate: Path, trials: int) -> None:
     )
     cluster.connect()
     other = cluster.add_node(num_cpus=1)
-    options = JobOptions(
-        data="digits", data_root="", download=False, image_size=None, store=store, trials=trials,
-        subset_ratio=0.7, kind="balanced", seed=0,
-    )  # fmt: skip
+    study = dataclasses.replace(SETTINGS, store=store, trials=trials).study(RECIPE)
     progress = []
-    fleet = threading.Thread(target=lambda: progress.append(study(options).train()), daemon=True)
+    fleet = threading.Thread(target=lambda: progress.append(study.train()), daemon=True)
     fleet.start()
     wait_until(lambda: len(started()) == 2, "a trial on each of two nodes")
     seen: dict[str, object] = {"before": groups(), "actors": actors()}

@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 from torch import Tensor, nn
 
-from raymem import JobOptions, Recipe, Study, run_job
+from raymem import JobSettings, Recipe, run_job
 
 
 class Gated(nn.Module):
@@ -46,9 +46,8 @@ def model(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     return Gated(H * W * C, n_classes)
 
 
-def study(options: JobOptions) -> Study:
-    return options.study(Recipe(model="gated:model", epochs=2))
-
+SETTINGS = JobSettings(data="digits", store="runs/gated", trials=60)
+RECIPE = Recipe(model="gated:model", epochs=2)
 
 if __name__ == "__main__":
-    run_job(study, data="digits", store="runs/gated", trials=60)
+    run_job(SETTINGS, RECIPE)

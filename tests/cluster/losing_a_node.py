@@ -6,6 +6,7 @@ python losing_a_node.py STORE GATE TRIALS REPLACE
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import threading
@@ -13,10 +14,10 @@ import time
 from pathlib import Path
 
 import ray
-from gated import study
+from gated import RECIPE, SETTINGS
 from ray.cluster_utils import Cluster
 
-from raymem import JobOptions, Store
+from raymem import Store
 
 FAST_DETECTION = {
     "health_check_initial_delay_ms": 0,
@@ -47,12 +48,9 @@ def main(store: str, gate: Path, trials: int, replace: bool) -> None:
     cluster.connect()
     head = ray.get_runtime_context().get_node_id()
     others = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    options = JobOptions(
-        data="digits", data_root="", download=False, image_size=None, store=store, trials=trials,
-        subset_ratio=0.7, kind="balanced", seed=0,
-    )  # fmt: skip
+    study = dataclasses.replace(SETTINGS, store=store, trials=trials).study(RECIPE)
     progress = []
-    fleet = threading.Thread(target=lambda: progress.append(study(options).train()))
+    fleet = threading.Thread(target=lambda: progress.append(study.train()))
     fleet.start()
     wait_until(lambda: len({node for node, _ in started()}) == 3, "a trial on each of three nodes")
     (gate / "open").touch()

@@ -16,7 +16,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from raymem import Examples, JobOptions, Recipe, Study, run_job
+from raymem import Examples, JobSettings, Recipe, load_examples, run_job
 
 EPOCHS, BATCHES = 40, 5
 
@@ -45,21 +45,17 @@ def model(n_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
     return Slow(H * W * C, n_classes)
 
 
-def study(options: JobOptions) -> Study:
-    digits = options.load_examples()
+def settings(store: str, trials: int) -> JobSettings:
+    digits = load_examples("digits")
     few = Examples(
         x_train=digits.x_train[:100], y_train=digits.y_train[:100],
         x_test=digits.x_test[:40], y_test=digits.y_test[:40],
     )  # fmt: skip
-    return Study(
-        examples=few,
-        recipe=Recipe(model="slow_epochs:model", epochs=EPOCHS, batch_size=14, learning_rate=0.02),
-        store=options.store,
-        trials=options.trials,
-        checkpoint_seconds=options.checkpoint_seconds,
-    )
+    return JobSettings(data=few, store=store, trials=trials)
 
+
+RECIPE = Recipe(model="slow_epochs:model", epochs=EPOCHS, batch_size=14, learning_rate=0.02)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_job(study, data="digits", store="runs/slow_epochs", trials=3)
+    run_job(settings("runs/slow_epochs", 3), RECIPE)
