@@ -31,7 +31,7 @@ from raymem.privacy import (
     check_epsilons,
     mechanism_for,
 )
-from raymem.scores import EpsilonSummary, PairRule, Until, look, score
+from raymem.scores import LEAST_FIT, EpsilonSummary, PairRule, Until, look, score
 from raymem.settings import Setting
 from raymem.store import Part, Store, Target, parse_part
 from raymem.training import Recipe, check_private_recipe
@@ -313,6 +313,12 @@ class Study(StudySettings):
                 + ("; not reached with --trials" if trials >= self.trials and not reached else "")
             )
             if reached or trials >= self.trials or not progress.complete:
+                if math.isinf(epsilon) and seen.fit < LEAST_FIT:
+                    on_message(
+                        f"training accuracy on hard examples is {100 * seen.fit:.0f}%: models do "
+                        "not fit, so memorization is underestimated; train them longer, at a "
+                        "higher learning rate, or wider"
+                    )
                 return progress
             trials = until.next_look(seen, block, self.trials)
 

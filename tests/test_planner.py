@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from scipy import stats
 from scipy.optimize import brentq
 
-from raymem import JobSettings, Recipe, Store, Study, run_job
+from raymem import JobSettings, Recipe, Store, Study, flip_labels, load_examples, run_job
 from raymem.cli import main
 from raymem.scores import (
     Look,
@@ -81,9 +82,8 @@ def test_power_is_how_often_it_happens():
 def study(digits, tmp_path):
     def make(**more):
         return Study(
-            examples=digits,
             store=tmp_path / "store",
-            **{"recipe": RECIPE, "trials": 40, **more},
+            **{"examples": digits, "recipe": RECIPE, "trials": 40, **more},
         )
 
     return make
@@ -126,8 +126,10 @@ def test_plans_that_cannot_answer_are_told_so(study):
     assert "0.5, 64" not in private
 
 
-def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
+def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study, monkeypatch):
     told = []
+    # Models that do not fit are another message.
+    monkeypatch.setattr(Look, "fit", 1.0)
     asked = study(trials=400)
     asked.train_until(Until.parse("reliability=0.65"), on_message=told.append, engine="serial")
     store = Store(asked.store)
@@ -153,9 +155,24 @@ def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
 
 
 def test_trials_are_a_hard_cap(study):
-    asked = study(trials=60)
-    asked.train_until(Until.parse("ci-width=0.01"), on_message=lambda text: None, engine="serial")
+    """Of models that get wrong labels right no more often than others do: they do not fit."""
+    told = []
+    examples = flip_labels(load_examples("digits"), 0.1)
+    asked = study(examples=examples, trials=60, recipe=Recipe(model="mlp-32", epochs=1))
+    asked.train_until(Until.parse("ci-width=0.01"), on_message=told.append, engine="serial")
     assert len(Store(asked.store).done()) == 60
+    percent = re.fullmatch(r"training accuracy on hard examples is (\d+)%: .*", told[-1])[1]
+    assert int(percent) < 30
+
+
+def test_hard_examples_are_those_that_models_without_them_get_wrong():
+    n = np.full((2, 20), 10)
+    right = np.array([[9] * 12 + [10] * 8, [4] * 12 + [5] * 8])
+    assert Look(trials=20, reliability=0.9, right=right, n=n).fit == pytest.approx(0.9)
+    few = Look(trials=20, reliability=0.9, right=right[:, 3:], n=n[:, 3:])  # nine of them
+    assert math.isnan(few.fit)
+    never_out = np.vstack([n[:1], 0 * n[:1]])
+    assert math.isnan(Look(trials=20, reliability=0.9, right=0 * n, n=never_out).fit)
 
 
 @pytest.mark.parametrize("text", ["reliability", "speed=0.5", "reliability=2", "ci-width=nan"])

@@ -438,6 +438,7 @@ def test_models_that_do_not_fit_are_red(tmp_path):
     make(tmp_path / "s", recipe=Recipe(model="mlp-2", epochs=1, learning_rate=1e-4), curvature=None)
     names = {finding.name for _, finding in red(diagnostics(Store(tmp_path / "s")))}
     assert "accuracy on the own subset" in names
+    assert "training accuracy on hard examples" in names
     assert "reliability of memorization" in names
 
 

@@ -14,9 +14,6 @@ import click
 from raymem.errors import RaymemError, StoreError
 from raymem.version import VERSION
 
-SHOWN_PROBLEMS = 20
-SCORES = ("fz-scores", "c-scores")
-
 
 @contextlib.contextmanager
 def command_errors(debug: bool) -> Iterator[None]:

@@ -6,20 +6,50 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import click
 
 from raymem.cli.base import command_errors, debug_option, main
+from raymem.cli.options import filled, setting_options
 from raymem.data import load_examples
 from raymem.errors import ImportFileError
-from raymem.fleet import ProgressLine, duration
+from raymem.fleet import Engine, ProgressLine, duration
 from raymem.interop import EXPORTS, FORMATS, export
+from raymem.settings import Setting
 from raymem.show import ingest_text, merge_text, summary_text
 from raymem.store import merge
 
-SHOWN_PROBLEMS = 20
 SCORES = ("fz-scores", "c-scores")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheImages:
+    """The cache: how images become one."""
+
+    size: Annotated[int, Setting(least=1)] = 128
+    """Height and width of the cache's images, in pixels."""
+    val_labels: str | None = None
+    """File with the labels of a flat folder of validation images; None: searched for."""
+    on_bad: Literal["fail", "quarantine"] = "fail"
+    """What to do with images that cannot be read; quarantine leaves them out and lists them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestOptions(CacheImages):
+    """Ingest: where the images are and how they are read."""
+
+    train: str | None = None
+    """Training images: a folder or a pattern below DATA, or a URL; None: searched for."""
+    val: str | None = None
+    """Validation images, which become the test set, in the same way; None: searched for."""
+    grey: bool = False
+    """Keep one channel in place of three."""
+    engine: Engine = "ray"
+    """Where images are decoded; serial: in this process, without Ray."""
+    verbose: bool = False
+    """Show Ray's own output."""
 
 
 @main.command("merge")
@@ -120,29 +150,12 @@ def export_command(format: str, store: str, path: str, epsilon: float, debug: bo
         click.echo(f"written: {export(format, store, path, epsilon=epsilon)}")
 
 
+@setting_options(IngestOptions())
 @main.command("ingest")
 @click.argument("data")
 @click.argument("cache")
-@click.option("--size", type=click.IntRange(1), default=128, help="Pixels of a side.")
-@click.option("--grey", is_flag=True, help="One channel instead of three.")
-@click.option("--train", help="Where train is: a folder or a pattern below DATA, or a URL.")
-@click.option("--val", help="Where the validation images, which become test, are.")
-@click.option("--val-labels", help="Their classes, if they are in one flat folder.")
-@click.option(
-    "--on-bad",
-    type=click.Choice(["fail", "quarantine"]),
-    default="fail",
-    help="At images that cannot be used; quarantined ones are left out, and listed.",
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["ray", "serial"]),
-    default="ray",
-    help="serial: in this process, without Ray.",
-)
-@click.option("--verbose", is_flag=True, help="Show what Ray says.")
 @debug_option
-def ingest_command(data: str, cache: str, debug: bool, **options: Any) -> None:
+def ingest_command(data: str, cache: str, debug: bool, **values: Any) -> None:
     """Decode a large image set once, into a cache that studies take as --data.
 
     DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a
@@ -153,4 +166,5 @@ def ingest_command(data: str, cache: str, debug: bool, **options: Any) -> None:
     from raymem.data.shards import ingest
 
     with command_errors(debug):
-        click.echo(ingest_text(ingest(data, cache, **options)))
+        options = filled(IngestOptions(), values)
+        click.echo(ingest_text(ingest(data, cache, **vars(options))))

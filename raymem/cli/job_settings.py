@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import click
 
 from raymem.cli.base import absolute_store
+from raymem.cli.exchange import CacheImages
 from raymem.data import Examples, flip_labels, holds_cache, load_examples
 from raymem.data.shards import ingest
 from raymem.errors import ExamplesError
@@ -57,17 +58,11 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSettings:
-    """The cache that a job on a large set trains from."""
+class CacheSettings(CacheImages):
+    """The cache: what a job on a large set trains from."""
 
     cache: Annotated[str | None, Setting(path=True)] = None
     """Make a cache of --data in this folder or URL first; None: --data is one."""
-    size: Annotated[int, Setting(least=1)] = 128
-    """Height and width of its images, in pixels."""
-    on_bad: Literal["fail", "quarantine"] = "fail"
-    """What to do with images that cannot be read; quarantine leaves them out and lists them."""
-    val_labels: str | None = None
-    """File with the labels of a flat folder of validation images; None: searched for."""
 
 
 @dataclass(frozen=True, kw_only=True)

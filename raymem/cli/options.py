@@ -274,6 +274,16 @@ def _given(setting: Setting, value: Any, option: str) -> Any:
     return value if value is None or setting.unit == 1 else value * setting.unit
 
 
+def setting_options(settings: Any) -> Callable[[click.Command], click.Command]:
+    """A decorator that adds the options of `settings` to a command."""
+
+    def add(command: click.Command) -> click.Command:
+        command.params += options_of(settings)
+        return command
+
+    return add
+
+
 class SettingsCommand(click.Command):
     """A command whose help shows the options of each dataclass under its heading."""
 

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from raymem.links import Links
 
 SHOWN_PROBLEMS = 20
-SCORES = ("fz-scores", "c-scores")
 
 
 @main.command("status")

@@ -22,12 +22,10 @@ from raymem.links.epsilons import plain
 from raymem.links.rows import Floats, floats, train_at
 from raymem.links.twins import Twins, find_twins
 from raymem.plan import Plan
-from raymem.scores import ratio
+from raymem.scores import LEAST_FIT, fit_of_hard, ratio
 from raymem.store import Store, TrialKey
 from raymem.store.trials import metadata_of
 
-# Memorization says something only of models that fit: below this accuracy on their own subset.
-LEAST_FIT = 0.95
 # Of training accuracy, in median absolute deviations.
 OUTLIER = 4.0
 # Diverged trials are not a random sample of models.
@@ -122,6 +120,7 @@ def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[
             value=low,
             text=f"{100 * low:.1f}% are right in fewer than 90% of the models that saw them",
         ),
+        *_fit_of_hard(here, plainly),
         Finding(
             name="models that fit worse than the others",
             value=len(outliers),
@@ -131,6 +130,30 @@ def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[
             limit="5% or fewer",
             red=len(outliers) > 0.05 * len(done),
         ),
+    ]
+
+
+def _fit_of_hard(here: pa.Table, plainly: bool) -> list[Finding]:
+    """How well models fit what they can only memorize."""
+    fit, number = fit_of_hard(floats(here, "accuracy_in"), floats(here, "accuracy_out"))
+    if math.isnan(fit):
+        return []
+    red = plainly and fit < LEAST_FIT
+    return [
+        Finding(
+            name="training accuracy on hard examples",
+            value=fit,
+            text=f"{100 * fit:.1f}% on the {number:,} that most models trained without them get "
+            "wrong"
+            + (
+                "; models do not fit, so memorization is underestimated: train them longer, at a "
+                "higher learning rate, or wider"
+                if red
+                else ""
+            ),
+            limit=f"{100 * LEAST_FIT:.0f}% or more" if plainly else "",
+            red=red,
+        )
     ]
 
 

@@ -55,12 +55,13 @@ if TYPE_CHECKING:
     from raymem.scores.roc import Attack, Rate, attack
     from raymem.scores.running_sums import look
     from raymem.scores.scoring import EpsilonSummary, score
-    from raymem.scores.stopping import Look, Until
+    from raymem.scores.stopping import LEAST_FIT, Look, Until, fit_of_hard
     from raymem.scores.streamed_curvature import join_curvature
     from raymem.scores.vulnerability_correlation import RankCorrelation
 
 
 __all__ = [
+    "LEAST_FIT",
     "Attack",
     "Attacked",
     "Bits",
@@ -81,6 +82,7 @@ __all__ = [
     "expected_stderr",
     "expected_width",
     "find_pairs",
+    "fit_of_hard",
     "forecast_trials",
     "hypergeometric_tail",
     "influence",

@@ -15,6 +15,9 @@ from raymem.scores.estimates import difference_of_proportions, forecast_trials
 
 # The first look needs two blocks; between looks a fleet grows by no more than this.
 GROWTH = 1.5
+# Memorization says something only of models that fit: least training accuracy on hard examples,
+# those that most models trained without them get wrong, and least number of such examples.
+LEAST_FIT, LEAST_HARD = 0.95, 10
 # Forecasts of widths end at so many times the trials.
 FURTHEST = 1e6
 Quantity = Literal["reliability", "ci-width"]
@@ -32,6 +35,12 @@ class Look:
     n: np.ndarray
     """[2, N] of how many."""
 
+    @property
+    def fit(self) -> float:
+        """Training accuracy on hard examples; NaN with few of them, see `fit_of_hard`."""
+        with np.errstate(invalid="ignore"):
+            return fit_of_hard(*(self.right / self.n))[0]
+
     def width(self, times: float = 1.0) -> float:
         """90th percentile of the widths of the 95% intervals; NaN without trials in both arms.
 
@@ -42,6 +51,21 @@ class Look:
         width = interval.high - interval.low
         width = width[np.isfinite(width)]
         return float(np.quantile(width, 0.9)) if len(width) else math.nan
+
+
+def fit_of_hard(accuracy_in: np.ndarray, accuracy_out: np.ndarray) -> tuple[float, int]:
+    """Training accuracy on hard examples, and how many there are; NaN with fewer than LEAST_HARD.
+
+    Accuracies [N] of models trained with and without each example; hard is below one half of the
+    latter. Their memorization is at most this high, whatever the number of trials.
+
+    >>> inside, out = np.full(20, 0.8), np.linspace(0, 0.98, 20)
+    >>> fit_of_hard(inside, out)
+    (0.8, 10)
+    """
+    hard = (accuracy_out < 0.5) & np.isfinite(accuracy_in)
+    number = int(hard.sum())
+    return (float(accuracy_in[hard].mean()) if number >= LEAST_HARD else math.nan), number
 
 
 @dataclass(frozen=True, kw_only=True)
