@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,10 @@ from raymem import (
 )
 from raymem.cli import main
 from raymem.links import find_links, link2, link3
+from raymem.models import build_model
+from raymem.privacy.sgd import check_layers
 from raymem.store import TrialKey, verify
-from raymem.training import private_recipe
+from raymem.training import check_private_recipe, private_recipe
 
 JOBS = Path(__file__).parents[1] / "jobs"
 
@@ -154,6 +157,33 @@ def test_batch_norm_is_refused_before_anything_is_trained():
     with pytest.raises(PrivacyError, match="BatchNorm2d"):
         study.train(engine="serial")
     assert Store("memory://private-bn").done() == set()
+
+
+def test_with_epsilons_a_job_trains_the_group_norm_counterpart_and_says_so(capsys, tmp_path):
+    settings = {"data": tiny(), "recipe": Recipe(model="tiny-resnet", epochs=1, batch_size=25)}
+    store = str(tmp_path / "gn")
+    options = ("--store", store, "--accountant", "rdp")
+    text, code = run(capsys, "train", *options, "--epsilons", "8,inf", **settings)
+    assert code == 0, text
+    assert "private training takes tiny-resnet-gn in float32, in place of tiny-resnet" in text
+    assert len(Store(store).done()) == 4
+    assert Store(store).study()["study"]["recipe"]["model"] == {"name": "tiny-resnet-gn"}
+    # Another study than without epsilons, whose recipe it says nothing about.
+    text, code = run(capsys, "train", *options, **settings)
+    assert code == 1
+    assert "recipe.model" in text
+    assert "in place of" not in text
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.glob("*_cifar.py")) + sorted(JOBS.glob("*_digits.py")))
+def test_no_job_offers_epsilons_that_its_recipes_cannot_have(path, digits):
+    module = runpy.run_path(str(path))
+    recipes = [*module["RECIPES"].values()] if "RECIPES" in module else [module["RECIPE"]]
+    for recipe in recipes:
+        made = private_recipe(recipe, n_classes=10, image_shape=(32, 32, 3))
+        check_private_recipe(made)
+        check_layers(build_model(made.model, n_classes=10, image_shape=(32, 32, 3)).train())
+        assert private_recipe(made, n_classes=10, image_shape=(32, 32, 3)) == made
 
 
 def tiny():
@@ -344,6 +374,11 @@ def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_pa
     again, code = run(capsys, "--store", str(store), private=second)
     assert code == 0
     assert "trained again" not in again
+    # --epsilons is the private study's: the first one is as it was.
+    text, code = run(capsys, "train", "--store", str(store), "--epsilons", "4", private=second)
+    assert code == 0, text
+    assert {key.epsilon for key in other.done()} == {2.0, 4.0, math.inf}
+    assert {key.epsilon for key in Store(store).done()} == {math.inf}
     # Without: one study, as for every other job.
     text, code = run(
         capsys, "--store", str(tmp_path / "alone"), "--private-trials", "0", private=second
