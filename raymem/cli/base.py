@@ -43,9 +43,11 @@ def debug_option(function: Any) -> Any:
 def row_options(function: Any) -> Any:
     """Which rows of a table are shown, and as what."""
     for option in (
-        click.option("--csv", is_flag=True, help="All columns as CSV."),
-        click.option("--all", "everything", is_flag=True, help="All rows."),
-        click.option("--top", "n", type=click.IntRange(1), default=20, help="How many rows."),
+        click.option("--csv", is_flag=True, help="Print all columns as CSV."),
+        click.option("--all", "everything", is_flag=True, help="Show all rows."),
+        click.option(
+            "--top", "n", type=click.IntRange(1), default=20, help="Number of rows to show."
+        ),
     ):
         function = option(function)
     return function
@@ -54,9 +56,9 @@ def row_options(function: Any) -> Any:
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION)
 def main() -> None:
-    """Read what a fleet of models memorized.
+    """Read, compare and exchange the results of memorization studies.
 
-    A store is the folder or URL that a job was given as --store.
+    STORE is the folder or URL of a study: what its job was given as --store.
     """
 
 

@@ -58,7 +58,7 @@ class IngestOptions(CacheImages):
 @click.argument("out", metavar="OUT")
 @debug_option
 def merge_command(first: str, second: str, out: str, debug: bool) -> None:
-    """Make one store of two halves of one study, such as of two clusters; score it next.
+    """Merge two parts of one study, such as of two clusters, into one store; score it next.
 
     OUT: a new store, one that such a merge began, or A itself. Trials that both have must be the
     same; of those that differ because of other hardware, A's stay. Checkpoints, scores and pages
@@ -87,11 +87,13 @@ def _merging(line: ProgressLine) -> Callable[[int, int], None]:
 @click.argument("format", type=click.Choice([*FORMATS, *SCORES]))
 @click.argument("path")
 @click.argument("store")
-@click.option("--data", help="The set it is of: rows are joined to its examples, and checked.")
+@click.option(
+    "--data", help="Data set it was trained on; rows are joined to its examples and checked."
+)
 @click.option("--labels", help="File of class numbers of the training examples, in its order.")
 @click.option("--ids", help="File of ids, names or hashes of the training examples, in its order.")
-@click.option("--test-ids", help="The same of the test examples.")
-@click.option("--trials", type=click.IntRange(1), help="Of a fleet: the first so many models.")
+@click.option("--test-ids", help="File of ids, names or hashes of the test examples.")
+@click.option("--trials", type=click.IntRange(1), help="Import only this many models of a fleet.")
 @debug_option
 def import_command(
     format: str,
@@ -102,7 +104,7 @@ def import_command(
     debug: bool,
     **order: str | None,
 ) -> None:
-    """Make a store of a fleet that was trained elsewhere and score it, or of published scores.
+    """Make a store from a fleet that was trained elsewhere and score it, or from published scores.
 
     npz: arrays masks and correct_train (bool [trials, train examples]) and, if you like,
     correct_test, margins_train, margins_test, y_train, y_test, train_ids, test_ids, classes.
@@ -136,10 +138,15 @@ def import_command(
 @click.argument("format", type=click.Choice(list(EXPORTS)))
 @click.argument("store")
 @click.argument("path")
-@click.option("--epsilon", type=float, default=math.inf, help="Of a private study: which trials.")
+@click.option(
+    "--epsilon",
+    type=float,
+    default=math.inf,
+    help="Privacy budget of the trials; inf is not private.",
+)
 @debug_option
 def export_command(format: str, store: str, path: str, epsilon: float, debug: bool) -> None:
-    """Write a store for other people's code.
+    """Write a store in the format of other code.
 
     npz: the fleet's arrays. fz: Feldman & Zhang's runs, scores and pairs. lira: keep.npy,
     scores.npy, correct.npy. csv: the tables. hf: the Parquet with a card for Hugging Face.

@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 
 from raymem.cli.job_settings import DataSettings, JobSettings, recipe_option
-from raymem.cli.options import run_command
+from raymem.cli.options import run_command, stage_argument
 from raymem.errors import StoreError
 from raymem.fleet import Resources
 from raymem.links import Removed, find_removal, removal_by_scores
@@ -92,14 +92,8 @@ def run_removal_job(
         chosen = recipes if isinstance(recipes, Recipe) else recipes[str(recipe)]
         run_removal(given, given.scoring(chosen), resources, stage)
 
-    stage = click.Argument(["stage"], type=click.Choice(STAGES), default="all")
-    run_command(
-        work,
-        settings,
-        Resources(),
-        params=[stage, *recipe_option(recipes)],
-        arguments=arguments,
-    )
+    params = [stage_argument(STAGES), *recipe_option(recipes)]
+    run_command(work, settings, Resources(), params=params, arguments=arguments)
 
 
 def run_removal(

@@ -137,6 +137,15 @@ class JobSettings(StudySettings, DataSettings):
     private: Annotated[PrivateStudy | None, Setting(prefix="private-")] = None
     """The job has a second, private study."""
 
+    @property
+    def fixed(self) -> set[str]:
+        """Fields that are no options: where images come from, if the job made them itself, and
+        privacy, if that is the private study's."""
+        own = {"data", "data_root", "download", "image_size"}
+        return (own if isinstance(self.data, Examples) else set()) | (
+            {"epsilons", "privacy"} if self.private is not None else set()
+        )
+
     def study(self, recipe: Recipe) -> Study:
         """The study of these settings.
 

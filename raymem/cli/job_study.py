@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from raymem.cli.job_settings import JobSettings, RunOptions, recipe_option, with_cache
-from raymem.cli.options import run_command
+from raymem.cli.options import run_command, stage_argument
 from raymem.cli.smoke import Smoke, check_rows
 from raymem.fleet import Resources, duration
 from raymem.scores import PairRule
@@ -79,9 +79,9 @@ def run_job(
         work,
         settings,
         RunOptions(),
-        skip=("epsilons", "privacy") if settings.private else (),
+        skip=settings.fixed,
         params=[
-            click.Argument(["stage"], type=click.Choice(stages), default="all"),
+            stage_argument(stages),
             *recipe_option(recipes),
             *([] if smoke is None else [flag]),
         ],

@@ -284,6 +284,16 @@ def setting_options(settings: Any) -> Callable[[click.Command], click.Command]:
     return add
 
 
+def stage_argument(stages: Sequence[str]) -> click.Argument:
+    """Which stage of a job runs."""
+    return click.Argument(
+        ["stage"],
+        type=click.Choice(stages),
+        default="all",
+        help="Stage to run; plan: no stage, only what they would take and tell.  [default: all]",
+    )
+
+
 class SettingsCommand(click.Command):
     """A command whose help shows the options of each dataclass under its heading."""
 
@@ -292,7 +302,7 @@ class SettingsCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(param, click.Option):
                 heading = param.field.heading if isinstance(param, SettingOption) else "This run"
                 sections.setdefault(heading, []).append(record)
         for heading, records in sections.items():

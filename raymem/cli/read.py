@@ -39,7 +39,7 @@ SHOWN_PROBLEMS = 20
 @click.argument("store")
 @debug_option
 def status_command(store: str, debug: bool) -> None:
-    """Trials done, running and failed; rate, time left, cost so far.
+    """Status of a study: trials done, running and failed; rate, time left, cost so far.
 
     Example: raymem status runs/feldman_digits
     """
@@ -51,7 +51,7 @@ def status_command(store: str, debug: bool) -> None:
 @click.argument("store")
 @debug_option
 def removal_command(store: str, debug: bool) -> None:
-    """What a removal experiment found: accuracy without the most memorized examples.
+    """Results of a removal experiment: accuracy without the most memorized examples.
 
     Example: raymem removal runs/removal_digits
     """
@@ -65,10 +65,18 @@ def removal_command(store: str, debug: bool) -> None:
 @main.command("scores")
 @click.argument("store")
 @click.option("--sort", default="memorization", help="Column to sort by, largest first.")
-@click.option("--ascending", is_flag=True, help="Smallest first.")
-@click.option("--memorized", is_flag=True, help="Only those very likely above 0.25.")
-@click.option("--where", "conditions", help="Such as 'label == 3 and memorization > 0.25'.")
-@click.option("--with", "model", help="Join curvature/MODEL, scored from shards, by example id.")
+@click.option("--ascending", is_flag=True, help="Sort smallest first.")
+@click.option(
+    "--memorized", is_flag=True, help="Only memorization above 0.25, at 5% false discoveries."
+)
+@click.option(
+    "--where",
+    "conditions",
+    help="Only rows for which this holds, such as 'label == 3 and memorization > 0.25'.",
+)
+@click.option(
+    "--with", "model", help="Join the curvature scores in STORE/curvature/MODEL by example id."
+)
 @row_options
 @debug_option
 def scores_command(
@@ -114,10 +122,20 @@ def _print(table: pa.Table, shown: pa.Table, csv: bool) -> None:
 
 @main.command("pairs")
 @click.argument("store")
-@click.option("--min-influence", type=float, default=-1.0, help="Least influence.")
-@click.option("--min-memorization", type=float, help="Least memorization of the training example.")
-@click.option("--strong", is_flag=True, help="Only pairs above 0.15 and above the noise.")
-@click.option("--where", "conditions", help="Such as 'train_label == 3'.")
+@click.option(
+    "--min-influence", type=float, default=-1.0, help="Only pairs with at least this influence."
+)
+@click.option(
+    "--min-memorization",
+    type=float,
+    help="Only pairs whose training example has at least this memorization.",
+)
+@click.option(
+    "--strong", is_flag=True, help="Only pairs with influence above 0.15 and significant."
+)
+@click.option(
+    "--where", "conditions", help="Only rows for which this holds, such as 'train_label == 3'."
+)
 @row_options
 @debug_option
 def pairs_command(
@@ -131,9 +149,9 @@ def pairs_command(
     csv: bool,
     debug: bool,
 ) -> None:
-    """Which test examples are right because of which training example; most influential first.
+    """Pairs by influence: how much a training example helps models get a test example right.
 
-    Kept are strong pairs, and the most influential training examples of each test example.
+    A store has the strong pairs, and the most influential training examples of each test example.
 
     Example: raymem pairs runs/feldman_digits --min-influence 0.3
     """
@@ -153,10 +171,10 @@ def pairs_command(
 @main.command("example")
 @click.argument("store")
 @click.argument("example_id", metavar="ID")
-@click.option("--top", "n", type=click.IntRange(1), default=10, help="How many relations.")
+@click.option("--top", "n", type=click.IntRange(1), default=10, help="Number of pairs to show.")
 @debug_option
 def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
-    """Everything known about one example, with its strongest relations by influence.
+    """Everything known about one example, with its most influential pairs.
 
     Example: raymem example runs/feldman_digits digit-0905
     """
@@ -166,7 +184,7 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
 
 @main.command("links")
 @click.argument("stores", metavar="STORE...", nargs=-1, required=True)
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @debug_option
 def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
     """The three links: memorization and curvature, and what epsilon does to both.
@@ -217,8 +235,8 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
 
 @main.command("membership")
 @click.argument("store")
-@click.option("--targets", type=click.IntRange(1), default=20, help="How many trials to attack.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--targets", type=click.IntRange(1), default=20, help="Number of trials to attack.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @debug_option
 def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> None:
     """Membership inference: can a trial's subset be told from its margins?
@@ -245,9 +263,14 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
 
 @main.command("errors")
 @click.argument("store")
-@click.option("--top", "n", type=click.IntRange(1), default=20, help="How many to show.")
-@click.option("--epsilon", type=float, default=math.inf, help="Of a private study.")
-@click.option("--csv", "as_csv", is_flag=True, help="All of them, as CSV.")
+@click.option("--top", "n", type=click.IntRange(1), default=20, help="Number of examples to show.")
+@click.option(
+    "--epsilon",
+    type=float,
+    default=math.inf,
+    help="Privacy budget of the models; inf is not private.",
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print all of them as CSV.")
 @debug_option
 def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
     """Probable label errors, for cleaning a data set.
@@ -275,11 +298,11 @@ def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool
 
 @main.command("report")
 @click.argument("store")
-@click.option("--data", help="Where the images are, if not where the study had them.")
-@click.option("--private", help="Store of private trials on the same examples, for links 2 and 3.")
+@click.option("--data", help="Data set with the images, if it is not where the study found it.")
+@click.option("--private", help="Store of a private study of the same examples, for links 2 and 3.")
 @debug_option
 def report_command(store: str, data: str | None, private: str | None, debug: bool) -> None:
-    """The page people read: report.html in the store, with figures as PNG and PDF beside it.
+    """Write the report: report.html in the store, with figures as PNG and PDF beside it.
 
     One file that opens from disk: what was run, whether to trust it, the links, the most memorized
     examples of each class with their pictures, probable label errors, a table.
@@ -297,7 +320,7 @@ def report_command(store: str, data: str | None, private: str | None, debug: boo
 @click.option("--repair", is_flag=True, help="Move damaged objects to damaged/.")
 @debug_option
 def verify_command(store: str, repair: bool, debug: bool) -> None:
-    """Read every object back; say what is damaged, missing, foreign.
+    """Read every object back and list what is damaged, missing or foreign.
 
     Exits with 1 if anything is damaged or foreign. After --repair, the next run of the job makes
     what was moved away again.
