@@ -215,7 +215,7 @@ class Study:
             },
             "plan": self.plan.as_dict(),
             "recipe": self.recipe.as_dict(),
-            # Absent if not measured: such studies are those of before there was curvature.
+            # Absent where the study has none, so that only what it has is part of its identity.
             **({} if self.curvature is None else {"curvature": self.curvature.as_dict()}),
             **({} if self.privacy is None else {"privacy": self.privacy.as_dict()}),
         }

@@ -133,7 +133,7 @@ class Job:
         """The job of a study."""
         return cls(
             store_url=store.url,
-            study_hash=store.study()["hash"],
+            study_hash=store.study().hash,
             plan=plan,
             recipe=recipe,
             threads=threads,

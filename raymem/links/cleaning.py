@@ -84,7 +84,7 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     likely = np.flatnonzero((believed < UNBELIEVED) & np.isfinite(suspicion))
     likely = likely[np.argsort(-suspicion[likely], kind="stable")]
     rows = here.select([name for name in SHOWN if name in here.column_names]).take(pa.array(likely))
-    planted = np.array(store.study()["study"]["data"].get("planted", []), np.int64)
+    planted = np.array(store.study().flipped, np.int64)
     flipped = np.isin(np.arange(here.num_rows), planted)
     found = int(flipped[likely].sum())
     rankings = []

@@ -66,7 +66,7 @@ class Chosen:
 
 def choose(store: Store, epsilon: float) -> Chosen:
     """What to show at `epsilon`. Raises StoreError without scores."""
-    scores, classes = store.scores(), list(store.study()["classes"])
+    scores, classes = store.scores(), list(store.study().classes)
     here = train_at(scores, epsilon)
     ranked = here.filter(pc.is_valid(here["memorization"]))
     order = [("memorization", "descending"), ("memorization_soft", "descending")]

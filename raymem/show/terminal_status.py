@@ -21,11 +21,10 @@ def describe_store(store: Store) -> str:
     ]
     if streamed and not store.files.exists("study.json"):
         return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
-    body, target, done = store.study(), store.target, store.done()
+    study, target, done = store.study(), store.target, store.done()
     wanted = set(target.wanted())
     lines = [
-        f"{store.url}: {body['data_name']}, {store.plan()}, model "
-        f"{body['study']['recipe']['model']['name']}",
+        f"{store.url}: {study.data_name}, {study.plan}, model {study.model}",
         f"trials: {len(done & wanted):,} of {len(wanted):,} done"
         + ("" if target.part is None else f" of part {target.part} of {target.trials:,} trials")
         + (f", and {len(done - wanted):,} more" if done - wanted else ""),

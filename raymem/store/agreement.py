@@ -17,9 +17,8 @@ from raymem.errors import (
     first_line,
 )
 from raymem.privacy import Mechanism
-from raymem.store.derived import SHOWN
-from raymem.store.identity import differences
 from raymem.store.store import READERS, Store
+from raymem.store.study_record import SHOWN, differences
 from raymem.store.trials import TrialKey, may_differ
 
 COMPARED = ("digest", "arithmetic", "device")
