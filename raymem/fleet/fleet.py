@@ -20,9 +20,9 @@ from raymem.errors import (
     StoreFullError,
     StoreHeldError,
 )
-from raymem.fleet.ledger import Ledger, Lost, Progress
-from raymem.fleet.report import ProgressLine
-from raymem.fleet.work import Extras, Job, work
+from raymem.fleet.progress_line import ProgressLine
+from raymem.fleet.trial_queue import Lost, Progress, TrialQueue
+from raymem.fleet.worker import Job, TrialOptions, work
 from raymem.models import build_model
 from raymem.plan import Plan
 from raymem.privacy import check_private
@@ -65,7 +65,7 @@ def run_fleet(
     workers_per_trial: int = 1,
     models_per_step: int | None = None,
     max_workers: int | None = None,
-    extras: Extras | None = None,
+    trial_options: TrialOptions | None = None,
     verbose: bool = False,
 ) -> Progress:
     """Train what `store.target` wants and the store does not have yet.
@@ -75,8 +75,8 @@ def run_fleet(
     `gpus_per_trial` is 1 by default where the cluster has GPUs, else 0; fractions pack small
     models. `workers_per_trial` of them train each model together, each with its share of every
     batch. `models_per_step` of them are trained at once by each worker, in the same steps; None: on
-    a GPU as many as it is faster with, on a CPU one. `extras` says which trials measure curvature,
-    and which keep their weights.
+    a GPU as many as it is faster with, on a CPU one. `trial_options` says which trials measure
+    curvature, and which keep their weights.
 
     The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
     another live driver has it, StoreFullError without space, StoreError if it does not answer,
@@ -91,8 +91,8 @@ def run_fleet(
             mean=recipe.mean,
             std=recipe.std,
         )
-    extras = extras or Extras()
-    if extras.mechanisms:
+    trial_options = trial_options or TrialOptions()
+    if trial_options.mechanisms:
         check_private(model, examples.image_shape)
         check_private_recipe(recipe, workers_per_trial)
     line = ProgressLine()
@@ -103,7 +103,9 @@ def run_fleet(
         for key in store.checkpointed() & done:  # their worker died between commit and clearing up
             store.delete_checkpoint(key)
         pending = [key for key in wanted if key not in done]
-        ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
+        queue = TrialQueue(
+            pending, failures=store.failures(), done_before=len(wanted) - len(pending)
+        )
         told, notices_said = [False], [0]
 
         def watch(watched: _Watched, progress: Progress) -> None:
@@ -131,10 +133,10 @@ def run_fleet(
                 line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
 
         try:
-            progress = ledger.progress()
+            progress = queue.progress()
             if not progress.complete:
                 job = Job.of(
-                    examples, plan, recipe, store, cpus_per_trial, extras,
+                    examples, plan, recipe, store, cpus_per_trial, trial_options,
                     models_per_step=1 if workers_per_trial > 1 else models_per_step,
                     gpu_share=min(1.0, gpus_per_trial or 1.0),
                 )  # fmt: skip
@@ -145,7 +147,7 @@ def run_fleet(
                     "workers_per_trial": workers_per_trial,
                     "max_workers": max_workers,
                 }
-                progress = run(ledger, job, watch, slots, verbose)
+                progress = run(queue, job, watch, slots, verbose)
         finally:
             line.close()
     if progress.fatal is not None:
@@ -159,7 +161,7 @@ def run_fleet(
 
 
 def _run_serial(
-    ledger: Ledger,
+    queue: TrialQueue,
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     slots: dict[str, Any],
@@ -167,19 +169,19 @@ def _run_serial(
 ) -> Progress:
     if slots["workers_per_trial"] > 1:
         raise FleetError("several workers per trial need engine='ray'")
-    ledger.register("serial", "serial", 0)
+    queue.register("serial", "serial", 0)
     work(
-        ledger,
+        queue,
         job,
         torch.device("cpu") if slots["gpus_per_trial"] == 0 else default_device(),
         "serial",
-        after_trial=lambda: watch(ledger, ledger.progress()),
+        after_trial=lambda: watch(queue, queue.progress()),
     )
-    return ledger.progress()
+    return queue.progress()
 
 
 def _run_ray(
-    ledger: Ledger,
+    queue: TrialQueue,
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     slots: dict[str, Any],
@@ -196,11 +198,11 @@ def _run_ray(
     with connected(data_bytes=job.data_bytes, verbose=verbose):
         import ray
 
-        from raymem.fleet.lanes import Slots, run_on_ray
+        from raymem.fleet.worker_groups import Resources, run_on_ray
 
         if slots["gpus_per_trial"] is None:
             slots["gpus_per_trial"] = _gpus_there(ray.cluster_resources())
-        return run_on_ray(ledger, job, Slots(**slots), watch=watch)
+        return run_on_ray(queue, job, Resources(**slots), watch=watch)
 
 
 def _gpus_there(resources: Mapping[str, float]) -> float:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.encoding import epsilon_name
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.epsilons import plain
-from raymem.links.rows import Floats, floats, train_at
 from raymem.links.verdicts import Verdict
 from raymem.plan import Plan
 from raymem.privacy import (

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
-from raymem.links.rows import Floats, floats, train_at
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.store import Store
 
 # Rankings that find label errors, by column; more is more suspicious.

@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from raymem.links.column_arrays import Floats
 from raymem.links.fits import Fit, Shape
-from raymem.links.rows import Floats
 from raymem.links.two_stages import CONFIDENCE, Parameter, bootstrapped, doubts, laws
 from raymem.store import Store
 

@@ -32,7 +32,7 @@ from raymem.scores.estimates import (
     ratio,
     reliability,
 )
-from raymem.scores.fold_buffer import SpooledFolds
+from raymem.scores.fold_buffer import FoldBuffer
 from raymem.scores.influence_pairs import InfluencePairs, PairRule
 from raymem.scores.influence_table import influence_pairs, pairs_table
 from raymem.scores.lists import list_with_fdr, probability_above
@@ -102,7 +102,7 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     epsilons = sorted({*target.epsilons, *(key.epsilon for key in done)})
     tables: dict[str, list[pa.Table]] = {"examples": [], "influence": []}
     summaries, trial_rows = [], []
-    with SpooledFolds() as folds:
+    with FoldBuffer() as folds:
         scorer = _Scorer(store, study.plan, index, study.hash, rule or PairRule(), folds)
         for epsilon in epsilons:
             keys = sorted(key for key in done if key.epsilon == epsilon)
@@ -140,7 +140,7 @@ class _Scorer:
     index: pa.Table
     study_hash: str
     rule: PairRule
-    folds: SpooledFolds
+    folds: FoldBuffer
 
     def at(
         self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]

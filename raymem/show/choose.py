@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from raymem.errors import StoreError
 from raymem.links import label_errors
-from raymem.links.rows import train_at
+from raymem.links.column_arrays import train_at
 from raymem.store import Store
 
 Row = dict[str, Any]

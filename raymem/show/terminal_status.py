@@ -70,7 +70,7 @@ def _until(store: Store) -> str:
     note = store.note("until")
     if note is None:
         return ""
-    seen = note["looks"][-1]
+    seen = note["interim"][-1]
     value = "?" if seen["value"] is None else f"{seen['value']:.3f}"
     forecast = (
         "no forecast" if seen["forecast"] is None else f"forecast: {seen['forecast']:,} trials"

@@ -24,7 +24,7 @@ from raymem.store.trials import TrialKey, may_differ
 COMPARED = ("digest", "arithmetic", "device")
 
 
-def told(first: Store, one: object, second: Store, other: object) -> str:
+def describe_differences(first: Store, one: object, second: Store, other: object) -> str:
     """How what two stores have differs, on one line."""
     found = differences(one, other)
     shown = [f"{name}: {first.url} has {a}, {second.url} has {b}" for name, a, b in found[:SHOWN]]
@@ -131,7 +131,7 @@ class Agreement:
                 holder, before = found.setdefault(key, (store, mechanism))
                 if before != mechanism:
                     raise StudyMismatchError(
-                        f"{key} is not one mechanism ({told(holder, before, store, mechanism)}); "
+                        f"{key} is not one mechanism ({describe_differences(holder, before, store, mechanism)}); "
                         "its trials belong apart: merge neither, or train that epsilon again in "
                         "one of the two"
                     )
@@ -156,7 +156,7 @@ class Agreement:
             for (one, first), (two, second) in itertools.pairwise(records.items()):
                 if first != second:
                     raise StudyMismatchError(
-                        f"curvature/{model} was made in two ways ({told(one, first, two, second)});"
+                        f"curvature/{model} was made in two ways ({describe_differences(one, first, two, second)});"
                         " move that folder out of one of the two stores, then merge again"
                     )
             for store in [store for store in records if store is not self.into]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raymem.errors import DamagedObjectError, StoreError, StoreHeldError, StudyMismatchError
-from raymem.store.agreement import Agreement, named, told
+from raymem.store.agreement import Agreement, describe_differences, named
 from raymem.store.files import Files
 from raymem.store.lock import DriverLock
 from raymem.store.store import Store
@@ -130,7 +130,7 @@ def _check_studies(first: Store, second: Store, out: Store) -> StudyRecord:
     for other in others:
         there = sound_study(other)
         if there.hash != record.hash:
-            shown = told(first, record.identity, other, there.identity)
+            shown = describe_differences(first, record.identity, other, there.identity)
             raise StudyMismatchError(
                 f"{first.url} and {other.url} are of two studies ({shown}); merge stores of one"
             )
