@@ -131,9 +131,9 @@ class Agreement:
                 holder, before = found.setdefault(key, (store, mechanism))
                 if before != mechanism:
                     raise StudyMismatchError(
-                        f"{key} is not one mechanism ({describe_differences(holder, before, store, mechanism)}); "
-                        "its trials belong apart: merge neither, or train that epsilon again in "
-                        "one of the two"
+                        f"{key} is not one mechanism "
+                        f"({describe_differences(holder, before, store, mechanism)}); its trials "
+                        "belong apart: merge neither, or train that epsilon again in one of the two"
                     )
         return {key: store for key, (store, _) in found.items()}
 
@@ -156,8 +156,9 @@ class Agreement:
             for (one, first), (two, second) in itertools.pairwise(records.items()):
                 if first != second:
                     raise StudyMismatchError(
-                        f"curvature/{model} was made in two ways ({describe_differences(one, first, two, second)});"
-                        " move that folder out of one of the two stores, then merge again"
+                        f"curvature/{model} was made in two ways "
+                        f"({describe_differences(one, first, two, second)}); move that folder out "
+                        "of one of the two stores, then merge again"
                     )
             for store in [store for store in records if store is not self.into]:
                 shards = (f"curvature/{model}/{shard}.parquet" for shard in streamed[store][model])
