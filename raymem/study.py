@@ -19,6 +19,7 @@ from raymem.fleet import (
     Engine,
     Progress,
     Repeat,
+    Resources,
     TrialOptions,
     repeat_trial,
     run_fleet,
@@ -228,16 +229,14 @@ class Study:
 
     def train(
         self,
-        *,
-        engine: Engine = "ray",
-        cpus_per_trial: int = 1,
-        gpus_per_trial: float | None = None,
-        workers_per_trial: int = 1,
-        models_per_step: int | None = None,
-        max_workers: int | None = None,
-        verbose: bool = False,
+        resources: Resources | None = None,
+        **settings: Any,
     ) -> Progress:
-        """Train the trials that are not done yet; see `run_fleet`."""
+        """Train the trials that are not done yet; see `run_fleet`.
+
+        `settings` are fields of `resources`: `train(engine="serial")`.
+        """
+        resources = dataclasses.replace(resources or Resources(), **settings)
         store = self.open_store()
         store.target = self.target
         return run_fleet(
@@ -245,14 +244,8 @@ class Study:
             self.plan,
             self.recipe,
             store,
-            engine=engine,
-            cpus_per_trial=cpus_per_trial,
-            gpus_per_trial=gpus_per_trial,
-            workers_per_trial=workers_per_trial,
-            models_per_step=models_per_step,
-            max_workers=max_workers,
-            trial_options=self.trial_options(store),
-            verbose=verbose,
+            options=self.trial_options(store),
+            resources=resources,
         )
 
     @property
@@ -275,12 +268,18 @@ class Study:
         )
 
     def train_until(
-        self, until: Until, *, on_message: Callable[[str], None] = print, **how: Any
+        self,
+        until: Until,
+        resources: Resources | None = None,
+        *,
+        on_message: Callable[[str], None] = print,
+        **settings: Any,
     ) -> Progress:
         """Train whole blocks until the target is reached, `trials` at most; see `Until`.
 
-        Interim results are at the ends of blocks only, at epsilon inf or the largest. Each is
-        printed, and kept in the store for `raymem status`. `how` is what `train` takes.
+        The target is checked at the ends of blocks only, at epsilon inf, or the largest there is.
+        Each check is passed to `on_message`, and kept in the store for `raymem status`; the other
+        arguments are those of `train`.
         """
         if self.part is not None:
             raise PlanError(
@@ -292,7 +291,7 @@ class Study:
         trials = min(self.trials, max(2, math.ceil(done / block)) * block)
         interim: list[dict[str, Any]] = []
         while True:
-            progress = dataclasses.replace(self, trials=trials).train(**how)
+            progress = dataclasses.replace(self, trials=trials).train(resources, **settings)
             keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)
             seen = interim_result(store, keys)
             value, forecast = until.value(seen), until.forecast(seen)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
+    from raymem.fleet.fleet import Stopped, run_fleet, stop_signals
     from raymem.fleet.forecast import estimated_trial, timed_trial
     from raymem.fleet.progress_line import ProgressLine, duration
     from raymem.fleet.repeat import Repeat, repeat_trial
+    from raymem.fleet.resources import Engine, Resources
     from raymem.fleet.trial_queue import Progress, TrialQueue
     from raymem.fleet.worker import TrialOptions
 
@@ -22,6 +23,7 @@ __all__ = [
     "Progress",
     "ProgressLine",
     "Repeat",
+    "Resources",
     "Stopped",
     "TrialOptions",
     "TrialQueue",

@@ -60,7 +60,7 @@ class RemoteQueue:
         self._actor.expect.remote(worker_group, workers)
 
     def release_worker_group(self, worker_group: str) -> None:
-        """See TrialQueue.release_lane."""
+        """See TrialQueue.release_worker_group."""
         ray.get(self._actor.release_worker_group.remote(worker_group))
 
     def drain(self, worker_group: str) -> None:

@@ -58,7 +58,7 @@ def repeat_trial(
     plan: Plan,
     recipe: Recipe,
     store: Store,
-    trial_options: TrialOptions,
+    options: TrialOptions,
     *,
     threads: int,
 ) -> Repeat:
@@ -80,7 +80,7 @@ def repeat_trial(
     seeds = Seeds(**about["seeds"])
     result = run_trial(
         images, mask, recipe, seeds,
-        subset_size=plan.subset_size, threads=threads, **trial_options.of(key),
+        subset_size=plan.subset_size, threads=threads, **options.of(key),
     )  # fmt: skip
     again, first = trial_table(key, mask, result), store.trial(key)
     margins = (t["margin"].to_numpy().astype(np.float64) for t in (first, again))

@@ -10,7 +10,6 @@ group; a lost node costs its worker group. Worker groups share nothing but the t
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import tempfile
@@ -32,6 +31,7 @@ from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.metrics import FleetMetrics, image_counter
 from raymem.fleet.placement import RUNNER_ENVIRONMENT, GroupTrainer, Placements
 from raymem.fleet.remote_queue import RemoteQueue
+from raymem.fleet.resources import Resources
 from raymem.fleet.trial_queue import Progress, TrialQueue
 from raymem.fleet.worker import Job, work
 from raymem.training import ALONE, Ranks
@@ -43,53 +43,6 @@ GRACE_PERIOD = 15.0
 # Spot GPUs may be long in coming.
 AUTOSCALER_TIMEOUT = 1800.0
 RUNNER_DEATHS_ALLOWED = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What one trial takes, and how much of the cluster the fleet may use."""
-
-    cpus_per_trial: int = 1
-    """CPUs, and threads, of one worker."""
-    gpus_per_trial: float = 0.0
-    """GPUs of one worker; a fraction packs several on one GPU."""
-    workers_per_trial: int = 1
-    """Workers that train one model together."""
-    max_workers: int | None = None
-    """Most workers at once, over all nodes; None is as many as fit."""
-
-    def __post_init__(self) -> None:
-        for name in ("cpus_per_trial", "workers_per_trial"):
-            if getattr(self, name) < 1:
-                raise FleetError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        g = self.gpus_per_trial
-        if g < 0 or (g > 0 and g != 1 and not g < 1):
-            raise FleetError(
-                f"gpus_per_trial must be 0, 1 or a fraction of 1, got {g}; for one model on "
-                "several GPUs give workers_per_trial"
-            )
-        if self.workers_per_trial > 1 and 0 < g < 1:
-            raise FleetError(
-                f"workers_per_trial {self.workers_per_trial} needs whole GPUs, got {g} each"
-            )
-        if self.max_workers is not None and self.max_workers < self.workers_per_trial:
-            raise FleetError(
-                f"max_workers must be {self.workers_per_trial} or more, got {self.max_workers}"
-            )
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What one worker takes."""
-        gpus = {"GPU": self.gpus_per_trial} if self.gpus_per_trial else {}
-        return {"CPU": float(self.cpus_per_trial), **gpus}
-
-    def on(self, resources: dict[str, float]) -> int:
-        """How many workers fit a node with these Ray resources at once."""
-        slots = resources.get("CPU", 0) // self.cpus_per_trial
-        if self.gpus_per_trial:
-            per_gpu = math.floor(1 / self.gpus_per_trial + 1e-9)
-            slots = min(slots, resources.get("GPU", 0) * per_gpu)
-        return int(slots)
 
 
 def run_worker(config: dict[str, Any]) -> None:
@@ -164,7 +117,7 @@ class WorkerGroupRunner:
     """Hosts one worker group's fit(); its node's death is the worker group's."""
 
     def run(
-        self, config: dict[str, Any], selector: dict[str, str], workers: int, slots: Resources
+        self, config: dict[str, Any], selector: dict[str, str], workers: int, resources: Resources
     ) -> None:
         """Returns when all workers have exited; they are on nodes that `selector` selects."""
         # A notice that some node will go would restart worker groups on nodes that stay.
@@ -176,8 +129,8 @@ class WorkerGroupRunner:
                 train_loop_config=config,
                 scaling_config=ScalingConfig(
                     num_workers=workers,
-                    use_gpu=slots.gpus_per_trial > 0,
-                    resources_per_worker=slots.bundle,
+                    use_gpu=bool(resources.gpus_per_trial),
+                    resources_per_worker=resources.bundle,
                     label_selector=selector,
                 ),
                 run_config=RunConfig(
@@ -203,16 +156,16 @@ class WorkerGroups:
     """The worker groups of one fleet: starts them on nodes that have room, and notices those that
     end."""
 
-    def __init__(self, queue: RemoteQueue, actor: Any, job: Job, slots: Resources) -> None:
-        self._queue, self._slots = queue, slots
+    def __init__(self, queue: RemoteQueue, actor: Any, job: Job, resources: Resources) -> None:
+        self._queue, self._resources = queue, resources
         # The driver owns the job's arrays; each node maps them once from its object store.
         self._config = {
             "queue": actor,
             "job": [ray.put(job)],
-            "gpu": slots.gpus_per_trial > 0,
-            "together": slots.workers_per_trial > 1,
+            "gpu": bool(resources.gpus_per_trial),
+            "together": resources.workers_per_trial > 1,
         }
-        self._demand = None if is_private() else Demand(slots.bundle)
+        self._demand = None if is_private() else Demand(resources.bundle)
         self._placements = Placements()
         self._worker_groups: list[_WorkerGroup] = []
         self._deaths: dict[str, int] = {}
@@ -234,7 +187,7 @@ class WorkerGroups:
         wanted = self._wanted(progress)
         alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = {
-            node["NodeID"]: self._slots.on(node["Resources"])
+            node["NodeID"]: self._resources.fit(node["Resources"])
             for node in alive
             if node["NodeID"] not in {*going, *progress.retired_nodes}
         }
@@ -252,12 +205,14 @@ class WorkerGroups:
 
     def _wanted(self, progress: Progress) -> int:
         """Workers that could be at work now."""
-        left = (progress.total - progress.done - progress.failed) * self._slots.workers_per_trial
-        return min(left, self._slots.max_workers or left)
+        left = (
+            progress.total - progress.done - progress.failed
+        ) * self._resources.workers_per_trial
+        return min(left, self._resources.max_workers or left)
 
     def _fill(self, node_id: str, fit: int, left: int) -> None:
         """Worker groups on a node that has room for `fit` workers."""
-        each = self._slots.workers_per_trial
+        each = self._resources.workers_per_trial
         here = [
             worker_group for worker_group in self._worker_groups if worker_group.node_id == node_id
         ]
@@ -270,7 +225,7 @@ class WorkerGroups:
 
     def _span(self, nodes: dict[str, int], wanted: int) -> None:
         """Worker groups over several nodes, where no node has room for all workers of a trial."""
-        each = self._slots.workers_per_trial
+        each = self._resources.workers_per_trial
         if each == 1 or not nodes or max(nodes.values()) >= each:
             return
         if self._deaths.get("", 0) >= RUNNER_DEATHS_ALLOWED:
@@ -283,7 +238,7 @@ class WorkerGroups:
         """Workers that worker groups have room for, or will have together with nodes that are to
         come."""
         at_work = sum(worker_group.workers for worker_group in self._worker_groups)
-        each = self._slots.workers_per_trial
+        each = self._resources.workers_per_trial
         if each > 1 and nodes and max(nodes.values()) < each:
             return max(at_work, sum(nodes.values()))
         return at_work
@@ -302,10 +257,10 @@ class WorkerGroups:
                     f"{len(progress.retired_nodes)} nodes are retired, and no other has room: "
                     f"{progress.notices[-1]}; then run the same command again"
                 )
-            slots = self._slots
-            need = f"{slots.cpus_per_trial} CPUs and {slots.gpus_per_trial:g} GPUs"
-            if slots.workers_per_trial > 1:
-                need = f"{slots.workers_per_trial} times {need}"
+            needs = self._resources
+            need = f"{needs.cpus_per_trial} CPUs and {needs.gpus_per_trial or 0:g} GPUs"
+            if needs.workers_per_trial > 1:
+                need = f"{needs.workers_per_trial} times {need}"
             raise FleetError(f"no node has {need} for a trial; ask for less, or add nodes")
 
     def _autoscaler_timeout(self) -> float:
@@ -323,7 +278,7 @@ class WorkerGroups:
         config = {**self._config, "worker_group": name, "spans": not node_id}
         selector = self._placements.selector(name, node_id)
         self._queue.expect(name, 1 if config["together"] else workers)
-        future = runner.run.remote(config, selector, workers, self._slots)
+        future = runner.run.remote(config, selector, workers, self._resources)
         self._worker_groups.append(_WorkerGroup(name, node_id, workers, runner, future))
 
     def _drop_ended(self) -> None:
@@ -365,7 +320,7 @@ class WorkerGroups:
 def run_on_ray(
     queue: TrialQueue,
     job: Job,
-    slots: Resources,
+    resources: Resources,
     *,
     watch: Callable[[RemoteQueue, Progress], None],
 ) -> Progress:
@@ -377,7 +332,7 @@ def run_on_ray(
     # On the head node: a trial queue on a node that is lost would take the fleet with it.
     actor = ray.remote(_QueueActor).options(num_cpus=0, **on_head()).remote(queue, job.study_hash)
     remote = RemoteQueue(actor)
-    worker_groups = WorkerGroups(remote, actor, job, slots)
+    worker_groups = WorkerGroups(remote, actor, job, resources)
     patience = 0.0
     try:
         if not queue.progress().complete:
