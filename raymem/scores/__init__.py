@@ -53,9 +53,9 @@ if TYPE_CHECKING:
         trials_for,
     )
     from raymem.scores.roc import Attack, Rate, attack
-    from raymem.scores.running_sums import look
+    from raymem.scores.running_sums import interim_result
     from raymem.scores.scoring import EpsilonSummary, score
-    from raymem.scores.stopping import LEAST_FIT, Look, Until, fit_of_hard
+    from raymem.scores.stopping import LEAST_FIT, InterimResult, Until, fit_of_hard
     from raymem.scores.streamed_curvature import join_curvature
     from raymem.scores.vulnerability_correlation import RankCorrelation
 
@@ -68,7 +68,7 @@ __all__ = [
     "EpsilonSummary",
     "Estimate",
     "InfluencePairs",
-    "Look",
+    "InterimResult",
     "Membership",
     "Memorization",
     "PairRule",
@@ -86,10 +86,10 @@ __all__ = [
     "forecast_trials",
     "hypergeometric_tail",
     "influence",
+    "interim_result",
     "join_curvature",
     "join_pairs",
     "list_with_fdr",
-    "look",
     "mean_and_stderr",
     "membership",
     "memorization",
