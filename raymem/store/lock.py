@@ -83,6 +83,16 @@ class DriverLock:
             if holder is not None and holder["token"] == self._token:
                 self.files.delete(KEY)
 
+    def check(self) -> None:
+        """Raises StoreHeldError if another driver took over."""
+        if self.lost.is_set():
+            holder = read_driver(self.files)
+            who = f" ({holder['host']}, process {holder['pid']})" if holder else ""
+            raise StoreHeldError(
+                f"another driver{who} took {self.files.url} over while this one stood still; leave "
+                "it to that one"
+            )
+
     def _heartbeat(self) -> None:
         while not self._stop.wait(self.interval):
             try:

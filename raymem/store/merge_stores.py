@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DamagedObjectError, StoreError, StoreHeldError, StudyMismatchError
+from raymem.errors import DamagedObjectError, StoreError, StudyMismatchError
 from raymem.store.agreement import Agreement, describe_differences, named
 from raymem.store.files import Files
 from raymem.store.lock import DriverLock
@@ -158,10 +158,7 @@ class _Merge:
         steps += [partial(self._copy_shard, store, key) for store, key in curvature]
         self.left = len(steps)
         for step in steps:
-            if lock.lost.is_set():
-                raise StoreHeldError(
-                    f"another driver took {self.out.url} over; see `raymem status` for who it is"
-                )
+            lock.check()
             step()
             self.left -= 1
             progress(len(steps) - self.left, len(steps))
