@@ -1,7 +1,7 @@
 """The figures of the concept pages, light and dark: python docs/make_figures.py
 
-Trains 100 small networks on the digits (a minute or two, in a temporary store) for the first two. The
-third shows the bounds beside the table of docs/privacy.md.
+Trains 100 small networks on the digits (a minute or two, in a temporary store) for the first
+two. The third shows the bounds beside the table of docs/privacy.md.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def curves(digits: raymem.Examples, memorized: int, ordinary: int) -> Callable[.
 def privacy(axis: Any, colors: Colors) -> None:
     """Bounds on memorization, and what the digits gave."""
     page = (FIGURES.parent / "privacy.md").read_text()
-    row = r"^\| ([\d.]+) \| [\d.]+ \| [\d.]+ \| (-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\] \| ([\d.]+|-) \|"
+    number, interval = r"([\d.]+|-)", r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]"
+    row = rf"^\| {number} \| [\d.]+ \| [\d.]+ \| {interval} \| {number} \|"
     found = [[x if x != "-" else "nan" for x in r] for r in re.findall(row, page, re.MULTILINE)]
     epsilon, mean, low, high, variation = np.array(found, float).T
     grid = np.geomspace(0.5, 64, 200)
@@ -139,10 +140,17 @@ def privacy(axis: Any, colors: Colors) -> None:
         (lambda e: sharp_bound(e, 1e-5), ":", "sharpest from (eps, delta) alone"),
     ):
         axis.plot(grid, [bound(e) for e in grid], dash, color=colors["ink"], label=text)
-    axis.plot(epsilon, variation, "o-", color=colors["one"], label="total variation of the mechanism")
+    axis.plot(
+        epsilon, variation, "o-", color=colors["one"], label="total variation of the mechanism"
+    )
     error = np.array([mean - low, high - mean])
     axis.errorbar(
-        epsilon, mean, error, fmt="s", color=colors["two"], label="measured, wrong labels, 95% interval"
+        epsilon,
+        mean,
+        error,
+        fmt="s",
+        color=colors["two"],
+        label="measured, wrong labels, 95% interval",
     )
     axis.set_xscale("log", base=2)
     axis.set_xticks(epsilon, [f"{e:g}" for e in epsilon])

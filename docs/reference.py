@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import runpy
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,9 @@ def command_line() -> str:
 
     parts = [
         "# Command line\n",
-        "Commands read, join and exchange *stores*; *jobs* are Python files that run a study. `--help` of "
-        "each says what is on this page. [Exit codes](exit-codes.md) are the same everywhere.\n",
+        "Commands read, join and exchange *stores*; *jobs* are Python files that run a study. "
+        "`--help` of each says what is on this page. [Exit codes](exit-codes.md) are "
+        "the same everywhere.\n",
         "## Commands\n",
     ]
     for name, command in sorted(main.commands.items()):
@@ -113,28 +116,15 @@ def _usage(argument: click.Argument) -> str:
 def _prose(text: str) -> str:
     """Help as Markdown: its examples and indented commands as code."""
     paragraphs = []
-    for paragraph in re.sub("\b\n?", "", ast_clean(text)).split("\n\n"):
+    for paragraph in re.sub("\b\n?", "", inspect.cleandoc(text)).split("\n\n"):
         if paragraph.startswith("    "):
-            paragraphs.append("```console\n" + _dedent(paragraph) + "\n```")
+            paragraphs.append("```console\n" + textwrap.dedent(paragraph) + "\n```")
         elif paragraph.startswith("Example: "):
             joined = " ".join(paragraph.removeprefix("Example: ").split())
             paragraphs.append(f"```console\n$ {joined}\n```")
         else:
             paragraphs.append(paragraph.replace("*", r"\*").replace("<", "&lt;"))
     return "\n\n".join(paragraphs)
-
-
-def ast_clean(text: str) -> str:
-    """Help without the indentation of its docstring."""
-    import inspect
-
-    return inspect.cleandoc(text)
-
-
-def _dedent(block: str) -> str:
-    import textwrap
-
-    return textwrap.dedent(block)
 
 
 def _options(options: Any, *, defaults: bool = True) -> str:
@@ -166,7 +156,11 @@ def _default(option: click.Option) -> str:
         return option.show_default
     value = option.default
     if option.is_flag:
-        return "" if not option.secondary_opts else (option.opts if value else option.secondary_opts)[0]
+        return (
+            ""
+            if not option.secondary_opts
+            else (option.opts if value else option.secondary_opts)[0]
+        )
     if value is None or callable(value) or type(value).__name__ == "Sentinel":
         return ""
     return f"`{value}`"
@@ -198,7 +192,12 @@ def _fields(name: str, path: Path) -> str:
         if isinstance(node, ast.ClassDef) and node.name == name
     ]
     summary = (ast.get_docstring(tree) or "").split("\n\n")[0]
-    lines = [f"## {name}\n", " ".join(summary.split()) + "\n", "| field | default | |", "|---|---|---|"]
+    lines = [
+        f"## {name}\n",
+        " ".join(summary.split()) + "\n",
+        "| field | default | |",
+        "|---|---|---|",
+    ]
     for field, text in _documented(tree.body):
         default = "" if field.value is None else f"`{ast.unparse(field.value)}`"
         lines.append(f"| `{ast.unparse(field.target)}` | {default} | {_cell(text)} |")
@@ -219,7 +218,7 @@ def errors() -> str:
     """The tree of exceptions, as errors.py draws it."""
     drawing = ast.get_docstring(ast.parse((ROOT / "raymem" / "errors.py").read_text())) or ""
     (tree,) = [part for part in drawing.split("\n\n") if "RaymemError" in part]
-    return f"```text\n{_dedent(tree)}\n```"
+    return f"```text\n{textwrap.dedent(tree)}\n```"
 
 
 def public_names() -> dict[str, list[str]]:
@@ -239,8 +238,8 @@ def python() -> str:
     names = public_names()
     parts = [
         "# Python\n",
-        "Everything here is imported from `raymem`. Arrays are numpy's; shapes are in brackets: T trials, "
-        "N training examples, M test examples, B images of a batch, K classes.\n",
+        "Everything here is imported from `raymem`. Arrays are numpy's; shapes are in brackets: "
+        "T trials, N training examples, M test examples, B images of a batch, K classes.\n",
     ]
     for room in [*ROOMS, *(set(names) - set(ROOMS))]:
         parts.append(f"## {ROOMS.get(room, room)}\n")

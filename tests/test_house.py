@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import raymem
-from raymem.cli import main
 from raymem.store import columns
 
 ROOT = Path(__file__).parents[1]

@@ -32,11 +32,19 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def commands(page: Path) -> list[str]:
-    """The lines that a reader would type, without comments."""
+def commands(page: Path) -> list[list[str]]:
+    """What a reader would type: the words of each command, parts of a pipe by themselves."""
     text = "".join(blocks(page, "console")).replace("\\\n", " ")
-    lines = [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
-    return [line.partition("  #")[0] for line in lines]
+    found: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            found.append([])
+            for word in shlex.split(line[2:], comments=True):
+                if word in ("&&", "|", ">", ";"):
+                    found.append([])
+                else:
+                    found[-1].append(word)
+    return [words for words in found if words]
 
 
 class Page(html.parser.HTMLParser):
@@ -144,12 +152,8 @@ def job(name: str) -> click.Command:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_on_a_page_is_understood(page):
     """Its options and values are those of the code; the command is not run."""
-    for line in commands(page):
-        words = shlex.split(line)
-        for mark in ("&&", "|", ">", ";"):
-            words = [";" if word == mark else word for word in words]
-        for part in " ".join(shlex.quote(w) if w != ";" else w for w in words).split(" ; "):
-            understood(shlex.split(part))
+    for words in commands(page):
+        understood(words)
 
 
 def understood(words: list[str]) -> None:
@@ -187,13 +191,11 @@ def test_commands_that_read_a_store_run(tmp_path, monkeypatch):
     study = raymem.Study(examples=examples, recipe=recipe, store=store, trials=40)
     study.train(engine="serial")
     study.score()
-    lines = commands(ROOT / "docs" / "getting-started.md")
-    lines = [line for line in lines if line.startswith("raymem ")]
-    assert len(lines) >= 9
-    for line in lines:
-        words = shlex.split(line.partition(" > ")[0])[1:]
+    read = [w[1:] for w in commands(ROOT / "docs" / "getting-started.md") if w[0] == "raymem"]
+    assert len(read) >= 9
+    for words in read:
         result = CliRunner().invoke(main, words)
-        assert result.exit_code == 0, f"{line}\n{result.output}"
+        assert result.exit_code == 0, f"{words}\n{result.output}"
 
 
 def test_the_glossary_is_in_order():
