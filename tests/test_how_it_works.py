@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -18,16 +19,22 @@ SECTIONS = re.findall(
 FILES = [file for _, file, _ in SECTIONS]
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def defined(path: Path) -> set[str]:
     """Names of a file's functions, classes and methods."""
     kinds = ast.FunctionDef | ast.ClassDef
-    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)}
+    return {node.name for node in nodes(path) if isinstance(node, kinds)}
 
 
+@functools.cache
 def imported(path: Path) -> set[Path]:
     """Files from which a file imports names, also by way of their packages."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("raymem"):
             for alias in node.names:
                 found |= sources(node.module, alias.name)
@@ -42,7 +49,7 @@ def sources(module: str, name: str) -> set[Path]:
     if path.with_suffix(".py").exists():
         return {path.with_suffix(".py")}
     found = {path / "__init__.py"}
-    for node in ast.walk(ast.parse((path / "__init__.py").read_text())):
+    for node in nodes(path / "__init__.py"):
         if isinstance(node, ast.ImportFrom) and node.module != module:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
