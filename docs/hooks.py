@@ -111,5 +111,14 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
     """The theme's one script from elsewhere is replaced by ours, so that pages need no network."""
-    ours = posixpath.relpath("search-from-disk.js", posixpath.dirname(page.file.dest_uri) or ".")
+    return _without_network(output, posixpath.dirname(page.file.dest_uri) or ".")
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The same in pages that are no page of ours, such as 404.html."""
+    return _without_network(output_content, ".")
+
+
+def _without_network(output: str, folder: str) -> str:
+    ours = posixpath.relpath("search-from-disk.js", folder)
     return output.replace("https://unpkg.com/iframe-worker/shim", ours)

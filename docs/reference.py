@@ -52,7 +52,7 @@ def command_line() -> str:
         "# Command line\n",
         "Commands read, join and exchange *stores*; *jobs* are Python files that run a study. "
         "`--help` of each says what is on this page. [Exit codes](exit-codes.md) are "
-        "the same everywhere.\n",
+        "the same everywhere; `--debug` shows tracebacks.\n",
         "## Commands\n",
     ]
     for name, command in sorted(main.commands.items()):
