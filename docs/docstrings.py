@@ -13,13 +13,8 @@ EXAMPLE = re.compile(r"^(>>> .*\n?)((?:\S.*\n?)*)", re.MULTILINE)
 def with_fences(text: str) -> str:
     """The text with each doctest, up to the next empty line, in a block of code.
 
-    >>> print(with_fences("One more.\\n\\n>>> 1 + 1\\n2"))
-    One more.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> with_fences("One more.\\n\\n>>> 1 + 1\\n2").splitlines()
+    ['One more.', '', '```pycon', '>>> 1 + 1', '2', '```']
     """
     return EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text).rstrip()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
 import html.parser
 import os
@@ -21,6 +22,8 @@ from raymem.cli import main
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
+import docstrings  # noqa: E402
+import hooks  # noqa: E402
 import reference  # noqa: E402
 
 README = ROOT / "README.md"
@@ -99,6 +102,13 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         assert "unpkg.com" not in path.read_text()
     for path in site.rglob("*.css"):
         assert not re.search(r"url\(\s*[\"']?(https?:)?//", path.read_text()), path
+
+
+@pytest.mark.parametrize("module", [docstrings, hooks], ids=lambda module: module.__name__)
+def test_examples_in_the_sites_own_code_run(module):
+    tried = doctest.testmod(module)
+    assert tried.attempted > 0
+    assert tried.failed == 0
 
 
 def test_formulas_are_drawn_by_the_browser(site):
