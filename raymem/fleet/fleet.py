@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -32,6 +33,7 @@ from raymem.training import Recipe, check_private_recipe, default_device
 Engine = Literal["ray", "serial"]
 # In driver.json, for `raymem status`.
 NOTICES_SHOWN = 10
+PREEMPTED = signal.SIGUSR1
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
@@ -41,7 +43,9 @@ FATAL: dict[str, type[RaymemError]] = {
 
 
 class Stopped(RaymemError):
-    """The user stopped the fleet; what is committed is kept."""
+    """A signal stopped it before the end; what is committed is kept."""
+
+    exit_code = 5
 
 
 class _StopNow(BaseException):
@@ -50,6 +54,7 @@ class _StopNow(BaseException):
 
 class _Watched(Protocol):
     def stop(self) -> None: ...
+    def preempt(self) -> None: ...
     def take_lost(self) -> list[Lost]: ...
 
 
@@ -104,7 +109,8 @@ def run_fleet(
             store.delete_checkpoint(key)
         pending = [key for key in wanted if key not in done]
         ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
-        told, notices_said = [False], [0]
+        notices_said = [0]
+        told: list[str | None] = [None]
 
         def watch(watched: _Watched, progress: Progress) -> None:
             latest.update(
@@ -125,8 +131,12 @@ def run_fleet(
                 raise StoreHeldError(
                     f"another driver took {store.url} over; see `raymem status` for who it is"
                 )
-            if stops.count == 1 and not told[0]:
-                told[0] = True
+            if stops.preempted.is_set() and told[0] != "preempted":
+                told[0] = "preempted"
+                watched.preempt()
+                line.say("time is nearly up: no new trials; those that are training are saved")
+            elif stops.count == 1 and told[0] is None:
+                told[0] = "stopped"
                 watched.stop()
                 line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
 
@@ -138,19 +148,19 @@ def run_fleet(
                     models_per_step=1 if workers_per_trial > 1 else models_per_step,
                     gpu_share=min(1.0, gpus_per_trial or 1.0),
                 )  # fmt: skip
-                run = _run_serial if engine == "serial" else _run_ray
+                run = _run_serial if engine == "serial" else partial(_run_ray, verbose=verbose)
                 slots = {
                     "cpus_per_trial": cpus_per_trial,
                     "gpus_per_trial": gpus_per_trial,
                     "workers_per_trial": workers_per_trial,
                     "max_workers": max_workers,
                 }
-                progress = run(ledger, job, watch, slots, verbose)
+                progress = run(ledger, job, watch, slots, stops)
         finally:
             line.close()
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
-    if told[0] and progress.done + progress.failed < progress.total:
+    if told[0] is not None and progress.done + progress.failed < progress.total:
         raise Stopped(
             f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
             "again to go on"
@@ -163,7 +173,7 @@ def _run_serial(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     slots: dict[str, Any],
-    verbose: bool,
+    stops: Stops,
 ) -> Progress:
     if slots["workers_per_trial"] > 1:
         raise FleetError("several workers per trial need engine='ray'")
@@ -173,6 +183,7 @@ def _run_serial(
         job,
         torch.device("cpu") if slots["gpus_per_trial"] == 0 else default_device(),
         "serial",
+        hurry=stops.preempted,
         after_trial=lambda: watch(ledger, ledger.progress()),
     )
     return ledger.progress()
@@ -183,6 +194,8 @@ def _run_ray(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     slots: dict[str, Any],
+    stops: Stops,
+    *,
     verbose: bool,
 ) -> Progress:
     # Ray takes seconds to import, and nothing but this needs it.
@@ -213,25 +226,40 @@ def _gpus_there(resources: Mapping[str, float]) -> float:
 
 
 class Stops:
-    """How often the user asked to stop."""
+    """What the process was asked by signals."""
 
-    count = 0
+    def __init__(self) -> None:
+        self.count = 0
+        """How often to stop: once, when what is running is finished; more often, now."""
+        self.preempted = threading.Event()
+        """Set if its machines are about to go, so that what is running is saved too."""
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stops]:
-    """Counts Ctrl-C, the second ends at once, as SIGTERM does. Only the main thread can do this."""
+    """Counts Ctrl-C, the second ends at once, as SIGTERM does. SIGUSR1, which schedulers of batch
+    jobs send before time is up, stops as the first does and sets `preempted`.
+
+    Only the main thread can do this.
+    """
     stops = Stops()
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return
 
     def count(number: int, frame: FrameType | None) -> None:
+        if number == PREEMPTED:
+            stops.preempted.set()
+            stops.count = max(1, stops.count)
+            return
         stops.count += 2 if number == signal.SIGTERM else 1
         if stops.count > 1:
             raise _StopNow
 
-    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, count)
+        for number in (signal.SIGINT, signal.SIGTERM, PREEMPTED)
+    }
     try:
         yield stops
     except _StopNow:

@@ -166,7 +166,7 @@ class Ledger:
         self._drift = self._deaths = 0
         self._first_lease: float | None = None
         self._last_commit = clock()
-        self._stopped = False
+        self._stopped = self._preempted = False
         self._fatal: tuple[str, str] | None = None
 
     # For workers
@@ -230,7 +230,7 @@ class Ledger:
         if me is None:
             return False
         me.last_beat = self._clock()
-        return self._lanes[me.lane].draining
+        return self._preempted or self._lanes[me.lane].draining
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """A worker is through with a trial. After its lease ran out, only a commit counts."""
@@ -272,6 +272,10 @@ class Ledger:
     def stop(self) -> None:
         """Lease nothing more; what is being trained may finish."""
         self._stopped = True
+
+    def preempt(self) -> None:
+        """All nodes are about to go: lease nothing more, and save what is being trained."""
+        self._stopped = self._preempted = True
 
     def is_broken(self, lane: str) -> bool:
         """Did it restart again and again without committing anything, or is nobody left there?"""

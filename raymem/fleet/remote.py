@@ -68,3 +68,7 @@ class RemoteLedger:
     def stop(self) -> None:
         """See Ledger.stop."""
         ray.get(self._actor.stop.remote())
+
+    def preempt(self) -> None:
+        """See Ledger.preempt."""
+        ray.get(self._actor.preempt.remote())
