@@ -54,14 +54,14 @@ def logged(folder: Path) -> str:
 
 def test_a_study_cut_short_by_the_time_limit_goes_on_in_the_next_allocation(slurm, tmp_path):
     options = ("--trials", str(TRIALS), "--checkpoint-minutes", "60")
-    # About 50 s a trial, two at a time; each allocation has between one and two minutes.
+    # 80 s a trial, two at a time; each allocation has between one and two minutes.
     job = submit(
-        slurm, "--nodes=2", "--time=2", "--signal=B:USR1@50", "deploy/slurm.sbatch", str(JOB),
+        slurm, "--nodes=2", "--time=3", "--signal=B:USR1@60", "deploy/slurm.sbatch", str(JOB),
         "train", "--store", str(tmp_path / "cut"), *options,
-        folder=tmp_path, RAYMEM_GRACE="20", RAYMEM_TEST_GATE=str(tmp_path),
-        RAYMEM_TEST_BATCH_SECONDS="0.25",
+        folder=tmp_path, RAYMEM_GRACE="35", RAYMEM_TEST_GATE=str(tmp_path),
+        RAYMEM_TEST_BATCH_SECONDS="0.4",
     )  # fmt: skip
-    assert ended(slurm, job, 900) == ["COMPLETED"], logged(tmp_path)
+    assert ended(slurm, job, 1500) == ["COMPLETED"], logged(tmp_path)
     log = logged(tmp_path)
     assert "queued again" in log
     assert "no new trials" in log
