@@ -223,6 +223,17 @@ def test_stopping_lets_running_trials_finish():
     assert ledger.progress().complete
 
 
+def test_when_all_nodes_are_about_to_go_running_trials_are_saved_and_no_new_one_begins():
+    ledger = ledger_with(5, 2)
+    lease = ledger.lease("w0")
+    assert not ledger.beat("w0")
+    ledger.preempt()
+    assert ledger.beat("w0")
+    assert ledger.lease("w1") is None
+    ledger.finish("w0", lease.key, "committed")
+    assert ledger.progress().complete
+
+
 def test_a_lane_that_only_restarts_is_broken_and_another_is_not():
     ledger = ledger_with(50, 2)
     ledger.register("good", "lane-2", 0)

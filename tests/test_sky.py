@@ -41,7 +41,8 @@ def test_the_job_file_and_the_recipe_exist():
 def test_two_nodes_train_one_study_and_leave_nothing(tmp_path):
     def node(rank: int) -> subprocess.Popen[bytes]:
         environment = {
-            **os.environ, "SKYPILOT_NODE_RANK": str(rank), "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
+            **os.environ, "SKYPILOT_NODE_RANK": str(rank),
+            "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1",
             "RAY_AUTH_TOKEN": "0" * 64, "RAYMEM_PYTHON": sys.executable, "STORE": str(tmp_path),
             "JOB": "jobs/feldman_digits.py --trials 20 --private-trials 0 --no-curvature train",
         }  # fmt: skip
