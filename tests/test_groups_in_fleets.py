@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_queue import Clock, keys
+from test_trial_queue import Clock, keys
 from torch import nn
 
 from raymem import Recipe, Store, Study, TrialKey
