@@ -504,6 +504,8 @@ async function start() {
     width = find("canvas").clientWidth;
     draw();
   }).observe(find("canvas"));
+  // For scripts of others: open an example, or where its point is.
+  window.raymemExplorer = {open: (row) => open(row, false), place: (row) => plot.position(row)};
   root.dataset.ready = "yes";
 }
 

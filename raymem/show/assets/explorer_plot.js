@@ -51,7 +51,7 @@ function specification(chosen, width) {
   Object.assign(spec.config, {axis: paint, legend: {labelColor: c.ink, titleColor: c.ink}});
   for (const axis of ["x", "y"]) {
     spec.encoding[axis].title = chosen[axis].label;
-    spec.encoding[axis].scale.type = chosen.log[axis] ? "log" : "linear";
+    if (chosen.log[axis]) spec.encoding[axis].scale = {type: "log", padding: 8};
   }
   spec.encoding.color.scale.range = [c.accent, c.second];
   spec.params[0].select.mark = {fill: c.ink, fillOpacity: 0.08, stroke: c.ink};
@@ -66,6 +66,7 @@ class Plot {
     this.told = told;
     this.view = null;
     this.rows = [];
+    this.silent = false;
   }
 
   /** Draw `chosen`: x, y measures, xs, ys arrays, rows, log. Returns what was thinned. */
@@ -85,9 +86,9 @@ class Plot {
     await this.view.runAsync();
     this.canvas.querySelector("canvas").setAttribute("aria-hidden", "true");
     this.place();
-    const told = this.told;
-    this.view.addSignalListener("brush", function (_, value) {
-      told(value.x && value.y && value.x[0] !== value.x[1] && value.y[0] !== value.y[1]
+    this.view.addSignalListener("brush", (_, value) => {
+      if (this.silent) return;
+      this.told(value.x && value.y && value.x[0] !== value.x[1] && value.y[0] !== value.y[1]
         ? {x: ordered(value.x), y: ordered(value.y)} : null);
     });
     return thinned;
@@ -123,19 +124,26 @@ class Plot {
     return best;
   }
 
-  /** Show a brush, or none. */
+  /** Show a brush, or none; nobody is told, for its ends come back rounded to pixels. */
   async brush(range) {
+    this.silent = true;
     const [x, y] = [this.view.scale("x"), this.view.scale("y")];
     this.view.signal("brush_x", range ? range.x.map(x) : [0, 0]);
     this.view.signal("brush_y", range ? range.y.map(y) : [0, 0]);
     await this.view.runAsync();
+    this.silent = false;
   }
 
-  /** Mark one drawn or open example with a ring; none if `row` is not in the plot. */
-  ring(element, row) {
+  /** Where an example is, in pixels of the canvas. */
+  position(row) {
     const [left, top] = this.view.origin(), pad = this.view.padding();
-    const x = this.view.scale("x")(this.chosen.xs[row]) + left + pad.left;
-    const y = this.view.scale("y")(this.chosen.ys[row]) + top + pad.top;
+    return [this.view.scale("x")(this.chosen.xs[row]) + left + pad.left,
+            this.view.scale("y")(this.chosen.ys[row]) + top + pad.top];
+  }
+
+  /** Mark an example with a ring; none if it is not in the plot. */
+  ring(element, row) {
+    const [x, y] = this.position(row);
     element.hidden = !(Number.isFinite(x) && Number.isFinite(y));
     element.style.transform = "translate(" + x + "px," + y + "px)";
     return [x, y];
