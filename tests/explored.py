@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raymem import CurvatureRule, Examples, Recipe, Store, Study
-from raymem.store import TrialKey, columns, study_hash
+from raymem.store import StudyRecord, TrialKey, columns
 
 EVIL = '<script>alert("x")</script>'
 
@@ -55,13 +55,15 @@ def tables_only(url, *, n=50_000, m=10_000, trials=400, classes=100, pairs=200_0
             "near_duplicate_group": pa.array(np.arange(n + m) // 3, mask=np.arange(n + m) > 300),
         }
     )
-    study = {
+    identity = {
         "data": {"fingerprint": "0" * 64, "image_shape": [32, 32, 3], "n_train": n, "n_test": m},
         "plan": {"n": n, "subset_ratio": 0.7, "kind": "balanced", "seed": 0, "block": 20,
                  "pool": None},
         "recipe": {"model": {"name": "none"}},
     }  # fmt: skip
-    store.import_study(study, "synthetic", [f"class {k}" for k in range(classes)], index)
+    names = [f"class {k}" for k in range(classes)]
+    record = StudyRecord.create(identity, data_name="synthetic", classes=names)
+    store.import_study(record, index)
     rows = np.arange(n + m)
     is_test = rows >= n
     models = 400
@@ -86,7 +88,7 @@ def tables_only(url, *, n=50_000, m=10_000, trials=400, classes=100, pairs=200_0
             arrays[name] = pa.array(drawn, column.type, mask=absent)
         else:
             arrays[name] = pa.nulls(n + m, column.type)
-    about = {"study_hash": study_hash(study)}
+    about = {"study_hash": record.hash}
     store.write_scores("examples", pa.table(arrays, schema=columns.schema(of)), about)
     write_pairs(store, index, rng, pairs, n, m)
     write_trials(store, trials, rng, hard, n)

@@ -259,8 +259,8 @@ class ExplorerTables:
     def about(self) -> dict[str, Any]:
         """What a page must know before it asks for anything, as JSON-ready data."""
         return {
-            "name": self.study["data_name"],
-            "classes": [str(c) for c in self.study["classes"]],
+            "name": self.study.data_name,
+            "classes": [str(c) for c in self.study.classes],
             "n": self.n_examples,
             "n_train": self.n_train,
             "epsilons": [epsilon_name(e) for e in self.epsilons],

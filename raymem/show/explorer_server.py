@@ -108,7 +108,7 @@ class Answers:
                 epsilon_name(e): len(tables.trials(e)) for e in tables.epsilons if tables.trials(e)
             },
         }
-        return explorer_page(section_html(told, {}), f"{tables.study['data_name']}: explorer")
+        return explorer_page(section_html(told, {}), f"{tables.study.data_name}: explorer")
 
     def blob(self, name: str) -> bytes:
         """An array as the page unpacks it. Raises KeyError if there is none."""
