@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import pytest
 
 from raymem import CurvatureRule, JobSettings, PaperRule, PrivateStudy, Recipe, Smoke
-from raymem.cli import job_curvature, job_removal, job_study, options_page
+from raymem.cli import job_curvature, job_removal, job_study
 from raymem.cli.job_settings import CacheSettings, PoolSettings, RunOptions
 from raymem.cli.options import as_text, fields_of, options_of, run_command
 from raymem.data.load import NAMED
@@ -226,7 +226,3 @@ def test_smoke_is_offered_where_there_is_a_smoke_recipe(capsys):
 @pytest.mark.parametrize("value", [0.1, 1 / 3, math.inf, 1e-5, 12345678.5])
 def test_defaults_survive_being_text(value):
     assert float(as_text(value)) == value
-
-
-def test_the_page_of_options_is_the_code():
-    assert (JOBS.parent / "docs" / "options.md").read_text() == options_page.page()
