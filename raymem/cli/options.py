@@ -5,11 +5,12 @@ A setting is declared once, as a field of a dataclass with a sentence under it:
     trials: Annotated[int, Setting(least=1)] = 400
     \"\"\"How many models are trained.\"\"\"
 
-Its option --trials, with type, range, choices, default and help, is made of that. What a type cannot say is in a `Setting` (raymem/settings.py). A field that
-is a dataclass itself gives its own fields' options. "; None: ..." at the end of a sentence says
-what no value means; help shows it as the default.
+Its option --trials, with type, range, choices, default and help, is made of that. What a type
+cannot say is in a `Setting` (raymem/settings.py). A field that is a dataclass itself gives its own
+fields' options. "; None: ..." at the end of a sentence says what no value means; help shows it as
+the default.
 
-    settings_command(run, JobSettings(...))   a command that calls run(the settings as given, ...)
+    run_command(work, JobSettings(...))   runs work(the settings, with what the command line says)
 """
 
 from __future__ import annotations
