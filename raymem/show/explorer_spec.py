@@ -33,11 +33,11 @@ SCATTER: dict[str, Any] = {
     "mark": {"type": "point", "filled": True, "size": 20, "opacity": 0.6},
     "encoding": {
         "x": {
-            "field": "x", "type": "quantitative", "scale": {"zero": False, "padding": 8},
+            "field": "x", "type": "quantitative", "scale": {"zero": False, "nice": False, "padding": 8},
             "axis": {"tickCount": 8},
         },
         "y": {
-            "field": "y", "type": "quantitative", "scale": {"zero": False, "padding": 8},
+            "field": "y", "type": "quantitative", "scale": {"zero": False, "nice": False, "padding": 8},
             "axis": {"tickCount": 6},
         },
         "color": {
