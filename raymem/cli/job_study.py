@@ -61,10 +61,7 @@ def run_job(
             return
         study = given.study(chosen)
         if study.recipe != chosen:
-            click.echo(
-                f"private training takes {study.recipe.model} in {study.recipe.precision}, in "
-                f"place of {chosen.model} in {chosen.precision}: no BatchNorm, no mixed precision"
-            )
+            click.echo(private_recipe_text(chosen, study.recipe))
         private = given.private and given.private.trials and given.private.study(given)
         run_stages(study, stage, run, private or None)
         if smoke_test:
@@ -87,6 +84,14 @@ def run_job(
         ],
         arguments=arguments,
     )
+
+
+def private_recipe_text(asked: Recipe, private: Recipe) -> str:
+    """What private training changes in a recipe."""
+    names = [f.name for f in dataclasses.fields(Recipe)]
+    changed = {name: (getattr(asked, name), getattr(private, name)) for name in names}
+    said = [f"{name} {b} in place of {a}" for name, (a, b) in changed.items() if a != b]
+    return f"the recipe for private training: {', '.join(said)}"
 
 
 def _is_default(option: str) -> bool:
