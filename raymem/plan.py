@@ -163,8 +163,9 @@ class Plan:
       numbers of in and out trials are the same for all examples after every whole block.
     * `fixed-size`: Feldman & Zhang's own design, every subset has round(subset_ratio * n) examples,
       drawn uniformly and independently.
-    * `candidate-pool`: the examples in `pool` are drawn as in `balanced`, all others are always in
-      (Ravikumar et al. 2024, section 6.5).
+    * `candidate-pool`: the examples in `pool` are drawn as in `balanced`; all others are always in
+      (Ravikumar et al. 2024, section 6.5), or are drawn so too, at `rest_ratio` (0.7 in the paper's
+      published scripts).
     * `removal`: not random subsets, but all examples without those that `removal` leaves out;
       `subset_ratio` is 1.
     * `imported`: subsets drawn elsewhere; they are in the trials themselves, and have no mask here.
@@ -192,7 +193,9 @@ class Plan:
     seed: int = 0
     """Start of all randomness of the study, in [0, 2**63)."""
     pool: tuple[int, ...] | None = None
-    """Candidate-pool plans only: indices of the examples that are drawn."""
+    """Candidate-pool plans only: indices of the candidates."""
+    rest_ratio: float = 1.0
+    """Candidate-pool plans only: probability that an example outside the pool is in a subset."""
     removal: Removal | None = None
     """Removal plans only: what their trials leave out."""
 
@@ -211,7 +214,7 @@ class Plan:
         self._check_pool()
         self._check_removal()
         if self.kind in ("balanced", "candidate-pool"):
-            block_of(self.subset_ratio)
+            block_of(self.subset_ratio, self.rest_ratio)
         elif self.kind == "fixed-size" and not 1 <= self.subset_size <= self.n:
             raise PlanError(f"subset_ratio={self.subset_ratio} leaves no example of n={self.n}")
 
@@ -219,7 +222,14 @@ class Plan:
         if (self.pool is None) == (self.kind == "candidate-pool"):
             raise PlanError("pool goes with kind='candidate-pool', and with no other kind")
         if self.pool is None:
+            if self.rest_ratio != 1:
+                raise PlanError(
+                    f"rest_ratio={self.rest_ratio} is of the examples outside a candidate pool; "
+                    "give a pool, or leave it out"
+                )
             return
+        if not 0 < self.rest_ratio <= 1:
+            raise PlanError(f"rest_ratio must be above 0 and at most 1, got {self.rest_ratio}")
         if len(self.pool) == 0 or len(set(self.pool)) != len(self.pool):
             raise PlanError("pool must name at least one example, and none twice")
         outside = [i for i in self.pool if not 0 <= i < self.n]
@@ -259,7 +269,8 @@ class Plan:
         if self.removal is not None:
             sizes = ", ".join(map(str, self.removal.sizes))
             return f"removal experiment, k = {sizes}"
-        return f"{self.kind} subsets of ratio {self.subset_ratio:g}"
+        rest = f", {self.rest_ratio:g} of the others" if self.rest_ratio < 1 else ""
+        return f"{self.kind} subsets of ratio {self.subset_ratio:g}{rest}"
 
     @property
     def block(self) -> int:
@@ -267,14 +278,15 @@ class Plan:
         if self.removal is not None:
             return self.removal.block
         drawn_in_blocks = self.kind in ("balanced", "candidate-pool")
-        return block_of(self.subset_ratio) if drawn_in_blocks else SMALLEST_BLOCK
+        return block_of(self.subset_ratio, self.rest_ratio) if drawn_in_blocks else SMALLEST_BLOCK
 
     @property
     def subset_size(self) -> int:
         """Nominal number of examples in a subset: exact for `fixed-size`, the mean otherwise."""
         if self.pool is None:
             return round(self.subset_ratio * self.n)
-        return self.n - len(self.pool) + round(self.subset_ratio * len(self.pool))
+        rest = round(self.rest_ratio * (self.n - len(self.pool)))
+        return rest + round(self.subset_ratio * len(self.pool))
 
     def mask(self, trial: int) -> NDArray[np.bool_]:
         """Which training examples are in the subset of `trial`: bool [N]."""
@@ -286,7 +298,7 @@ class Plan:
             mask = np.ones(self.n, bool)
             mask[self.removal.left_out(trial, self.seed)] = False
             return mask
-        if self.subset_ratio == 1:
+        if self.subset_ratio == self.rest_ratio == 1:
             return np.ones(self.n, bool)
         if self.kind == "fixed-size":
             keys = _philox(self.seed, STREAM_FIXED_SIZE, trial).random_raw(self.n)
@@ -294,24 +306,29 @@ class Plan:
             mask = np.zeros(self.n, bool)
             mask[chosen] = True
             return mask
-        balanced = self._balanced(trial)
-        if self.pool is None:
-            return balanced
-        mask = np.ones(self.n, bool)
-        pool = np.asarray(self.pool)
-        mask[pool] = balanced[pool]
-        return mask
+        return self._balanced(trial)
 
     def masks(self, trials: Iterable[int]) -> NDArray[np.bool_]:
         """The masks of several trials: bool [T, N]."""
         rows = [self.mask(trial) for trial in trials]
         return np.stack(rows) if rows else np.zeros((0, self.n), bool)
 
+    def _members(self) -> NDArray[np.int64]:
+        """In how many trials of a block each example is: [N]."""
+        drawn, rest = (
+            round(Fraction(ratio).limit_denominator(LARGEST_BLOCK) * self.block)
+            for ratio in (self.subset_ratio, self.rest_ratio)
+        )
+        if self.pool is None:
+            return np.full(self.n, drawn)
+        members = np.full(self.n, rest)
+        members[list(self.pool)] = drawn
+        return members
+
     def _balanced(self, trial: int) -> NDArray[np.bool_]:
         # Each example has B random keys per block, one for each trial; the r*B trials with the
         # smallest keys have the example. So one trial needs the keys of its own block only.
-        B = self.block
-        members = round(Fraction(self.subset_ratio).limit_denominator(LARGEST_BLOCK) * B)
+        B, members = self.block, self._members()
         block, slot = divmod(trial, B)
         generator = _philox(self.seed, STREAM_BALANCED, block)
         mask = np.empty(self.n, bool)
@@ -319,7 +336,7 @@ class Plan:
             stop = min(start + TILE, self.n)
             keys = generator.random_raw((stop - start) * B).reshape(stop - start, B)
             rank = (keys < keys[:, slot : slot + 1]).sum(axis=1)
-            mask[start:stop] = rank < members
+            mask[start:stop] = rank < members[start:stop]
         return mask
 
     def seeds(self, trial: int, epsilon: float = math.inf, attempt: int = 1) -> Seeds:
@@ -367,6 +384,7 @@ class Plan:
             "block": self.block,
             "pool": None if self.pool is None else list(self.pool),
             # Absent in others: those keep the hash they have.
+            **({} if self.rest_ratio == 1 else {"rest_ratio": self.rest_ratio}),
             **({} if self.removal is None else {"removal": self.removal.as_dict()}),
         }
 
@@ -380,24 +398,31 @@ class Plan:
             kind=data["kind"],
             seed=data["seed"],
             pool=None if pool is None else tuple(pool),
+            rest_ratio=data.get("rest_ratio", 1.0),
             removal=Removal(**data["removal"]) if "removal" in data else None,
         )
 
 
-def block_of(subset_ratio: float) -> int:
-    """Trials per block: 20, or the smallest larger number B with subset_ratio * B whole.
+def block_of(*ratios: float) -> int:
+    """Trials per block: 20, or the smallest larger number B with ratio * B whole for all ratios.
 
-    >>> block_of(0.7), block_of(1 / 3), block_of(0.99)
-    (20, 21, 100)
+    >>> block_of(0.7), block_of(1 / 3), block_of(0.99), block_of(0.5, 0.7)
+    (20, 21, 100, 20)
     """
-    exact = Fraction(subset_ratio).limit_denominator(LARGEST_BLOCK)
-    if abs(float(exact) - subset_ratio) > 1e-9:
+    exact = [Fraction(ratio).limit_denominator(LARGEST_BLOCK) for ratio in ratios]
+    together = math.lcm(*(fraction.denominator for fraction in exact))
+    for ratio, fraction in zip(ratios, exact, strict=True):
+        if abs(float(fraction) - ratio) > 1e-9:
+            raise PlanError(
+                f"the ratio {ratio} needs blocks of more than {LARGEST_BLOCK} trials; take "
+                f"{min(max(round(ratio, 2), 0.01), 0.99)}, or kind='fixed-size'"
+            )
+    if together > LARGEST_BLOCK:
         raise PlanError(
-            f"subset_ratio={subset_ratio} needs blocks of more than {LARGEST_BLOCK} trials; "
-            f"take {min(max(round(subset_ratio, 2), 0.01), 0.99)}, or kind='fixed-size'"
+            f"the ratios {' and '.join(map(str, ratios))} need blocks of {together:,} trials "
+            f"together, more than {LARGEST_BLOCK}; take ratios such as 0.5 and 0.7"
         )
-    denominator = exact.denominator
-    return denominator * math.ceil(SMALLEST_BLOCK / denominator)
+    return together * math.ceil(SMALLEST_BLOCK / together)
 
 
 def _philox(seed: int, stream: int, index: int) -> np.random.Philox:

@@ -70,6 +70,8 @@ class Study:
     """Start of all randomness."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only, see Plan."""
+    rest_ratio: float = 1.0
+    """Candidate-pool plans only, see Plan."""
     removal: Removal | None = None
     """Removal plans only, see Plan."""
     curvature: CurvatureRule | None = None
@@ -107,6 +109,7 @@ class Study:
             kind=self.kind,
             seed=self.seed,
             pool=self.pool,
+            rest_ratio=self.rest_ratio,
             removal=self.removal,
         )
         object.__setattr__(self, "plan", plan)
