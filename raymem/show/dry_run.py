@@ -177,7 +177,7 @@ def _on_gpu() -> bool:
 
 def _precision(study: Study) -> list[str]:
     """Standard error and 95% width by trials and ratio, of several kinds of examples."""
-    if study.removal is not None:
+    if study.plan.experiment is not None:
         return []
     if study.subset_ratio == 1:
         return ["memorization: not defined, nothing is ever out"]
@@ -317,7 +317,7 @@ def _subsets(study: Study) -> str:
     )
     text = f"{plan.kind} subsets of {plan.subset_size:,} examples (ratio {plan.subset_ratio:g}"
     text += f", {plan.rest_ratio:g} of the others)" if plan.rest_ratio < 1 else ")"
-    if plan.removal is not None:
+    if plan.experiment is not None:
         repeats = study.trials / plan.block
         return f"{plan}; {repeats:g} repeats of {plan.block} trials"
     if plan.subset_ratio == 1:

@@ -11,12 +11,12 @@ from importlib import resources
 from typing import Any
 
 from raymem.encoding import epsilon_name
-from raymem.links import Finding, Links
+from raymem.links import Finding, LeftOut, Links
 from raymem.plan import Plan
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
 from raymem.show.figures import Figure
-from raymem.show.page_sections import compared_section, membership_section
+from raymem.show.page_sections import compared_section, leave_one_out_section, membership_section
 from raymem.show.terminal_links import links_text
 from raymem.version import VERSION
 
@@ -43,19 +43,22 @@ def page(
     without_pictures: str = "",
     attacked: Sequence[Attacked] = (),
     stale: str = "",
+    left_out: LeftOut | None = None,
 ) -> str:
     """The page. `about` is study.json, `command` what ran it, `without_pictures` why some lack,
-    `attacked` what membership.json has, `stale` what is wrong with it."""
+    `attacked` what membership.json has, `stale` what is wrong with it, `left_out` what a
+    leave-one-out experiment found."""
     show = _Show(chosen.classes, pictures)
     rows = links.correlations.get(chosen.epsilon, ())
     compared = compared_section(rows, attacked, chosen.epsilon, stale)
     parts = [
-        _head(about, location, command, bool(attacked), bool(compared)),
+        _head(about, location, command, bool(attacked), bool(compared), left_out is not None),
         _trust(links.diagnostics, links.private_diagnostics),
         _figures(charts, ("memorization",), "Memorization", "memorization"),
         _links(links, charts),
         compared,
         membership_section(attacked, _charts(charts, "membership"), stale),
+        leave_one_out_section(left_out, _charts(charts, "leave-one-out")),
         _gallery(chosen, show, without_pictures),
         _pairs(chosen, show),
         _suspicious(chosen, show),
@@ -119,7 +122,12 @@ class _Show:
 
 
 def _head(
-    about: Mapping[str, Any], location: str, command: str, attacked: bool, compared: bool
+    about: Mapping[str, Any],
+    location: str,
+    command: str,
+    attacked: bool,
+    compared: bool,
+    left_out: bool,
 ) -> str:
     study = about["study"]
     plan, recipe = Plan.from_dict(study["plan"]), study["recipe"]
@@ -139,7 +147,8 @@ def _head(
     names = (
         ("trust", "Trust"), ("memorization", "Memorization"), ("links", "Links"),
         *([("compared", "Compared")] if compared else []),
-        *([("membership", "Membership")] if attacked else []), ("gallery", "Gallery"),
+        *([("membership", "Membership")] if attacked else []),
+        *([("leave-one-out", "Leaving one out")] if left_out else []), ("gallery", "Gallery"),
         ("errors", "Label errors"), ("table", "Table"), ("load", "Load"),
     )  # fmt: skip
     nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in names)

@@ -17,7 +17,7 @@ from raymem.store.trials import TrialKey
 FORMAT = 1
 SHOWN = 5
 PARTS = ("format", "study", "hash", "classes", "data_name")
-Note = Literal["links", "repeat", "command", "until", "membership", "removal"]
+Note = Literal["links", "repeat", "command", "until", "membership", "removal", "leave_one_out"]
 
 
 class Derived:
