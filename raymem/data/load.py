@@ -70,6 +70,37 @@ def load_examples(
     )
 
 
+def draw_training(examples: Examples, n: int) -> Examples:
+    """The set with `n` of its training examples, and all test examples.
+
+    Which follows from their ids alone: the same in every run, and all of them are in a larger draw.
+
+    Raises ExamplesError if there are fewer, and for sets in a cache, which every node reads whole.
+
+    >>> draw_training(load_examples("digits"), 300).describe()
+    'digits, 300 of 1,200 training examples: 300 train and 597 test images, 8x8x1, 10 classes'
+    """
+    N = len(examples.train_ids)
+    if not 1 <= n <= N:
+        raise ExamplesError(f"{n:,} training examples were asked for, and there are {N:,}")
+    if isinstance(examples, CachedExamples):
+        raise ExamplesError(
+            "a cache is trained on whole; ingest fewer images into another cache instead"
+        )
+    keys = [hashlib.sha256(f"raymem draw {i}".encode()).digest() for i in examples.train_ids]
+    rows = np.sort(sorted(range(N), key=keys.__getitem__)[:n])
+    place = {int(row): k for k, row in enumerate(rows)}
+    return dataclasses.replace(
+        examples,
+        x_train=examples.x_train[rows],
+        y_train=examples.y_train[rows],
+        train_ids=tuple(examples.train_ids[row] for row in rows),
+        planted=tuple(place[row] for row in examples.planted if row in place),
+        name=f"{examples.name}, {n:,} of {N:,} training examples",
+        source="",
+    )
+
+
 def _cached(url: str, image_size: int | None) -> CachedExamples:
     examples = CachedExamples(url)
     H, W, _ = examples.image_shape
