@@ -7,12 +7,10 @@ What memorized examples are worth to accuracy (Feldman & Zhang 2020, section 4):
 How far memorization at a subset ratio is from leaving one out: `find_leave_one_out`, `extrapolate`.
 """
 
-from raymem.links.across import correlations_across, joined
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, Plane, paper_bins
 from raymem.links.cleaning import LabelErrors, Ranking, label_errors
-from raymem.links.costs import Costs, costs
-from raymem.links.curvature import (
+from raymem.links.correlation import (
     Coefficient,
     Correlation,
     by_memorization,
@@ -21,6 +19,8 @@ from raymem.links.curvature import (
     in_paper_bins,
     measures_of,
 )
+from raymem.links.costs import Costs, costs
+from raymem.links.cross_store import correlations_across, joined
 from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
@@ -35,7 +35,7 @@ from raymem.links.removal import (
     find_removal,
     removal_effect,
 )
-from raymem.links.together import Links, correlations_as_dict, find_links
+from raymem.links.result import Links, correlations_as_dict, find_links
 from raymem.links.twins import Twins, find_twins
 from raymem.links.two_ratios import AtRatio, Extrapolated, extrapolate
 from raymem.links.two_stages import Parameter

@@ -22,11 +22,11 @@ from scipy import stats
 
 from raymem.errors import StoreError
 from raymem.experiments import COUNTS, GROUPS, LeaveOneOut
-from raymem.links.curvature import Coefficient
+from raymem.links.column_arrays import Floats
+from raymem.links.correlation import Coefficient
 from raymem.links.epsilons import plain
-from raymem.links.halves import pearson
 from raymem.links.removal import Mean, read_trial, whole_repeats
-from raymem.links.rows import Floats
+from raymem.links.split_half import pearson
 from raymem.links.sums import memorization_of
 from raymem.links.verdicts import Verdict
 from raymem.scores import correlation_interval, difference_of_proportions, spearman_ceiling

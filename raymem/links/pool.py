@@ -27,7 +27,7 @@ from raymem.experiments import (
     check_sizes,
     philox,
 )
-from raymem.links.rows import Floats, floats, train_at
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.sums import memorization_of
 from raymem.scores import trial_folds
 from raymem.store import Store
@@ -61,7 +61,7 @@ def removal_by_scores(
         ranking=rows,
         memorization=memorization,
         labels=tuple(examples.y_train.tolist()),
-        scored_study=source.study()["hash"],
+        scored_study=source.study().hash,
         scored_trials=spans(key.trial for key in source.scored(math.inf)),
     )
 
@@ -176,7 +176,7 @@ def leave_one_out_by_scores(
         labels=tuple(examples.y_train.tolist()),
         **{name: tuple(map(tuple, counts[name][1::2][:, places].tolist())) for name in COUNTS},
         scored_ratio=source.plan().subset_ratio,
-        scored_study=source.study()["hash"],
+        scored_study=source.study().hash,
         scored_trials=spans(key.trial for key in keys if fold_of(key) % 2),
         chosen_by=spans(key.trial for key in keys if not fold_of(key) % 2),
     )

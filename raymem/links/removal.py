@@ -20,8 +20,8 @@ from scipy import stats
 
 from raymem.errors import StoreError
 from raymem.experiments import ARMS, Arm, Removal
+from raymem.links.column_arrays import Floats
 from raymem.links.epsilons import plain
-from raymem.links.rows import Floats
 from raymem.links.verdicts import Verdict
 from raymem.store import Store, TrialKey
 

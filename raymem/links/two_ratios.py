@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.errors import StoreError
-from raymem.links.across import joined
-from raymem.links.curvature import Coefficient
+from raymem.links.column_arrays import Floats, floats, train_at
+from raymem.links.correlation import Coefficient
+from raymem.links.cross_store import joined
 from raymem.links.epsilons import plain
-from raymem.links.halves import pearson
 from raymem.links.removal import Mean
-from raymem.links.rows import Floats, floats, train_at
+from raymem.links.split_half import pearson
 from raymem.links.sums import Sums
 from raymem.links.verdicts import Verdict
 from raymem.scores import correlation_interval
@@ -201,7 +201,7 @@ def _checked(first: Store, second: Store) -> tuple[float, float]:
             f"{first.url} and {second.url} both have subset ratio {ratios[0]:g}; train another "
             "with, for example, --subset-ratio 0.9"
         )
-    ours, theirs = (store.study()["study"]["recipe"] for store in (first, second))
+    ours, theirs = (store.study().recipe for store in (first, second))
     differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
     if differing:
         raise StoreError(

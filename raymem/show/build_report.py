@@ -77,7 +77,7 @@ def write_report(
 
 def _left_out(scored: Store, experiment: Store) -> LeftOut:
     found = find_leave_one_out(experiment)
-    if found.experiment.scored_study != scored.study()["hash"]:
+    if found.experiment.scored_study != scored.study().hash:
         raise StoreError(
             f"the leave-one-out experiment in {experiment.url} is on the scores of study "
             f"{found.experiment.scored_study[:16]}, not on those in {scored.url}; take the store "

@@ -14,7 +14,7 @@ import numpy as np
 from raymem.encoding import epsilon_name
 from raymem.experiments import ARMS, GROUPS
 from raymem.links import LeftOut, Links, PaperBins, Removed, measures_of
-from raymem.links.rows import train_at
+from raymem.links.column_arrays import train_at
 from raymem.scores import Attacked
 from raymem.store import Store
 
