@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_each_trial_leaves_out_its_example_and_shares_the_seeds_of_its_repeat():
     ("changed", "message"),
     [
         ({"rows": (1, 1, 2)}, "none twice"),
-        ({"rows": (1, 10, 2)}, r"rows in 0\.\.9"),
+        ({"rows": (1, 10, 2)}, r"row in 0\.\.9"),
         ({"groups": ("random", "lucky", "random")}, "one of the groups"),
         ({"n_out": ((6, 6),) * 2}, r"n_out must have a number for each"),
         ({"correct_in": ((6,) * 3,)}, r"correct_in must have a number for each"),
@@ -111,7 +112,7 @@ def covered(tmp_path_factory):
     folder = tmp_path_factory.mktemp("covered")
     return [
         scored(folder / f"{ratio}", covered_by_others, trials=trials, ratio=ratio)
-        for ratio, trials in ((0.7, 120), (0.9, 200))
+        for ratio, trials in ((0.7, 80), (0.9, 100))
     ]
 
 
@@ -130,7 +131,7 @@ def test_a_learner_whose_memorization_depends_on_r_has_the_bias_it_has(covered, 
         assert bias.bias.value == pytest.approx(bias.scored - bias.left_out)
         assert bias.bias.low <= truth[chosen].mean() <= bias.bias.high, bias
     near = next(b for b in found.biases if b.group == "near 0.25")
-    assert near.bias.low > 0.1
+    assert near.bias.low > 0
     assert found.accuracy_train == 1
     assert found.spearman.value > 0.7
 
@@ -138,23 +139,23 @@ def test_a_learner_whose_memorization_depends_on_r_has_the_bias_it_has(covered, 
 def test_leaving_one_out_is_the_definition_and_its_intervals_cover_it(tmp_path):
     """Right with probability 0.9 in and 0.4 out, whatever the subset: memorization is 0.5.
 
-    57 intervals of 95%: more than 10 that miss have probability below 1e-3.
+    24 intervals of 95%: more than 6 that miss have probability below 1e-3.
     """
-    study = left_out(scored(tmp_path / "s", errs_at_known_odds), tmp_path / "loo", k=57, repeats=20)
+    study = left_out(scored(tmp_path / "s", errs_at_known_odds), tmp_path / "loo", k=24, repeats=12)
     study.train(engine="serial")
     store = Store(study.store)
     found = find_leave_one_out(store)
     table = found.examples.to_pydict()
     missed = [not low <= 0.5 <= high for low, high in zip(
         table["leave_one_out_low"], table["leave_one_out_high"], strict=True)]  # fmt: skip
-    assert sum(missed) <= 10
+    assert sum(missed) <= 6
     assert abs(np.mean(table["leave_one_out"]) - 0.5) < 0.1
     # The trials themselves: of the first example, with and without it.
     row = study.leave_one_out.rows[0]
     right = [
         store.trial(TrialKey(math.inf, trial), ["correct"])["correct"][row].as_py()
-        for repeat in range(20)
-        for trial in (repeat * 58, repeat * 58 + 1)
+        for repeat in range(12)
+        for trial in (repeat * 25, repeat * 25 + 1)
     ]
     assert table["leave_one_out"][0] == pytest.approx(np.mean(right[::2]) - np.mean(right[1::2]))
     # Scores that are high by chance are no bias: of the trials that chose them they would be.
@@ -173,13 +174,13 @@ def test_examples_are_chosen_by_some_folds_and_scored_by_others(covered):
     study = covered[0]
     of = leave_one_out_by_scores(study.examples, study.store, 24)
     assert (of.chosen_by, of.scored_trials) == (
-        "0-19, 40-59, 80-99", "20-39, 60-79, 100-119",
+        "0-19, 40-59", "20-39, 60-79",
     )  # fmt: skip
-    fold_of = trial_folds([TrialKey(math.inf, t) for t in range(120)], study.plan)
+    fold_of = trial_folds([TrialKey(math.inf, t) for t in range(80)], study.plan)
     store = Store(study.store)
-    counts = np.zeros((2, 6, 60))
+    counts = np.zeros((2, 4, 60))
     right = counts.copy()
-    for trial in range(120):
+    for trial in range(80):
         table = store.trial(TrialKey(math.inf, trial), ["in_subset", "correct"])
         inside = study.plan.mask(trial)
         correct = table["correct"].to_numpy()[:60]
@@ -226,8 +227,14 @@ def test_intervals_of_the_bias_cover_it(true_bias, monkeypatch):
     assert covered >= 180
 
 
-def test_a_stopped_experiment_goes_on_and_reads_back(tmp_path):
-    study = left_out(scored(tmp_path / "s", memorizes_everything), tmp_path / "loo")
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """Scores of a learner that memorizes everything: 1 at any r, and by leaving one out."""
+    return scored(tmp_path_factory.mktemp("everything") / "s", memorizes_everything)
+
+
+def test_a_stopped_experiment_goes_on_and_reads_back(everything, tmp_path):
+    study = left_out(everything, tmp_path / "loo")
     study.train(engine="serial")
     store = Store(study.store)
     assert not verify(store)
@@ -248,8 +255,8 @@ def test_a_stopped_experiment_goes_on_and_reads_back(tmp_path):
         study.score()
 
 
-def test_what_it_found_is_told_on_the_terminal_in_json_and_in_the_report(tmp_path):
-    first = scored(tmp_path / "s", memorizes_everything)
+def test_what_it_found_is_told_on_the_terminal_in_json_and_in_the_report(everything, tmp_path):
+    first = everything
     study = left_out(first, tmp_path / "loo", repeats=2)
     study.train(engine="serial")
     found = find_leave_one_out(Store(study.store))
@@ -264,7 +271,7 @@ def test_what_it_found_is_told_on_the_terminal_in_json_and_in_the_report(tmp_pat
     for name in ("leave-one-out.png", "leave-one-out-dark.png", "leave-one-out.pdf"):
         assert len((tmp_path / "loo" / "figures" / name).read_bytes()) > 5000
     write_report(first.store, leave_one_out=study.store)
-    page = (tmp_path / "s" / "report.html").read_text()
+    page = Path(first.store, "report.html").read_text()
     assert 'id="leave-one-out"' in page
     assert "How far the scores are from leaving one out" in page
     other = scored(tmp_path / "other", memorizes_everything, ratio=0.5, trials=20)
