@@ -14,6 +14,7 @@ from raymem.errors import StoreError
 from raymem.links import LeftOut, find_leave_one_out, find_links
 from raymem.scores import read_membership
 from raymem.show.choose import choose
+from raymem.show.explorer import explorer_section
 from raymem.show.figures import figures, leave_one_out_figure
 from raymem.show.notebook import Opened
 from raymem.show.page import TWINS, page
@@ -70,6 +71,7 @@ def write_report(
         attacked=attacked,
         stale=stale_text(attacked, {e: len(store_.scored(e)) for e in epsilons}),
         left_out=left_out,
+        sections=[explorer_section(opened, ids)],
     )
     store_.files.replace("report.html", text.encode())
     return store_.files.path("report.html")

@@ -44,10 +44,11 @@ def page(
     attacked: Sequence[Attacked] = (),
     stale: str = "",
     left_out: LeftOut | None = None,
+    sections: Sequence[str] = (),
 ) -> str:
     """The page. `study` is study.json, `command` what ran it, `without_pictures` why some lack,
     `attacked` what membership.json has, `stale` what is wrong with it, `left_out` what a
-    leave-one-out experiment found."""
+    leave-one-out experiment found, `sections` the HTML of other sections."""
     show = _Show(chosen.classes, pictures)
     rows = links.correlations.get(chosen.epsilon, ())
     compared = compared_section(rows, attacked, chosen.epsilon, stale)
@@ -59,6 +60,7 @@ def page(
         compared,
         membership_section(attacked, _charts(charts, "membership"), stale),
         leave_one_out_section(left_out, _charts(charts, "leave-one-out")),
+        *sections,
         _gallery(chosen, show, without_pictures),
         _pairs(chosen, show),
         _suspicious(chosen, show),
