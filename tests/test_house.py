@@ -94,7 +94,7 @@ def test_the_public_door_is_this_wide():
         "Bound", "Cache", "CachedExamples", "Correlation", "Curvature", "CurvatureError",
         "CurvatureRule", "DamagedObjectError", "DivergedError", "EpsilonSummary", "Estimate",
         "Examples", "ExamplesError", "FleetError", "Images", "ImportFileError",
-        "InfluencePairs", "IngestSummary", "JobOptions", "Links", "Measured", "Mechanism",
+        "InfluencePairs", "IngestSummary", "JobOptions", "LeaveOneOut", "Links", "Measured", "Mechanism",
         "Membership", "Memorization", "Opened", "OutOfMemoryError", "PairRule", "PaperRule", "Plan",
         "PlanError", "Privacy", "PrivacyError", "PrivateStudy", "Problem", "Progress",
         "RaymemError", "Recipe", "Removal", "Removed",
