@@ -243,5 +243,8 @@ def python() -> str:
     ]
     for room in [*ROOMS, *(set(names) - set(ROOMS))]:
         parts.append(f"## {ROOMS.get(room, room)}\n")
-        parts.extend(f"::: raymem.{name}\n" for name in sorted(names.get(room, []), key=str.lower))
+        for name in sorted(names.get(room, []), key=str.lower):
+            parts.append(f"::: raymem.{name}\n")
+            if (ROOT / "raymem" / name).is_dir():  # a package that can be called: its function
+                parts.append(f"    options:\n      members: [{name}]\n")
     return "\n".join(parts)
