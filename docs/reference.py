@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import runpy
@@ -72,6 +73,7 @@ def command_line() -> str:
     return "\n".join(parts)
 
 
+@functools.cache
 def job(path: Path) -> click.Command:
     """The command of a job file, which would run it."""
     found: list[click.Command] = []
