@@ -317,6 +317,12 @@ def curvature_options(*, on: bool, at: Literal["trial", "stage"], trials: int | 
             help="How the trace is computed.",
         ),
         click.option(
+            "--curvature-epochs",
+            type=EpochsType(),
+            help="Also average curvature over training: every epoch, or every Nth, the last among "
+            "them.  [default: the trained model's only]",
+        ),
+        click.option(
             "--paper-step",
             type=float,
             default=PaperRule.step,

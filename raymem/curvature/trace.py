@@ -71,6 +71,9 @@ class CurvatureRule:
     """Hessian mode: Rademacher probes of the part that Gauss-Newton misses; two or more."""
     paper: PaperRule | None = field(default_factory=PaperRule)
     """The paper's score, beside; None: not."""
+    every_epochs: int | None = None
+    """Average the trace over training too (Garg et al. 2024): measured at the end of every so many
+    epochs, counted back from the last; None: not."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "gauss-newton", "hessian"):
@@ -80,10 +83,18 @@ class CurvatureRule:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise CurvatureError(f"{name} must be an integer of {least} or more, got {value}")
+        if self.every_epochs is not None and self.every_epochs < 1:
+            raise CurvatureError(f"every_epochs must be 1 or more, got {self.every_epochs}")
 
     def as_dict(self) -> dict[str, Any]:
-        """The rule as JSON-ready data: what a study's hash covers."""
-        return dataclasses.asdict(self)
+        """The rule as JSON-ready data: what a study's hash covers.
+
+        `every_epochs` is left out where it is None: such studies keep the identity they had.
+        """
+        data = dataclasses.asdict(self)
+        if self.every_epochs is None:
+            del data["every_epochs"]
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,6 +99,10 @@ def estimated_trial(
     epoch = max(0.0, seconds(2) - one)
     curvature = asked["curvature"]
     measuring = 0.0 if curvature is None else max(0.0, seconds(1, curvature=curvature) - one)
+    if curvature is not None and curvature.every_epochs is not None:
+        trace = dataclasses.replace(curvature, paper=None, every_epochs=None)
+        more_epochs = math.ceil(recipe.epochs / curvature.every_epochs) - 1
+        measuring += more_epochs * max(0.0, seconds(1, curvature=trace) - one)
     per_epoch, per_evaluated, per_measured = (
         part / SAMPLE for part in (epoch, max(0.0, one - epoch) / 2, measuring)
     )

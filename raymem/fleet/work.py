@@ -433,4 +433,8 @@ def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> 
 def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:
     """How curvature was measured, for the metadata beside it."""
     rule = None if job.extras.curvature is None else job.extras.curvature.as_dict()
-    return {"mode": measured.mode, "rule": rule, "seconds": round(measured.seconds, 3)}
+    about = {"mode": measured.mode, "rule": rule, "seconds": round(measured.seconds, 3)}
+    if "curvature_over_training" in measured.values:
+        seconds = round(measured.epochs_seconds, 3)
+        about["over_training"] = {"epochs": measured.epochs, "seconds": seconds}
+    return about

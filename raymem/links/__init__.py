@@ -10,7 +10,8 @@ from raymem.links.across import correlations_across, joined
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, Plane, paper_bins
 from raymem.links.cleaning import LabelErrors, Ranking, label_errors
-from raymem.links.costs import Costs, costs
+from raymem.links.costs import TARGET, Costs, costs
+from raymem.links.one_model import OneModel, one_model
 from raymem.links.curvature import (
     Coefficient,
     Correlation,
@@ -41,6 +42,7 @@ from raymem.links.verdicts import Verdict, verdicts_on_link1
 __all__ = [
     "METHODS",
     "NOT_A_TEST",
+    "TARGET",
     "Audit",
     "BoundCheck",
     "Change",
@@ -58,6 +60,7 @@ __all__ = [
     "Links",
     "Mean",
     "Observed",
+    "OneModel",
     "PaperBins",
     "Parameter",
     "Plane",
@@ -88,6 +91,7 @@ __all__ = [
     "link3",
     "measures_of",
     "most_memorized",
+    "one_model",
     "paper_bins",
     "red",
     "removal_by_scores",

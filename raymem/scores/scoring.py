@@ -114,8 +114,11 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
             "study_hash": body["hash"],
             "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
         }
-        private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
-        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
+        study = body["study"]
+        private = columns.TRIALS_PRIVACY if "privacy" in study else {}
+        over_training = study.get("curvature", {}).get("every_epochs") is not None
+        more = columns.TRIALS_OVER_TRAINING if over_training else {}
+        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private, **more})
         store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
         of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
         parts = (_fold_table(index, *fold, of) for fold in folds)

@@ -339,7 +339,12 @@ def _curvature(study: Study) -> list[str]:
     which = "every trial" if limit is None else f"the first {limit:,} trials"
     paper = ", and the paper's score" if study.curvature.paper else ""
     when = "at the end of" if study.curvature_at == "trial" else "after training, under those of"
-    return [f"curvature: of every training example, {when} {which} ({study.curvature.mode}{paper})"]
+    every = study.curvature.every_epochs
+    epochs = "" if every is None else f", averaged over every {'' if every == 1 else every} epoch"
+    return [
+        f"curvature: of every training example, {when} {which} ({study.curvature.mode}{paper}"
+        f"{epochs})"
+    ]
 
 
 def _store(study: Study) -> str:

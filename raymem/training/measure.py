@@ -5,6 +5,7 @@ Shapes: N examples, B batch.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from raymem.curvature import CHECKED, CurvatureRule, Mode, curvature, paper_score, pick_mode
 from raymem.curvature.fold_batchnorm import folded
 from raymem.errors import CurvatureError
-from raymem.training.images import as_input
+from raymem.training.images import Images, as_input
+from raymem.training.ranks import ALONE, Ranks
+from raymem.training.recipe import Recipe
 
 # Values in a batch of images: 85 images of 32x32, 8 of 224x224.
 BATCH_VALUES, SMALLEST_BATCH, LARGEST_BATCH = 2**18, 8, 256
@@ -28,11 +31,16 @@ class Measured:
 
     values: dict[str, NDArray[np.float32]] = field(repr=False)
     """[N] each: curvature (tr H), curvature_stderr, curvature_squared (tr H^2), gradient_norm,
-    loss, and curvature_paper unless the rule leaves it out."""
+    loss, curvature_paper unless the rule leaves it out, and curvature_over_training if the rule
+    asks for it."""
     mode: Mode
     """How the trace was computed."""
     seconds: float
     """Wall time."""
+    epochs: int = 1
+    """Models that curvature_over_training is the mean of: one for each epoch that was measured."""
+    epochs_seconds: float = 0.0
+    """Wall time of measuring under those before the last."""
 
 
 class Meter:
@@ -143,3 +151,30 @@ def measure(
     )
     values = meter.all(x[part], y[part], size)
     return Measured(values=values, mode=meter.mode, seconds=time.perf_counter() - start)
+
+
+def measure_images(
+    model: nn.Module,
+    images: Images,
+    rule: CurvatureRule,
+    recipe: Recipe,
+    *,
+    seed: int,
+    ranks: Ranks = ALONE,
+) -> Measured:
+    """`measure` over all training images of a set; each of several `ranks` measures its share."""
+    n = len(images.y_train)
+    measured = measure(
+        model,
+        images.x_train,
+        images.y_train,
+        rule,
+        seed=seed,
+        channels_last=recipe.channels_last,
+        part=ranks.part(n),
+    )
+    values = {
+        name: ranks.spread(torch.from_numpy(found).to(images.device), n).cpu().numpy()
+        for name, found in measured.values.items()
+    }
+    return dataclasses.replace(measured, values=values)

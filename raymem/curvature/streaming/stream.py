@@ -50,6 +50,10 @@ def stream_curvature(
     transform or rule, FleetError on clusters too small, and Stopped after Ctrl-C.
     """
     rule = rule or CurvatureRule()
+    if rule.every_epochs is not None:
+        raise CurvatureError(
+            "one model's weights have no epochs to average over; leave every_epochs out"
+        )
     done = store.streamed_shards(model.name)
     missing = [shard for shard in shards if shard.name not in done]
     summary = StreamSummary(
