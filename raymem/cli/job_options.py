@@ -285,6 +285,20 @@ def recipe_option(recipes: Mapping[str, Recipe]) -> Decorator:
     )
 
 
+class EveryEpochs(click.ParamType[int]):
+    """A number, or every: 1."""
+
+    name = "every|N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Raises click.BadParameter for what is neither."""
+        if value == "every":
+            return 1
+        if not (str(value).isdecimal() and int(value) >= 1):
+            self.fail(f"{value!r} is neither every nor a number from 1 on", param, ctx)
+        return int(value)
+
+
 def curvature_options(*, on: bool, at: Literal["trial", "stage"], trials: int | None) -> Decorator:
     """If, when, and in how many trials curvature is measured."""
     return together(
@@ -318,7 +332,7 @@ def curvature_options(*, on: bool, at: Literal["trial", "stage"], trials: int | 
         ),
         click.option(
             "--curvature-epochs",
-            type=EpochsType(),
+            type=EveryEpochs(),
             help="Also average curvature over training: every epoch, or every Nth, the last among "
             "them.  [default: the trained model's only]",
         ),

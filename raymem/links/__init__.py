@@ -11,7 +11,6 @@ from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, Plane, paper_bins
 from raymem.links.cleaning import LabelErrors, Ranking, label_errors
 from raymem.links.costs import TARGET, Costs, costs
-from raymem.links.one_model import OneModel, one_model
 from raymem.links.curvature import (
     Coefficient,
     Correlation,
@@ -25,6 +24,7 @@ from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
+from raymem.links.one_model import OneModel, one_model
 from raymem.links.pool import most_memorized, removal_by_scores
 from raymem.links.removal import (
     Contrast,

@@ -9,6 +9,7 @@ Shapes: N training examples, n of them in a model's subset.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,8 +114,7 @@ def _of_measure(
         values.append(pearson(mem[both], x[both]) if both.any() else math.nan)
         seconds.append(_seconds(name, row))
     agreement = [
-        _agreement(a[1] & b[1], a[2][name], b[2][name])
-        for a, b in zip(models, models[1:], strict=False)
+        _agreement(a[1] & b[1], a[2][name], b[2][name]) for a, b in itertools.pairwise(models)
     ]
     return OneModel(
         measure=name,

@@ -103,9 +103,7 @@ def run_trial(
     start = time.perf_counter()
     with by_itself(seeds.init, threads), out_of_memory_named():
         model = fresh_model(images, recipe)
-        epochs = EpochCurvature.of(
-            model, images, curvature, recipe, seed=seeds.init, ranks=ranks
-        )
+        epochs = EpochCurvature.of(model, images, curvature, recipe, seed=seeds.init, ranks=ranks)
         how: Any = {
             "checkpoints": checkpoints, "ranks": ranks, "on_epoch": on_epoch, "epochs": epochs,
         }  # fmt: skip

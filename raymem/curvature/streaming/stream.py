@@ -18,7 +18,7 @@ from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
 from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
 from raymem.data.shards.records import Shard
 from raymem.data.shards.transform import Batch
-from raymem.errors import StoreHeldError
+from raymem.errors import CurvatureError, StoreHeldError
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
 from raymem.store import DriverLock, Files, Store
 from raymem.training import batch_of
