@@ -29,12 +29,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from raymem import Images, Plan, Recipe, TrialResult, run_trial
+from raymem.curvature.input_checks import float32_products
 from raymem.models import build_model
 from raymem.training import Member, Steps, default_device, evaluate, run_group, train
 from raymem.training.calibrate import models_per_step
 from raymem.training.group import Group
 from raymem.training.loop import longest, start
-from raymem.training.precision import float32_products
 from raymem.training.ranks import ALONE
 from raymem.training.step import Feed, SingleStep
 from raymem.training.trial import fresh_model

@@ -187,11 +187,17 @@ def private_option(private: PrivateStudy | None) -> Callable[[Any], Any]:
 def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOptions:
     mode, step = settings.pop("curvature_mode"), settings.pop("paper_step")
     on, every = settings.pop("curvature"), settings.pop("curvature_epochs")
+    precision = settings.pop("curvature_precision")
     if every is not None and not on:
         raise click.UsageError("--curvature-epochs needs --curvature")
     rule = None
     if on:
-        rule = CurvatureRule(mode=cast(Any, mode), paper=PaperRule(step=step), every_epochs=every)
+        rule = CurvatureRule(
+            mode=cast(Any, mode),
+            precision=precision,
+            paper=PaperRule(step=step),
+            every_epochs=every,
+        )
     recipe = settings.pop("recipe", None)
     pool_from, pool_size = settings.pop("pool_from", None), settings.pop("pool_size", None)
     if pool_from is not None:

@@ -33,8 +33,9 @@ from raymem.training.loop import Course, OnEpoch, diverged, longest, restore, st
 from raymem.training.precision import products_of
 from raymem.training.ranks import ALONE
 from raymem.training.recipe import Recipe, Steps
+from raymem.training.replay import Replayed, say_once
 from raymem.training.stack import Stack, StackedStep
-from raymem.training.step import Feed, Replayed, say_once
+from raymem.training.step import Feed
 from raymem.training.trial import (
     TrialResult,
     by_itself,

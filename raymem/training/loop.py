@@ -25,7 +25,8 @@ from raymem.training.optimizer import Optimizer, rates
 from raymem.training.precision import products_of
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, Steps
-from raymem.training.step import Feed, Replayed, SingleStep, memory_format_of
+from raymem.training.replay import Replayed
+from raymem.training.step import Feed, SingleStep, memory_format_of
 
 OnEpoch = Callable[[int], None]
 
