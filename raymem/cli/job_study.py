@@ -270,7 +270,14 @@ def conclusions(store: Store) -> str:
 def _run(study: Study, stage: str, way: Way) -> None:
     machine = way.machine
     if stage == "plan":
-        click.echo(planned(study, way.cluster, threads=machine.cpus_per_trial))
+        click.echo(
+            planned(
+                study,
+                way.cluster,
+                threads=machine.cpus_per_trial,
+                models_per_step=machine.models_per_step,
+            )
+        )
         return
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
