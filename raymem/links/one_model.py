@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from raymem.links.halves import pearson
-from raymem.links.rows import Floats, floats, train_at
+from raymem.links.column_arrays import Floats, floats, train_at
+from raymem.links.split_half import pearson
 from raymem.links.sums import Sums
 from raymem.scores.running_sums import folds
 from raymem.store import Store, TrialKey

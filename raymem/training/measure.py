@@ -253,7 +253,7 @@ def measure_images(
         part=ranks.part(n),
     )
     values = {
-        name: ranks.spread(torch.from_numpy(found).to(images.device), n).cpu().numpy()
+        name: ranks.all_gather(torch.from_numpy(found).to(images.device), n).cpu().numpy()
         for name, found in measured.values.items()
     }
     return dataclasses.replace(measured, values=values)

@@ -205,8 +205,8 @@ def evaluate(
         raise DivergedError("the trained model gives logits that are not finite")
     none = y.new_zeros(0)
     return Evaluation(
-        correct=ranks.spread(torch.cat([none.bool(), *correct]), n).cpu().numpy(),
-        margin=ranks.spread(torch.cat([none.float(), *margin]), n).cpu().numpy(),
+        correct=ranks.all_gather(torch.cat([none.bool(), *correct]), n).cpu().numpy(),
+        margin=ranks.all_gather(torch.cat([none.float(), *margin]), n).cpu().numpy(),
     )
 
 
