@@ -28,10 +28,20 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from raymem import Images, Plan, Recipe, TrialResult, run_trial
+from raymem import CurvatureRule, Images, Plan, Recipe, TrialResult, run_trial
 from raymem.curvature.input_checks import float32_products
+from raymem.curvature.precision import relative_difference
 from raymem.models import build_model
-from raymem.training import Member, Steps, default_device, evaluate, run_group, train
+from raymem.training import (
+    Member,
+    Meter,
+    Steps,
+    as_input,
+    default_device,
+    evaluate,
+    run_group,
+    train,
+)
 from raymem.training.calibrate import models_per_step
 from raymem.training.group import Group
 from raymem.training.loop import longest, start
@@ -359,6 +369,69 @@ def large_rates(bench: Bench) -> None:
     rates_of(bench, RESNET18, (), epochs=3)
 
 
+def curvature_rates(bench: Bench) -> None:
+    """The exact trace of 10 classes, in the precision that the model allows, and the usual loop."""
+    recipe = bench.recipe(RESNET18, epochs=1)
+    images, n = bench.images, min(2_048, len(bench.images.y_train))
+    model = fresh_model(images, recipe)
+    train(model, images, bench.plan.mask(0), recipe, bench.plan.seeds(0))
+    model = model.to(memory_format=torch.contiguous_format).eval()
+    x, y = images.x_train[:n], images.y_train[:n]
+    usual, _ = per_second(images.device, n, lambda: usual_loop(model, x, y))
+    show(f"{recipe.model}, curvature, two gradients a probe, ten probes",
+         f"{usual:,.0f} examples/s")  # fmt: skip
+    traces, rates = {}, {}
+    for precision in ("float32", "tf32", "bfloat16", "auto"):
+        rule = CurvatureRule(precision=precision, paper=None)
+        meter = Meter(model, x, y, rule)
+        size = meter.batch_size(x, y)
+        size = min(size, max(8, n // 8))  # enough whole batches to warm up, capture and replay
+        rates[precision], found = per_second(images.device, n, lambda: meter.all(x, y, size))
+        traces[precision] = torch.from_numpy(found["curvature"])
+        chosen = meter.precision
+        show(
+            f"{recipe.model}, exact trace, {precision}: {chosen.precision} {chosen.differences}",
+            f"{rates[precision]:,.0f} examples/s in batches of {size}",
+        )
+    off = relative_difference(traces["auto"], traces["float32"])
+    bench.check(
+        f"{recipe.model}: the trace is within 0.001 of float32's", off <= 1e-3, f"{off:.1e}"
+    )
+    meter = Meter(model, x, y, CurvatureRule(precision="float32"))
+    eager = torch.cat([meter(x[at : at + 64], y[at : at + 64])["curvature"] for at in (0, 64)])
+    again = relative_difference(traces["float32"][: len(eager)], eager.cpu())
+    bench.check(f"{recipe.model}: replayed passes give what eager ones do", again < 1e-4,
+                f"{again:.1e}")  # fmt: skip
+    if images.device.type == "cuda":
+        ratio = rates["auto"] / usual
+        bench.check(f"{recipe.model}: five times the usual loop", ratio >= 5, f"{ratio:.1f} times")
+
+
+def per_second(device: torch.device, n: int, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Examples per second of the second run, and what it gives."""
+    work()
+    wait(device)
+    began = time.perf_counter()
+    found = work()
+    wait(device)
+    return n / (time.perf_counter() - began), found
+
+
+def usual_loop(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """As published scripts do it: both gradients in each of ten probes, TF32 as torch has it."""
+    for at in range(0, len(x), 256):
+        images = as_input(x[at : at + 256], torch.contiguous_format)
+        labels = y[at : at + 256]
+        for _ in range(10):
+            v = torch.randint(0, 2, images.shape, device=images.device) * 2e-3 - 1e-3
+            gradients = []
+            for moved in (images + v, images):
+                moved = moved.clone().requires_grad_()
+                loss = nn.functional.cross_entropy(model(moved), labels)
+                gradients.append(torch.autograd.grad(loss, moved)[0])
+            (gradients[0] - gradients[1]).flatten(1).norm(dim=1)
+
+
 def whole_recipe(bench: Bench) -> None:
     """`--recipe gpu` of jobs/feldman_cifar.py, trained once on every training image of --data."""
     recipe, images = bench.recipe(recipe_of_job()), bench.images
@@ -418,6 +491,7 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "tiny": (tiny_rates, 60),
     "large": (large_rates, 45),
     "cpu": (device_against_cpu, 45),
+    "curvature": (curvature_rates, 60),
     "accuracy": (whole_recipe, 90),
     "resnet9": (resnet9_rates, 60),
     "auto": (chosen_sizes, 60),

@@ -24,6 +24,14 @@ def test_checks_and_rows_are_printed_as_they_come(capsys):
     assert any("auto: 1 models" in line for line in lines)
 
 
+def test_curvature_is_measured_beside_the_usual_loop(capsys):
+    assert gpu.run(toy(), ["curvature"])
+    out = capsys.readouterr().out
+    assert "two gradients a probe, ten probes" in out
+    assert "exact trace, auto: float32" in out
+    assert out.count("PASS") == 3
+
+
 def test_every_rate_is_a_row(capsys):
     assert gpu.run(toy(), ["mlp"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ROW")]
