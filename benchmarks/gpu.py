@@ -386,7 +386,8 @@ def curvature_rates(bench: Bench) -> None:
         meter = Meter(model, x, y, rule)
         size = meter.batch_size(x, y)
         size = min(size, max(8, n // 8))  # enough whole batches to warm up, capture and replay
-        rates[precision], found = per_second(images.device, n, lambda: meter.all(x, y, size))
+        measuring = functools.partial(meter.all, x, y, size)
+        rates[precision], found = per_second(images.device, n, measuring)
         traces[precision] = torch.from_numpy(found["curvature"])
         chosen = meter.precision
         show(
@@ -394,14 +395,13 @@ def curvature_rates(bench: Bench) -> None:
             f"{rates[precision]:,.0f} examples/s in batches of {size}",
         )
     off = relative_difference(traces["auto"], traces["float32"])
-    bench.check(
-        f"{recipe.model}: the trace is within 0.001 of float32's", off <= 1e-3, f"{off:.1e}"
-    )
+    what = f"{recipe.model}: the trace is within 0.001 of float32's"
+    bench.check(what, off <= 1e-3, f"{off:.1e}")
     meter = Meter(model, x, y, CurvatureRule(precision="float32"))
-    eager = torch.cat([meter(x[at : at + 64], y[at : at + 64])["curvature"] for at in (0, 64)])
-    again = relative_difference(traces["float32"][: len(eager)], eager.cpu())
-    bench.check(f"{recipe.model}: replayed passes give what eager ones do", again < 1e-4,
-                f"{again:.1e}")  # fmt: skip
+    eager = meter(x[:64], y[:64])["curvature"].cpu()
+    again = relative_difference(traces["float32"][:64], eager)
+    what = f"{recipe.model}: replayed passes give what eager ones do"
+    bench.check(what, again < 1e-4, f"{again:.1e}")
     if images.device.type == "cuda":
         ratio = rates["auto"] / usual
         bench.check(f"{recipe.model}: five times the usual loop", ratio >= 5, f"{ratio:.1f} times")
