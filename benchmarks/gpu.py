@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from raymem import CurvatureRule, Images, Plan, Recipe, TrialResult, run_trial
 from raymem.curvature.input_checks import float32_products
-from raymem.curvature.precision import relative_difference
+from raymem.curvature.lower_precision import relative_difference
 from raymem.models import build_model
 from raymem.training import (
     Member,

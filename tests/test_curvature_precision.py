@@ -15,7 +15,7 @@ from torch import nn
 
 from raymem import CurvatureError, CurvatureRule, Recipe, Store, Study, TrialKey
 from raymem.curvature import curvature, pick_mode, pick_precision
-from raymem.curvature.precision import TOLERANCE, relative_difference
+from raymem.curvature.lower_precision import TOLERANCE, relative_difference
 from raymem.models import build_model
 from raymem.training import Meter, measure
 

@@ -351,10 +351,10 @@ def test_costs_are_those_of_the_trials(study):
 def test_one_models_measures_against_memorization_of_the_others(study):
     """By hand, from the trial files: memorization of the folds that the model is not in."""
     from raymem import TrialKey
-    from raymem.links import one_model
+    from raymem.links import of_one_model
 
     store = Store(study.store)
-    rows = {row.measure: row for row in one_model(store, [math.inf])[math.inf]}
+    rows = {row.measure: row for row in of_one_model(store, [math.inf])[math.inf]}
     assert list(rows) == [
         "curvature", "curvature_over_training", "curvature_paper", "gradient_norm", "loss",
         "cumulative_loss",

@@ -17,8 +17,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from raymem.curvature.lower_precision import COMPARED, PrecisionChoice, pick_precision
 from raymem.curvature.paper import PaperRule, paper_score
-from raymem.curvature.precision import COMPARED, PrecisionChoice, pick_precision
 from raymem.curvature.trace import (
     CHECKED,
     PRECISIONS,

@@ -24,7 +24,7 @@ from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
-from raymem.links.one_model import OneModel, one_model
+from raymem.links.one_model import OneModel, of_one_model
 from raymem.links.pool import most_memorized, removal_by_scores
 from raymem.links.removal import (
     Contrast,
@@ -91,7 +91,7 @@ __all__ = [
     "link3",
     "measures_of",
     "most_memorized",
-    "one_model",
+    "of_one_model",
     "paper_bins",
     "red",
     "removal_by_scores",

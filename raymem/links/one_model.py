@@ -57,7 +57,7 @@ class OneModel:
     score's is counted with the trace's."""
 
 
-def one_model(store: Store, epsilons: Sequence[float]) -> dict[float, list[OneModel]]:
+def of_one_model(store: Store, epsilons: Sequence[float]) -> dict[float, list[OneModel]]:
     """Of the first trials that measured curvature themselves, by epsilon; empty without any.
 
     Raises StoreError without scores, and if the file of a scored trial is gone.

@@ -25,7 +25,7 @@ from raymem.links.cross_store import joined
 from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain
 from raymem.links.equal_loss import EqualLoss
-from raymem.links.one_model import OneModel, one_model
+from raymem.links.one_model import OneModel, of_one_model
 from raymem.links.twins import Twins, find_twins
 from raymem.links.verdicts import Verdict, verdict_on_link2, verdicts_on_costs, verdicts_on_link1
 from raymem.store import Store
@@ -136,7 +136,7 @@ def find_links(store: Store, *, private: Store | None = None, seed: int = 0) -> 
         bins=by_memorization(store),
         paper=in_paper_bins(store, list(compared), seed=seed),
         costs=costs(store, compared),
-        one_model=one_model(store, list(compared)),
+        one_model=of_one_model(store, list(compared)),
         curvature=link2(epsilons, unclipped=store if private else None, seed=seed),
         memorization=link3(epsilons),
         diagnostics=diagnostics(store, twins),
