@@ -47,5 +47,7 @@ class Setting:
     """What help groups the option under, if not under what its class is."""
     prefix: str = ""
     """Of the options of a nested dataclass."""
+    without: tuple[str, ...] = ()
+    """Fields of a nested dataclass that are no options here."""
     switch: bool = False
     """A nested dataclass that may be None is turned on and off by --NAME/--no-NAME."""

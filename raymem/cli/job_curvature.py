@@ -89,7 +89,9 @@ class ScoringSettings:
     """Under which models."""
     on_bad: Literal["fail", "skip"] = "fail"
     """What to do with images that cannot be read; skipped ones get a row without scores."""
-    curvature: CurvatureRule = field(default_factory=lambda: CurvatureRule(paper=None))
+    curvature: Annotated[CurvatureRule, Setting(without=("every_epochs",))] = field(
+        default_factory=lambda: CurvatureRule(paper=None)
+    )
     """How curvature is measured."""
     seed: Annotated[int, Setting(least=0)] = 0
     """Random seed of the probes."""

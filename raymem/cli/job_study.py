@@ -50,6 +50,8 @@ def run_job(
         smoke_test: bool = False,
     ) -> None:
         chosen = recipes if isinstance(recipes, Recipe) else recipes[str(recipe)]
+        if not given.curvature and not _is_default("curvature_epochs"):
+            raise click.UsageError("--curvature-epochs needs --curvature")
         if not given.curvature and _is_default("curvature_trials"):
             # Asked for without curvature it is the user's mistake, which Study names.
             given = dataclasses.replace(given, curvature_trials=None)
@@ -135,7 +137,14 @@ def _run(study: Study, stage: str, run: RunOptions) -> None:
         cluster = run.cluster
         if cluster.at_once is None:
             cluster = dataclasses.replace(cluster, at_once=resources.max_workers)
-        click.echo(planned(study, cluster, threads=resources.cpus_per_trial))
+        click.echo(
+            planned(
+                study,
+                cluster,
+                threads=resources.cpus_per_trial,
+                models_per_step=resources.models_per_step,
+            )
+        )
         return
     click.echo(study.examples.describe())
     if stage in ("all", "train"):

@@ -244,7 +244,8 @@ def options_of(
         if not field.nested or field.setting.switch:
             made.append(SettingOption(field, prefix))
         if field.nested:
-            made += options_of(field.value or field.type(), field.setting.prefix)
+            inner, setting = field.value or field.type(), field.setting
+            made += options_of(inner, setting.prefix, skip=setting.without)
     return made
 
 
@@ -260,8 +261,9 @@ def filled(
             continue
         if field.nested:
             on = not field.setting.switch or values[key]
-            inner = field.value or field.type()
-            changes[field.name] = filled(inner, values, field.setting.prefix) if on else None
+            inner, setting = field.value or field.type(), field.setting
+            given = filled(inner, values, setting.prefix, skip=setting.without) if on else None
+            changes[field.name] = given
         else:
             changes[field.name] = _given(field.setting, values[key], f"--{option}")
     return dataclasses.replace(settings, **changes)

@@ -89,13 +89,14 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     """Score all committed trials of a store; replaces its scores/*.parquet.
 
     `rule` says which influence pairs are kept. Raises DamagedObjectError for a trial that does not
-    read back, StoreError for a removal experiment.
+    read back, StoreError for an experiment.
     """
     study = store.study()
-    if study.plan.removal is not None:
+    plan = study.plan
+    if plan.experiment is not None:
         raise StoreError(
-            f"{store.url} is a removal experiment, which has no random subsets to score; see "
-            f"`raymem removal {store.url}`"
+            f"{store.url} is a {plan.kind} experiment, which has no random subsets to score; see "
+            f"`raymem {plan.kind} {store.url}`"
         )
     done, index = store.done(), store.examples()
     target = store.target
@@ -115,7 +116,9 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
             "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
         }
         private = columns.TRIALS_PRIVACY if study.privacy is not None else {}
-        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
+        over_training = (study.curvature or {}).get("every_epochs") is not None
+        more = columns.TRIALS_OVER_TRAINING if over_training else {}
+        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private, **more})
         store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
         of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
         parts = (_fold_table(index, *fold, of) for fold in folds)
