@@ -169,7 +169,7 @@ def _default(option: click.Option) -> str:
     if isinstance(option.show_default, str):
         return option.show_default
     value, meaning = option.default, getattr(option, "meaning_of_none", "")
-    if meaning and not value and not option.is_flag:
+    if meaning:
         return str(meaning)
     if option.is_flag:
         names = option.opts if value else option.secondary_opts

@@ -204,7 +204,8 @@ class SettingOption(click.Option):
     def __init__(self, field: Field, prefix: str) -> None:
         self.field = field
         name, setting = field.option(prefix), field.setting
-        text, _, self.meaning_of_none = field.sentence.rstrip(".").partition(NONE)
+        text, _, meaning = field.sentence.rstrip(".").partition(NONE)
+        self.meaning_of_none = "" if setting.switch or field.value else meaning
         more: dict[str, Any] = {"default": field.value, "help": f"{text}."}
         declared = f"--{name}"
         if setting.switch or (field.type is bool and (field.value or field.optional)):
@@ -228,7 +229,7 @@ class SettingOption(click.Option):
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Default and range; for None what it means."""
         extra = super().get_help_extra(ctx)
-        if self.meaning_of_none and not self.field.setting.switch and not self.field.value:
+        if self.meaning_of_none:
             extra["default"] = self.meaning_of_none
         return extra
 
