@@ -29,7 +29,7 @@ from raymem import (
     Target,
     run_job,
 )
-from raymem.cli import main
+from raymem.cli import job_study, main
 from raymem.links import find_links, link2, link3
 from raymem.models import build_model
 from raymem.privacy.sgd import check_layers
@@ -159,21 +159,19 @@ def test_batch_norm_is_refused_before_anything_is_trained():
     assert Store("memory://private-bn").done() == set()
 
 
-def test_with_epsilons_a_job_trains_the_group_norm_counterpart_and_says_so(capsys, tmp_path):
+def test_with_epsilons_a_job_trains_the_group_norm_counterpart_and_says_so(capsys, monkeypatch):
+    studies = []
+    monkeypatch.setattr(job_study, "run_stages", lambda study, *others: studies.append(study))
     settings = {"data": tiny(), "recipe": Recipe(model="tiny-resnet", epochs=1, batch_size=25)}
-    store = str(tmp_path / "gn")
-    options = ("--store", store, "--accountant", "rdp")
-    text, code = run(capsys, "train", *options, "--epsilons", "8,inf", **settings)
+    text, code = run(capsys, "train", "--epsilons", "8,inf", **settings)
     assert code == 0, text
-    said = "the recipe for private training: model tiny-resnet-gn in place of tiny-resnet\n"
-    assert said in text
-    assert len(Store(store).done()) == 4
-    assert Store(store).study().model == "tiny-resnet-gn"
+    assert text == "the recipe for private training: model tiny-resnet-gn in place of tiny-resnet\n"
+    assert studies[0].recipe.model == "tiny-resnet-gn"
+    assert studies[0].epsilons == (8.0, math.inf)
     # Another study than without epsilons, whose recipe it says nothing about.
-    text, code = run(capsys, "train", *options, **settings)
-    assert code == 1
-    assert "recipe.model" in text
-    assert "in place of" not in text
+    assert run(capsys, "train", **settings) == ("", 0)
+    assert studies[1].recipe == settings["recipe"]
+    assert studies[1].privacy is None
 
 
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*_cifar.py")) + sorted(JOBS.glob("*_digits.py")))
