@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own layer and from those to its left. data.shards and
 # curvature.streaming use the store and the fleet: they come later than their parent packages.
 LAYERS = [
-    "version", "lazy", "encoding", "errors", "retry", "data", "plan", "models", "curvature",
-    "privacy", "training", "store", "fleet", "scores", "links", "data.shards",
+    "version", "lazy", "settings", "encoding", "errors", "retry", "data", "plan", "models",
+    "curvature", "privacy", "training", "store", "fleet", "scores", "links", "data.shards",
     "curvature.streaming", "interop", "study", "show", "cli",
 ]  # fmt: skip
 ONLY_HERE = {
@@ -101,7 +101,7 @@ def test_the_public_door_is_this_wide():
         "RecipeError", "ResultMismatchError", "ScoringModel", "Seeds", "Smoke", "StageSummary",
         "Store", "StoreError", "StoreFullError", "StoreHeldError", "Study",
         "StudyMismatchError", "Target", "Transform", "TrialError", "TrialKey", "TrialResult",
-        "__version__", "bounds_on_memorization", "correlations", "curvature", "find_links",
+        "__version__", "add_canaries", "bounds_on_memorization", "correlations", "curvature", "find_links",
         "export", "find_pairs", "find_removal", "flip_labels", "import_fleet", "import_npz",
         "import_scores",
         "influence", "ingest", "list_shards",

@@ -19,7 +19,7 @@ from raymem.links import (
     verdicts_on_link1,
 )
 from raymem.links.binned import crossed
-from raymem.links.curvature import MEASURES, Coefficient, correlate
+from raymem.links.correlation import MEASURES, Coefficient, correlate
 from raymem.links.sums import Sums
 from raymem.show import correlations_text, links_text
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.encoding import epsilon_name
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.epsilons import plain
 from raymem.links.membership_guesses import (
     CONFIDENCE,
@@ -31,7 +32,6 @@ from raymem.links.membership_guesses import (
     audit_candidates,
     audit_pairs,
 )
-from raymem.links.rows import Floats, floats, train_at
 from raymem.links.verdicts import Verdict
 from raymem.plan import Plan
 from raymem.privacy import (
@@ -202,11 +202,13 @@ class Pool(NamedTuple):
 
 def _pool(store: Store, plan: Plan) -> Pool:
     """The rows whose mean is told, chosen without looking at what was trained."""
+    study = store.study()
+    if study.canaries:
+        return Pool(np.array(study.canaries), "canaries", True)
     if plan.pool is not None:
         return Pool(np.array(plan.pool), "the candidates", True)
-    planted = store.study()["study"]["data"].get("planted")
-    if planted:
-        return Pool(np.array(planted), "training examples with flipped labels", True)
+    if study.flipped:
+        return Pool(np.array(study.flipped), "training examples with flipped labels", True)
     return Pool(np.arange(plan.n), "all training examples", False)
 
 

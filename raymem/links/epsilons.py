@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from raymem.links.column_arrays import Floats
 from raymem.links.fits import Fit, Shape
-from raymem.links.rows import Floats
 from raymem.links.two_stages import CONFIDENCE, Parameter, bootstrapped, doubts, laws
 from raymem.store import Store
 
@@ -144,7 +144,7 @@ def link2(store: Store, *, unclipped: Store | None = None, seed: int = 0) -> Lin
                 arms[arm] = values
     clipped = _clipped(rows)
     reference = None
-    if clipped and unclipped is not None and _recipe(store) == _recipe(unclipped):
+    if clipped and unclipped is not None and store.study().recipe == unclipped.study().recipe:
         reference = _without_clipping(unclipped, modes)
     return fit_link2(
         np.array(epsilons),
@@ -179,10 +179,6 @@ def _clipped(rows: Sequence[dict[str, Any]]) -> bool | None:
     """Were gradients clipped at epsilon inf? None without such trials."""
     norms = [row.get("max_grad_norm") for row in rows if math.isinf(row["epsilon"])]
     return all(norm is not None and math.isfinite(norm) for norm in norms) if norms else None
-
-
-def _recipe(store: Store) -> Any:
-    return store.study()["study"]["recipe"]
 
 
 def _without_clipping(store: Store, modes: Sequence[str]) -> Floats | None:

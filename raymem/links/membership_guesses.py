@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from raymem.links.rows import Floats
+from raymem.links.column_arrays import Floats
 from raymem.plan import Plan
 from raymem.privacy import (
     Mechanism,

@@ -32,7 +32,7 @@ from raymem.scores.estimates import (
     ratio,
     reliability,
 )
-from raymem.scores.fold_buffer import SpooledFolds
+from raymem.scores.fold_buffer import FoldBuffer
 from raymem.scores.influence_pairs import InfluencePairs, PairRule
 from raymem.scores.influence_table import influence_pairs, pairs_table
 from raymem.scores.lists import list_with_fdr, probability_above
@@ -91,8 +91,8 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     `rule` says which influence pairs are kept. Raises DamagedObjectError for a trial that does not
     read back, StoreError for a removal experiment.
     """
-    body = store.study()
-    if store.plan().removal is not None:
+    study = store.study()
+    if study.plan.removal is not None:
         raise StoreError(
             f"{store.url} is a removal experiment, which has no random subsets to score; see "
             f"`raymem removal {store.url}`"
@@ -102,8 +102,10 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     epsilons = sorted({*target.epsilons, *(key.epsilon for key in done)})
     tables: dict[str, list[pa.Table]] = {"examples": [], "influence": []}
     summaries, trial_rows = [], []
-    with SpooledFolds() as folds:
-        scorer = _Scorer(store, store.plan(), index, body["hash"], rule or PairRule(), folds)
+    with FoldBuffer() as folds:
+        scorer = _Scorer(
+            store, study.plan, index, study.canaries, study.hash, rule or PairRule(), folds
+        )
         for epsilon in epsilons:
             keys = sorted(key for key in done if key.epsilon == epsilon)
             summary, rows = scorer.at(epsilon, keys, tables)
@@ -111,10 +113,10 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
             trial_rows += sorted(rows, key=lambda row: int(row["trial"]))
         trial_rows += _unfinished(store, done)
         about = {
-            "study_hash": body["hash"],
+            "study_hash": study.hash,
             "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
         }
-        private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
+        private = columns.TRIALS_PRIVACY if study.privacy is not None else {}
         trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
         store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
         of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
@@ -138,9 +140,10 @@ class _Scorer:
     store: Store
     plan: Plan
     index: pa.Table
+    canaries: Sequence[int]
     study_hash: str
     rule: PairRule
-    folds: SpooledFolds
+    folds: FoldBuffer
 
     def at(
         self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]
@@ -154,7 +157,7 @@ class _Scorer:
         streamed = StreamedCurvature(self.store, self.index)
         folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
         sums = total(self._kept(epsilon, folds, sampled), n_rows)
-        table = _example_table(self.index, epsilon, sums, N, copies, outcomes)
+        table = _example_table(self.index, epsilon, sums, N, copies, outcomes, self.canaries)
         table = _with_privacy(table, rows)
         tables["examples"].append(table)
         mem = _floats(table["memorization"])[:N]
@@ -174,14 +177,24 @@ class _Scorer:
 
 
 def _example_table(
-    index: pa.Table, epsilon: float, sums: Sums, N: int, copies: Copies, outcomes: Outcomes
+    index: pa.Table,
+    epsilon: float,
+    sums: Sums,
+    N: int,
+    copies: Copies,
+    outcomes: Outcomes,
+    canaries: Sequence[int],
 ) -> pa.Table:
-    """scores/examples.parquet at one epsilon: train, then test, in the order of `index`."""
+    """scores/examples.parquet at one epsilon: train, then test, in the order of `index`.
+
+    Canaries have no memorization there: they would lead every list of memorized examples.
+    """
     is_test = np.arange(index.num_rows) >= N
+    is_canary = np.isin(np.arange(index.num_rows), canaries)
     n_in = np.where(is_test, 0, sums["n_in"])
     counts = (sums["correct_in"], n_in, sums["correct_out"], sums["n_out"])
     bit = difference_of_proportions(*counts)
-    above = probability_above(MEMORIZED_ABOVE, *counts)
+    above = np.where(is_canary, np.nan, probability_above(MEMORIZED_ABOVE, *counts))
     soft = difference_of_means(
         sums["p_true_in"],
         sums["p_true_squared_in"],
@@ -191,8 +204,8 @@ def _example_table(
         sums["n_out"],
     )
     reason = np.select(
-        [is_test, (n_in == 0) & (sums["n_out"] == 0), n_in == 0, sums["n_out"] == 0],
-        ["test example", "no trial yet", "no in-trial", "no out-trial"],
+        [is_test, is_canary, (n_in == 0) & (sums["n_out"] == 0), n_in == 0, sums["n_out"] == 0],
+        ["test example", "canary", "no trial yet", "no in-trial", "no out-trial"],
         "",
     )
     values: dict[str, Any] = {
@@ -213,10 +226,10 @@ def _example_table(
         values[f"accuracy_{arm}"] = ratio(sums[f"correct_{arm}"], n)
         values[f"p_true_{arm}"] = ratio(sums[f"p_true_{arm}"], n)
     for name, estimate in (("memorization", bit), ("memorization_soft", soft)):
-        values[name] = estimate.value
-        values[f"{name}_stderr"] = estimate.stderr
-        values[f"{name}_low"] = estimate.low
-        values[f"{name}_high"] = estimate.high
+        values[name] = np.where(is_canary, np.nan, estimate.value)
+        values[f"{name}_stderr"] = np.where(is_canary, np.nan, estimate.stderr)
+        values[f"{name}_low"] = np.where(is_canary, np.nan, estimate.low)
+        values[f"{name}_high"] = np.where(is_canary, np.nan, estimate.high)
     of = dict(columns.SCORES_EXAMPLES)
     if "n_curvature_in" in sums:
         found = _curvature_columns(sums, is_test)

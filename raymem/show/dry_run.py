@@ -139,7 +139,7 @@ def _busy(seconds: float) -> str:
 
 
 def _pilot(study: Study, threads: int, epsilon: float) -> Pilot:
-    what = (study.examples, study.plan, study.recipe, study.extras())
+    what = (study.examples, study.plan, study.recipe, study.trial_options())
     if isinstance(study.examples, CachedExamples):
         seconds, n_bytes = estimated_trial(*what, threads=threads, epsilon=epsilon)
         return Pilot(seconds=[], mean_seconds=seconds, n_bytes=n_bytes)
@@ -277,7 +277,7 @@ def _could_be_refuted(study: Study, mechanism: Mechanism) -> bool:
     if math.isinf(mechanism.epsilon):
         return True  # nothing is claimed
     drawn = study.plan.n if study.pool is None else len(study.pool)
-    candidates = len(study.examples.planted) or drawn
+    candidates = len(study.examples.canaries) or len(study.examples.planted) or drawn
     level = ALPHA / TESTS / sum(map(math.isfinite, study.epsilons))
     return could_be_refuted(mechanism, study.plan, study.trials, candidates, level=level)
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymem.data import Examples, flip_labels, load_examples
+from raymem.data import Examples, add_canaries, flip_labels, load_examples
 from raymem.errors import ExamplesError, StoreError
 from raymem.links import Links, find_links
 from raymem.store import Store
@@ -27,8 +27,8 @@ class Opened:
     def __init__(self, store: str | os.PathLike[str], data: Examples | str | None = None) -> None:
         self.store = Store(store)
         """The store itself."""
-        self.about: dict[str, Any] = self.store.study()
-        """study.json."""
+        self.about = self.store.study()
+        """study.json: what the study is."""
         self._data = data
 
     @property
@@ -58,16 +58,17 @@ class Opened:
         """
         if isinstance(self._data, Examples):
             return self._data
-        source = self._data or self.about.get("data_source")
+        source = self._data or self.about.data_source
         if not source:
             raise ExamplesError(
                 f"{self.store.url} does not say where its images are; give them as data= or --data"
             )
         found = load_examples(source)
-        planted = self.about["study"]["data"].get("planted")
-        if planted:
-            found = flip_labels(found, len(planted) / len(found.train_ids))
-        if found.fingerprint != self.about["study"]["data"]["fingerprint"]:
+        if self.about.flipped:
+            found = flip_labels(found, len(self.about.flipped) / len(found.train_ids))
+        if self.about.canaries:
+            found = add_canaries(found, len(self.about.canaries))
+        if found.fingerprint != self.about.fingerprint:
             raise ExamplesError(
                 f"the images at {source} are not those of {self.store.url}: ids, labels or pixels "
                 "differ; give the right ones as data="
@@ -105,7 +106,7 @@ class Opened:
     def __repr__(self) -> str:
         done = len(self.store.done())
         return (
-            f"raymem.open({self.store.url!r}): {self.about['data_name']}, {done:,} trials, "
+            f"raymem.open({self.store.url!r}): {self.about.data_name}, {done:,} trials, "
             f"{self.store.plan()}"
         )
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from raymem.encoding import epsilon_name
 from raymem.links import Finding, Links
-from raymem.plan import Plan
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
 from raymem.show.figures import Figure
 from raymem.show.page_sections import compared_section, membership_section
 from raymem.show.terminal_links import links_text
+from raymem.store import StudyRecord
 from raymem.version import VERSION
 
 COLUMNS = (
@@ -32,7 +32,7 @@ TWINS = 24
 
 
 def page(
-    about: Mapping[str, Any],
+    study: StudyRecord,
     chosen: Chosen,
     links: Links,
     charts: Sequence[Figure],
@@ -44,13 +44,13 @@ def page(
     attacked: Sequence[Attacked] = (),
     stale: str = "",
 ) -> str:
-    """The page. `about` is study.json, `command` what ran it, `without_pictures` why some lack,
+    """The page. `study` is study.json, `command` what ran it, `without_pictures` why some lack,
     `attacked` what membership.json has, `stale` what is wrong with it."""
     show = _Show(chosen.classes, pictures)
     rows = links.correlations.get(chosen.epsilon, ())
     compared = compared_section(rows, attacked, chosen.epsilon, stale)
     parts = [
-        _head(about, location, command, bool(attacked), bool(compared)),
+        _head(study, location, command, bool(attacked), bool(compared)),
         _trust(links.diagnostics, links.private_diagnostics),
         _figures(charts, ("memorization",), "Memorization", "memorization"),
         _links(links, charts),
@@ -65,7 +65,7 @@ def page(
         _table(chosen),
         _load(location),
     ]
-    title = _t(f"{about['data_name']}: what was memorized")
+    title = _t(f"{study.data_name}: what was memorized")
     css, js = (
         resources.files("raymem.show").joinpath(n).read_text() for n in ("page.css", "page.js")
     )
@@ -118,21 +118,18 @@ class _Show:
         )
 
 
-def _head(
-    about: Mapping[str, Any], location: str, command: str, attacked: bool, compared: bool
-) -> str:
-    study = about["study"]
-    plan, recipe = Plan.from_dict(study["plan"]), study["recipe"]
-    privacy = ", ".join(f"{k} {_plain(v)}" for k, v in study.get("privacy", {}).items())
+def _head(study: StudyRecord, location: str, command: str, attacked: bool, compared: bool) -> str:
+    plan, recipe = study.plan, study.recipe
+    privacy = ", ".join(f"{k} {_plain(v)}" for k, v in (study.privacy or {}).items())
     rows = [
-        ("data", f"{about['data_name']}: {study['data']['n_train']:,} training and "
-                 f"{study['data']['n_test']:,} test examples, {len(about['classes']):,} classes"),
+        ("data", f"{study.data_name}: {study.n_train:,} training and "
+                 f"{study.n_test:,} test examples, {len(study.classes):,} classes"),
         ("plan", f"{plan}, seed {plan.seed}" if plan.is_known else str(plan)),
         ("recipe", ", ".join(f"{k} {_plain(v)}" for k, v in recipe.items())),
         ("privacy", privacy or "none"),
-        ("curvature", "measured" if "curvature" in study else "not measured"),
+        ("curvature", "measured" if study.curvature is not None else "not measured"),
         ("store", location),
-        ("made by", f"raymem {VERSION}, study {about['hash'][:16]}"),
+        ("made by", f"raymem {VERSION}, study {study.hash[:16]}"),
     ]  # fmt: skip
     table = "".join(f"<tr><th scope='row'>{_t(k)}</th><td>{_t(v)}</td></tr>" for k, v in rows)
     again = f"<h3>Run it again</h3><pre>{_t(command)}</pre>" if command else ""
@@ -144,7 +141,7 @@ def _head(
     )  # fmt: skip
     nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in names)
     return (
-        f"<h1>{_t(about['data_name'])}: what was memorized</h1>\n<nav>{nav}</nav>\n"
+        f"<h1>{_t(study.data_name)}: what was memorized</h1>\n<nav>{nav}</nav>\n"
         f'<div class="scroll"><table>{table}</table></div>{again}\n'
     )
 

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.errors import StoreError
-from raymem.links.curvature import OTHER, Correlation, correlate, known_measures
-from raymem.links.rows import floats, train_at
+from raymem.links.column_arrays import floats, train_at
+from raymem.links.correlation import OTHER, Correlation, correlate, known_measures
 from raymem.links.sums import FixedSums, JoinedSums, Sums
 from raymem.store import Store
 

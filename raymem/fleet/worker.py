@@ -26,8 +26,9 @@ from raymem.errors import (
     StoreFullError,
     TrialError,
 )
-from raymem.fleet.checkpoints import StoreCheckpoints
-from raymem.fleet.ledger import COMMITTED, Lease, Outcome
+from raymem.fleet.resources import Resources
+from raymem.fleet.store_checkpoints import StoreCheckpoints
+from raymem.fleet.trial_queue import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
@@ -53,7 +54,7 @@ Arrays = tuple[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extras:
+class TrialOptions:
     """What trials do beyond the recipe, and which of them."""
 
     curvature: CurvatureRule | None = None
@@ -108,7 +109,7 @@ class Job:
     recipe: Recipe
     threads: int
     """CPU threads per trial."""
-    extras: Extras
+    options: TrialOptions
     """What trials do beside training and evaluation."""
     source: Source
     n_classes: int
@@ -124,29 +125,26 @@ class Job:
         plan: Plan,
         recipe: Recipe,
         store: Store,
-        threads: int,
-        extras: Extras,
-        *,
-        models_per_step: int | None = None,
-        gpu_share: float = 1.0,
+        options: TrialOptions,
+        resources: Resources,
     ) -> Job:
         """The job of a study."""
         return cls(
             store_url=store.url,
-            study_hash=store.study()["hash"],
+            study_hash=store.study().hash,
             plan=plan,
             recipe=recipe,
-            threads=threads,
-            extras=extras,
+            threads=resources.cpus_per_trial,
+            options=options,
             source=source_of(examples),
             n_classes=examples.n_classes,
-            models_per_step=models_per_step,
-            gpu_share=gpu_share,
+            models_per_step=1 if resources.workers_per_trial > 1 else resources.models_per_step,
+            gpu_share=min(1.0, resources.gpus_per_trial or 1.0),
         )
 
     def models_at_once(self, images: Images) -> int:
         """How many trials a worker with these images leases and trains in one step."""
-        if self.extras.mechanisms:  # each clips and adds noise by itself
+        if self.options.mechanisms:  # each clips and adds noise by itself
             return 1
         if self.models_per_step is not None:
             return self.models_per_step
@@ -177,46 +175,46 @@ def source_of(examples: Examples) -> Source:
     )
 
 
-class LedgerClient(Protocol):
-    """The ledger as a worker sees it: the object itself, or a Ray actor behind it."""
+class QueueClient(Protocol):
+    """The trial queue as a worker sees it: the object itself, or a Ray actor behind it."""
 
     def lease_group(self, worker: str, n: int) -> list[Lease] | None:
-        """See Ledger.lease_group."""
+        """See TrialQueue.lease_group."""
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
-        """See Ledger.finish."""
+        """See TrialQueue.finish."""
 
 
 def work(
-    ledger: LedgerClient,
+    queue: QueueClient,
     job: Job,
     device: torch.device,
     worker: str,
     *,
     ranks: Ranks = ALONE,
-    hurry: threading.Event | None = None,
+    preempted: threading.Event | None = None,
     count_images: Callable[[int], None] = lambda images: None,
     after_trial: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train trials until the ledger has none left.
+    """Train trials until the trial queue has none left.
 
     Of several `ranks` that train each trial together, rank 0 leases and commits, all with the name
-    of its `worker`. `hurry` is set when the node is about to go. Raises FleetError if one of
+    of its `worker`. `preempted` is set when the node is about to go. Raises FleetError if one of
     several failed: the others may be waiting for it, and only starting all of them anew helps.
     """
     images, store = job.images(device), Store(job.store_url)
-    attempt = Attempt(job, images, store, ranks, hurry or threading.Event(), count_images)
+    attempt = Attempt(job, images, store, ranks, preempted or threading.Event(), count_images)
     at_once = job.models_at_once(images) if ranks.alone else 1
 
     def lease() -> list[Lease] | None:
-        return ledger.lease_group(worker, at_once) if ranks.rank == 0 else None
+        return queue.lease_group(worker, at_once) if ranks.rank == 0 else None
 
     def finished(lease: Lease, outcome: Outcome, message: str) -> None:
         assert lease.key is not None
-        ledger.finish(worker, lease.key, outcome, message)
+        queue.finish(worker, lease.key, outcome, message)
         after_trial()
 
-    while (leases := ranks.share(lease())) is not None:
+    while (leases := ranks.broadcast(lease())) is not None:
         if leases[0].key is None:
             time.sleep(leases[0].wait)
         elif len(leases) > 1:
@@ -224,21 +222,21 @@ def work(
         elif ranks.alone:
             finished(leases[0], *attempt(leases[0]))
         else:
-            _with_others(ledger, worker, attempt, leases[0])
+            _with_others(queue, worker, attempt, leases[0])
             after_trial()
 
 
-def _with_others(ledger: LedgerClient, worker: str, attempt: Attempt, lease: Lease) -> None:
+def _with_others(queue: QueueClient, worker: str, attempt: Attempt, lease: Lease) -> None:
     """A trial that several ranks train together."""
     ranks, key = attempt.ranks, lease.key
     assert key is not None
     outcome, message = attempt(lease)
     failed = FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
     if outcome == "peer":
-        # Another of them failed, and says so; or it died, which the ledger finds out.
+        # Another of them failed, and says so; or it died, which the trial queue finds out.
         raise failed
     if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
-        ledger.finish(worker, key, outcome, message)
+        queue.finish(worker, key, outcome, message)
     if outcome not in (*COMMITTED, "diverged"):
         raise failed
 
@@ -251,7 +249,7 @@ class Attempt:
     images: Images
     store: Store
     ranks: Ranks
-    hurry: threading.Event
+    preempted: threading.Event
     count_images: Callable[[int], None]
 
     def __call__(self, lease: Lease) -> tuple[Any, str]:
@@ -291,7 +289,7 @@ class Attempt:
 
     def _member(self, lease: Lease, trial: _Trial) -> Member:
         assert lease.key is not None
-        asked = self.job.extras.of(lease.key)
+        asked = self.job.options.of(lease.key)
         return Member(
             mask=trial.mask,
             seeds=trial.seeds,
@@ -316,7 +314,7 @@ class Attempt:
             return error.cause, str(error)
         except StoreError as error:  # tried again for as long as that makes sense
             return "store", str(error)
-        except Exception as error:  # the user's model can raise anything; the ledger decides
+        except Exception as error:  # the user's model can raise anything; the trial queue decides
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename}:{where.lineno}"
             outcome = "peer" if self.ranks.lost_a_peer(error) else "error"
@@ -336,7 +334,7 @@ class Attempt:
             checkpoints=trial.checkpoints,
             ranks=self.ranks,
             on_epoch=lambda epoch: self.count_images(share),
-            **job.extras.of(lease.key),
+            **job.options.of(lease.key),
         )
         return self._commit(lease, trial, result)
 
@@ -379,12 +377,12 @@ class _Trial:
             "seeds": vars(seeds),
             "workers": attempt.ranks.world,
         }
-        seconds = job.extras.checkpoint_seconds
+        seconds = job.options.checkpoint_seconds
         return cls(
             mask=job.plan.mask(key.trial),
             seeds=seeds,
             checkpoints=StoreCheckpoints(
-                attempt.store, key, identity, seconds, attempt.hurry, share=share
+                attempt.store, key, identity, seconds, attempt.preempted, share=share
             ),
         )
 
@@ -399,7 +397,7 @@ def provenance(
     """How a trial came about, for the metadata of its object."""
     measured = result.curvature
     curvature = {} if measured is None else {"curvature": curvature_about(job, measured)}
-    mechanism = job.extras.mechanisms.get(key.epsilon)
+    mechanism = job.options.mechanisms.get(key.epsilon)
     privacy = {} if mechanism is None else {"privacy": mechanism.as_dict()}
     # Results that nobody can repeat are not to agree with each other.
     by_itself = f" {uuid.uuid4().hex}" if mechanism is not None and mechanism.secure_mode else ""
@@ -432,5 +430,5 @@ def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> 
 
 def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:
     """How curvature was measured, for the metadata beside it."""
-    rule = None if job.extras.curvature is None else job.extras.curvature.as_dict()
+    rule = None if job.options.curvature is None else job.options.curvature.as_dict()
     return {"mode": measured.mode, "rule": rule, "seconds": round(measured.seconds, 3)}
