@@ -429,6 +429,30 @@ def test_broken_training_is_caught_by_guesses(monkeypatch):
     assert "REFUTED" in str(verdict([audit]))
 
 
+@pytest.mark.slow
+def test_noise_that_is_counted_and_not_added_is_refuted(monkeypatch):
+    """DP-SGD that adds 3% of its noise at a claimed epsilon of 1, on random labels: all else is as
+    planned, and the model is as private alone as it is tested to be."""
+    from raymem.privacy.sgd import PrivateSteps
+
+    whole = PrivateSteps._make_private
+
+    def quieter(self):
+        whole(self)
+        assert self.mode == "ghost"
+        self._optimizer._adjusted_noise_multiplier = 0.03 * self.mechanism.noise_multiplier
+
+    monkeypatch.setattr(PrivateSteps, "_make_private", quieter)
+    study = private_study("memory://quieter", epsilons=(1.0,))
+    study.train(engine="serial")
+    study.score()
+    (audit,) = link3(Store("memory://quieter"))
+    assert audit.pairs.low > audit.pairs.refuted_from > audit.pairs.allowed
+    assert audit.candidates.p_value <= audit.level
+    for reason in ("mean memorization", "a candidate's membership", "one of two trials"):
+        assert reason in audit.reasons
+
+
 def unclipped(self):
     """A mechanism that counts its steps, and neither clips nor adds noise."""
 

@@ -123,7 +123,7 @@ def test_plans_that_cannot_answer_are_told_so(study):
 
 def test_a_plan_says_which_claims_its_audit_could_not_refute(study):
     """Pure epsilon-DP: all of 24,000 guesses right are likely if each is right but for e^-64."""
-    asked = study(trials=40, epsilons=(0.5, 64), subset_ratio=0.5, recipe=Recipe(model="mlp-16"))
+    asked = study(trials=40, epsilons=(0.5, 64), subset_ratio=0.5, recipe=RECIPE)
     claims = {
         epsilon: Mechanism(
             epsilon=epsilon, delta=1e-5, sample_rate=0.1, expected_batch=10, steps=10,

@@ -10,10 +10,12 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raymem.errors import PrivacyError
-from raymem.privacy.tradeoff import Tradeoff
+
+if TYPE_CHECKING:
+    from raymem.privacy.tradeoff import Tradeoff
 
 Accountant = Literal["prv", "rdp"]
 
@@ -127,6 +129,8 @@ class Mechanism:
 
 @functools.lru_cache(maxsize=64)
 def _curve(points: tuple[tuple[float, float], ...]) -> Tradeoff:
+    from raymem.privacy.tradeoff import Tradeoff
+
     return Tradeoff.from_points(points)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -75,6 +74,7 @@ class Tradeoff:
     def gaussian(cls, mu: float) -> Tradeoff:
         """Of the Gaussian mechanism with sensitivity `mu` standard deviations (mu-GDP), from above.
 
+        >>> from scipy import stats
         >>> exact = stats.norm.cdf(stats.norm.ppf(0.1) + 1)
         >>> 0 <= Tradeoff.gaussian(1.0).most_likely(0.1) - exact < 1e-3
         True
@@ -138,5 +138,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     >>> round(gaussian_delta(1.0, 0.0), 4)  # the total variation, 2 Phi(1/2) - 1
     0.3829
     """
+    from scipy import stats
+
     above = stats.norm.logcdf(-epsilon / mu - mu / 2)
     return float(stats.norm.cdf(-epsilon / mu + mu / 2) - math.exp(epsilon + above))

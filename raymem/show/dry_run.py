@@ -20,8 +20,6 @@ from raymem.data import CachedExamples
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.fleet import duration, estimated_trial, timed_trial
-from raymem.links.audit import ALPHA, TESTS
-from raymem.links.membership_guesses import could_be_refuted
 from raymem.privacy import Mechanism, bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,
@@ -274,6 +272,9 @@ def warnings(study: Study, mechanisms: Mapping[float, Mechanism]) -> list[str]:
 
 
 def _could_be_refuted(study: Study, mechanism: Mechanism) -> bool:
+    from raymem.links.audit import ALPHA, TESTS
+    from raymem.links.membership_guesses import could_be_refuted
+
     if math.isinf(mechanism.epsilon):
         return True  # nothing is claimed
     drawn = study.plan.n if study.pool is None else len(study.pool)
