@@ -76,7 +76,7 @@ class Tradeoff:
 
         >>> from scipy import stats
         >>> exact = stats.norm.cdf(stats.norm.ppf(0.1) + 1)
-        >>> 0 <= Tradeoff.gaussian(1.0).most_likely(0.1) - exact < 1e-3
+        >>> bool(0 <= Tradeoff.gaussian(1.0).most_likely(0.1) - exact < 1e-3)
         True
         """
         reach = mu * mu / 2 + GAUSSIAN_REACH * mu
