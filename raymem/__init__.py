@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         StudyMismatchError,
         TrialError,
     )
+    from raymem.experiments import LeaveOneOut, Removal
     from raymem.fleet import Progress, run_fleet
     from raymem.interop import export, import_fleet, import_npz, import_scores
     from raymem.links import (
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
         find_links,
         find_removal,
     )
-    from raymem.plan import Plan, Removal, Seeds
+    from raymem.plan import Plan, Seeds
     from raymem.privacy import (
         Bound,
         Mechanism,
@@ -116,6 +117,7 @@ __all__ = [
     "InfluencePairs",
     "IngestSummary",
     "JobOptions",
+    "LeaveOneOut",
     "Links",
     "Measured",
     "Mechanism",
