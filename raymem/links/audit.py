@@ -51,11 +51,14 @@ TESTS = 4
 # Candidates of a study that names none: as many, chosen by its first block.
 CHOSEN = 200
 NO_BLOCKS = "needs trials with and without an example in one block of trials"
+# Kinds of plans in which membership is random given that of all other examples, or of one alone.
+RANDOM = ("balanced", "candidate-pool", "fixed-size")
 NOT_PAIRED = {
     "fixed-size": "needs examples that are drawn independently of each other; in subsets of a "
     "fixed size they are not",
     "imported": "needs to know how subsets were drawn; these were drawn elsewhere",
     "removal": "needs random subsets",
+    "leave-one-out": "needs random subsets",
 }
 
 
@@ -260,7 +263,7 @@ def audit_epsilon(found: Evidence, plan: Plan, *, level: float) -> Audit:
         over = mean is not None and _one_sided(mean, len(found.keys), level) > bound.value
         count = int((limits > bound.value).sum())
         checks.append(BoundCheck(bound=bound, violations=count, mean_above=bool(over)))
-    candidates = _candidates(found, plan) if drawn.any() and plan.is_known else None
+    candidates = _candidates(found, plan) if drawn.any() and plan.kind in RANDOM else None
     singly = pairs = None
     why = NOT_PAIRED.get(plan.kind, "")
     if candidates is not None:
