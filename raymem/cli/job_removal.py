@@ -14,6 +14,7 @@ import click
 
 from raymem.cli.job_settings import DataSettings, JobSettings, recipe_option
 from raymem.cli.options import run_command, stage_argument
+from raymem.data import Examples
 from raymem.errors import StoreError
 from raymem.fleet import Resources
 from raymem.links import Removed, find_removal, removal_by_scores
@@ -28,20 +29,16 @@ STAGES = ("all", "plan", "scores", "train", "removal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemovalSettings(DataSettings):
-    """The removal experiment."""
+class ExperimentSettings(DataSettings):
+    """The experiment."""
 
     store: Annotated[str, Setting(path=True)]
     """Folder or URL of the experiment."""
     scores_from: Annotated[str | None, Setting(path=True)] = None
-    """A scored store of the same examples, whose most memorized ones are removed; None:
-    STORE_scores, trained first."""
+    """A scored store of the same examples, by which they are chosen; None: STORE_scores, trained
+    first."""
     trials: Annotated[int, Setting(least=20)] = 100
     """Models that memorization is measured with, in STORE_scores."""
-    sizes: Annotated[tuple[int, ...], Setting(form="NUMBERS")] = (10, 20, 40, 80)
-    """Numbers of training examples that are removed."""
-    repeats: Annotated[int, Setting(least=1)] = 10
-    """Models for each size and each way to choose what is removed; can be raised later."""
     part: Annotated[tuple[int, int] | None, Setting(parse=parse_part, form="K/N")] = None
     """Train only part K/N of the repeats, such as 1/2; None: all."""
     seed: Annotated[int, Setting(least=0)] = 0
@@ -57,6 +54,22 @@ class RemovalSettings(DataSettings):
             seed=self.seed,
         )
         return settings.study(recipe)
+
+    @property
+    def fixed(self) -> set[str]:
+        """Fields that are no options: where images come from, if the job made them itself."""
+        own = {"data", "data_root", "download", "image_size"}
+        return own if isinstance(self.data, Examples) else set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalSettings(ExperimentSettings):
+    """The removal experiment."""
+
+    sizes: Annotated[tuple[int, ...], Setting(form="NUMBERS")] = (10, 20, 40, 80)
+    """Numbers of training examples that are removed."""
+    repeats: Annotated[int, Setting(least=1)] = 10
+    """Models for each size and each way to choose what is removed; can be raised later."""
 
     def study(self, scoring: Study, source: str) -> Study:
         """The experiment, of the examples that the store `source` finds most memorized."""
@@ -93,7 +106,9 @@ def run_removal_job(
         run_removal(given, given.scoring(chosen), resources, stage)
 
     params = [stage_argument(STAGES), *recipe_option(recipes)]
-    run_command(work, settings, Resources(), params=params, arguments=arguments)
+    run_command(
+        work, settings, Resources(), skip=settings.fixed, params=params, arguments=arguments
+    )
 
 
 def run_removal(
@@ -102,13 +117,13 @@ def run_removal(
     """One stage, or all of them in turn."""
     threads = resources.cpus_per_trial
     if settings.scores_from is None and stage in ("all", "scores"):
-        _score(scoring, resources)
+        score_first(scoring, resources)
     if stage == "scores":
         return
     if stage == "removal":
         _show(find_removal(Store(settings.store)))
         return
-    if stage == "plan" and settings.scores_from is None and not _has_scores(scoring):
+    if stage == "plan" and settings.scores_from is None and not has_scores(scoring):
         click.echo("First, the trials that memorization is measured with:")
         click.echo(planned(scoring, threads=threads))
         return
@@ -123,7 +138,7 @@ def run_removal(
         _show(find_removal(study.open_store()))
 
 
-def _has_scores(study: Study) -> bool:
+def has_scores(study: Study) -> bool:
     """Is every trial of the scoring study scored?"""
     try:
         scored = Store(study.store).scored(math.inf)
@@ -132,10 +147,10 @@ def _has_scores(study: Study) -> bool:
     return set(study.target.wanted()) <= set(scored)
 
 
-def _score(study: Study, resources: Resources) -> None:
+def score_first(study: Study, resources: Resources) -> None:
     """Train and score what memorization is measured with, unless that is done."""
     click.echo(study.examples.describe())
-    if not _has_scores(study):
+    if not has_scores(study):
         study.train(resources)
         study.score()
     store = study.open_store()

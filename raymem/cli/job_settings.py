@@ -14,7 +14,7 @@ import click
 
 from raymem.cli.base import absolute_store
 from raymem.cli.exchange import CacheImages
-from raymem.data import Examples, flip_labels, holds_cache, load_examples
+from raymem.data import Examples, draw_training, flip_labels, holds_cache, load_examples
 from raymem.data.shards import ingest
 from raymem.errors import ExamplesError
 from raymem.fleet import Resources
@@ -41,6 +41,8 @@ class DataSettings:
     image_size: Annotated[int | None, Setting(least=1)] = None
     """Resize the images of a folder to squares with sides of this many pixels; None: as they
     are."""
+    train_examples: Annotated[int | None, Setting(least=1)] = None
+    """Take only this many of the training examples, drawn by their ids; None: all."""
     flip_labels: Annotated[float, Setting(least=0, most=0.5)] = 0.0
     """Share of the training labels that are made wrong on purpose."""
 
@@ -54,6 +56,8 @@ class DataSettings:
                 download=self.download,
                 image_size=self.image_size,
             )
+        if self.train_examples is not None:
+            examples = draw_training(examples, self.train_examples)
         return flip_labels(examples, self.flip_labels) if self.flip_labels else examples
 
 
@@ -74,6 +78,8 @@ class PoolSettings:
     random, all others are in every subset; None: all examples are drawn."""
     pool_size: Annotated[int, Setting(least=1)] = 500
     """How many of its most memorized examples."""
+    rest_ratio: Annotated[float, Setting(least=0, most=1, above_least=True)] = 1.0
+    """Share of the other examples that each model sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +164,11 @@ class JobSettings(StudySettings, DataSettings):
             from raymem.links import most_memorized
 
             candidates = most_memorized(examples, self.pool.pool_from, self.pool.pool_size)
-            settings |= {"kind": "candidate-pool", "pool": candidates}
+            settings |= {
+                "kind": "candidate-pool",
+                "pool": candidates,
+                "rest_ratio": self.pool.rest_ratio,
+            }
         if self.epsilons is not None:
             settings |= {"epsilons": self.epsilons, "privacy": self.privacy}
             recipe = private_recipe(

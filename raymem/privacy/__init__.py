@@ -22,10 +22,9 @@ if TYPE_CHECKING:
         tightest,
     )
     from raymem.privacy.empirical_epsilon import (
-        best_guesses,
         certified_epsilon,
         clopper_pearson,
-        largest_certifiable,
+        largest_refuted,
         lower_limit_of_difference,
         one_run_epsilon,
         one_run_p_value,
@@ -37,6 +36,13 @@ if TYPE_CHECKING:
         check_epsilons,
         mechanism_for,
         parse_epsilons,
+    )
+    from raymem.privacy.membership_audit import (
+        guess_distribution,
+        guess_p_value,
+        highest_are_in,
+        rank_tail,
+        summed,
     )
     from raymem.privacy.per_example import (
         check_frozen,
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
         physical_batches,
         poisson_batch,
     )
+    from raymem.privacy.tradeoff import Tradeoff, gaussian_delta
 
 
 __all__ = [
@@ -61,7 +68,7 @@ __all__ = [
     "PerExample",
     "Privacy",
     "PrivateSteps",
-    "best_guesses",
+    "Tradeoff",
     "bounds_on_memorization",
     "certified_epsilon",
     "check_epsilons",
@@ -72,8 +79,12 @@ __all__ = [
     "clopper_pearson",
     "fixed_size_bound",
     "frozen_state",
+    "gaussian_delta",
+    "guess_distribution",
+    "guess_p_value",
+    "highest_are_in",
     "honest_bound",
-    "largest_certifiable",
+    "largest_refuted",
     "lower_limit_of_difference",
     "mechanism_for",
     "modes_of",
@@ -83,7 +94,9 @@ __all__ = [
     "parse_epsilons",
     "physical_batches",
     "poisson_batch",
+    "rank_tail",
     "sharp_bound",
+    "summed",
     "tightest",
 ]
 
