@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +15,9 @@ from raymem.errors import (
     ResultMismatchError,
     StoreError,
     StoreFullError,
-    StoreHeldError,
 )
-from raymem.fleet.progress_line import ProgressLine
+from raymem.fleet.long_stage import LongStage, Stopped
+from raymem.fleet.progress_line import describe
 from raymem.fleet.resources import Resources
 from raymem.fleet.trial_queue import Lost, Progress, TrialQueue
 from raymem.fleet.worker import Job, TrialOptions, work
@@ -39,14 +35,6 @@ FATAL: dict[str, type[RaymemError]] = {
     "store": StoreError,
     "error": FleetError,
 }
-
-
-class Stopped(RaymemError):
-    """The user stopped the fleet; what is committed is kept."""
-
-
-class _StopNow(BaseException):
-    """Raised by the signal, wherever the process is. Whatever a trial catches, it is not this."""
 
 
 class _Watched(Protocol):
@@ -85,9 +73,8 @@ def run_fleet(
     if options.mechanisms:
         check_private(model, examples.image_shape)
         check_private_recipe(recipe, resources.workers_per_trial)
-    line = ProgressLine()
     latest: dict[str, Any] = {}
-    with DriverLock(store.files, progress=lambda: latest) as lock, stop_signals() as stops:
+    with DriverLock(store.files, progress=lambda: latest) as lock, LongStage(lock) as stage:
         target = store.target
         wanted, done = target.wanted(), store.done()
         for key in store.checkpointed() & done:  # their worker died between commit and clearing up
@@ -108,28 +95,23 @@ def run_fleet(
                 notices=progress.notices[-NOTICES_SHOWN:],
             )
             for notice in progress.notices[notices_said[0] :]:
-                line.say(notice)
+                stage.line.say(notice)
             notices_said[0] = len(progress.notices)
             for lost in watched.take_lost():
                 store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
-            line.show(progress)
-            if lock.lost.is_set():
-                raise StoreHeldError(
-                    f"another driver took {store.url} over; see `raymem status` for who it is"
-                )
-            if stops.count == 1 and not asked_to_stop[0]:
+            stage.show(describe(progress), last=progress.complete)
+            if stage.stop_asked and not asked_to_stop[0]:
                 asked_to_stop[0] = True
                 watched.stop()
-                line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
+                stage.line.say(
+                    "stopping: running trials finish first; press Ctrl-C again to stop now"
+                )
 
-        try:
-            progress = queue.progress()
-            if not progress.complete:
-                job = Job.of(examples, plan, recipe, store, options, resources)
-                run = _run_serial if resources.engine == "serial" else _run_ray
-                progress = run(queue, job, watch, resources)
-        finally:
-            line.close()
+        progress = queue.progress()
+        if not progress.complete:
+            job = Job.of(examples, plan, recipe, store, options, resources)
+            run = _run_serial if resources.engine == "serial" else _run_ray
+            progress = run(queue, job, watch, resources)
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
     if asked_to_stop[0] and progress.done + progress.failed < progress.total:
@@ -190,32 +172,3 @@ def _gpus_there(resources: Mapping[str, float]) -> float:
             "1 or 0"
         )
     return 1.0 if resources.get("GPU") else 0.0
-
-
-class Stops:
-    """How often the user asked to stop."""
-
-    count = 0
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stops]:
-    """Counts Ctrl-C, the second ends at once, as SIGTERM does. Only the main thread can do this."""
-    stops = Stops()
-    if threading.current_thread() is not threading.main_thread():
-        yield stops
-        return
-
-    def count(number: int, frame: FrameType | None) -> None:
-        stops.count += 2 if number == signal.SIGTERM else 1
-        if stops.count > 1:
-            raise _StopNow
-
-    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stops
-    except _StopNow:
-        raise Stopped("stopped at once; run the same command again to go on") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,10 +17,6 @@ class ProgressLine:
         self._terminal = sys.stderr.isatty()
         self._last_text, self._last_time = "", -LOG_SECONDS
 
-    def show(self, progress: Progress) -> None:
-        """Show where the fleet is, if it is time."""
-        self.show_text(describe(progress), last=progress.complete)
-
     def show_text(self, text: str, *, last: bool) -> None:
         """Show a line, if it is time; the last one always."""
         now = time.monotonic()

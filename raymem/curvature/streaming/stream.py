@@ -7,9 +7,8 @@ until a shard is whole. What is in the store is not scored again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
 from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming.gather import Gathered, StreamSummary
@@ -18,8 +17,7 @@ from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
 from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
 from raymem.data.shards.records import Shard
 from raymem.data.shards.transform import Batch
-from raymem.errors import StoreHeldError
-from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
+from raymem.fleet import Engine, LongStage
 from raymem.store import DriverLock, Files, Store
 from raymem.training import batch_of
 
@@ -69,32 +67,16 @@ def stream_curvature(
         threads=threads,
         channels_last=model.channels_last,
     )
-    run: Callable[..., Generator[Batch]] = _on_ray if engine == "ray" else _in_process
+    run = _on_ray if engine == "ray" else _in_process
     gathered = Gathered(store, model, task, about, summary, skip_bad)
-    line = ProgressLine()
     folder = Files(f"{store.url}/curvature/{model.name}")
+    status = {"stage": "curvature"}
     with (
-        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}) as lock,
-        stop_signals() as stops,
+        DriverLock(folder, progress=lambda: {**status, "left": gathered.progress.left}) as lock,
+        LongStage(lock) as stage,
     ):
-        try:
-            # Closed at once, whatever happens, so that workers end with the run.
-            with contextlib.closing(run(task, model, scorers, gpus_per_scorer, verbose)) as batches:
-                for batch in batches:
-                    gathered.add(batch)
-                    line.show_text(gathered.progress(), last=gathered.left == 0)
-                    if lock.lost.is_set():
-                        raise StoreHeldError(
-                            f"another driver took {folder.url} over; its shards will be in the "
-                            "store: see `raymem status` of it"
-                        )
-                    if stops.count and gathered.left:
-                        raise Stopped(
-                            f"stopped after {summary.shards - gathered.left:,} of "
-                            f"{summary.shards:,} shards; run the same command again to go on"
-                        )
-        finally:
-            line.close()
+        results = run(task, model, scorers, gpus_per_scorer, verbose)
+        stage.collect(results, gathered.add, gathered.progress)
     return summary
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ def finish(
     for classes without training examples.
     """
     found = _records(files, splits)
-    _check_ids(found)
+    _check_ids(found, files)
     classes = _classes(found, splits)
     errors = _errors(found, len(classes))
     rejects = found.append_column("why", pa.array(errors, pa.string()))
@@ -116,7 +117,7 @@ def _records(files: Files, splits: Splits) -> pa.Table:
         split, shard = at
         key = shard_key(split, shard.name)
         table = shard_rows(files, key).replace_schema_metadata()
-        _check_files(table, shard, f"{files.url}/{key}")
+        _check_files(table, shard, files, key)
         n = table.num_rows
         table = table.append_column("split", pa.array([split] * n, pa.string()))
         return table.append_column("shard", pa.array([key] * n, pa.string()))
@@ -125,19 +126,19 @@ def _records(files: Files, splits: Splits) -> pa.Table:
         return pa.concat_tables(list(pool.map(read, of)))
 
 
-def _check_files(table: pa.Table, shard: Shard, key: str) -> None:
+def _check_files(table: pa.Table, shard: Shard, files: Files, key: str) -> None:
     """Was a folder decoded when it had the files that it has now?"""
     if shard.kind != "folder":
         return
     at = shard.url.removeprefix(shard.root).lstrip("/")
     if table["example_id"].to_pylist() != [example_id(f"{at}/{name}") for name in shard.files]:
         raise DamagedObjectError(
-            f"{key} was decoded when the folder had other images than now; delete it, and run the "
-            "same command again"
+            f"{files.url}/{key} was decoded when the folder had other images than now; run "
+            f"{_deletion(files, {key})}, then the same command again"
         )
 
 
-def _check_ids(found: pa.Table) -> None:
+def _check_ids(found: pa.Table, files: Files) -> None:
     counts = pc.value_counts(found["example_id"])
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     if len(repeated) == 0:
@@ -147,10 +148,20 @@ def _check_ids(found: pa.Table) -> None:
     for row in rows.to_pylist():
         at.setdefault(row["example_id"], []).append(row["shard"])
     shown = (f"{id_} in {' and '.join(dict.fromkeys(keys))}" for id_, keys in sorted(at.items()))
+    command = _deletion(files, {key for keys in at.values() for key in keys})
     raise ExamplesError(
         f"{len(at):,} ids are not unique over both splits: {some(shown)}; rename or remove those "
-        "images, delete these objects of the cache, and run the same command again"
+        f"images, forget what was decoded of them with {command}, and run the same command again"
     )
+
+
+def _deletion(files: Files, keys: Set[str]) -> str:
+    """The command that deletes objects of a cache."""
+    if files.local:
+        return f"`rm {' '.join(shlex.quote(files.path(key)) for key in sorted(keys))}`"
+    deleted = "".join(f"files.delete({key!r}); " for key in sorted(keys)).removesuffix("; ")
+    code = f"from raymem.store import Files; files = Files({files.url!r}); {deleted}"
+    return f"`python -c {shlex.quote(code)}`"
 
 
 def _classes(found: pa.Table, splits: Splits) -> tuple[str, ...]:
