@@ -13,15 +13,18 @@ from raymem.data.cache import Cache, CachedExamples, holds_cache
 from raymem.data.duplicates import near_duplicates
 from raymem.data.examples import Examples, fingerprint_of, group_column
 from raymem.data.flipped_labels import flip_labels
+from raymem.data.join import ABSENT, different, repeated, rows_of
 from raymem.data.load import NAMED, load_examples
 from raymem.data.pixels import example_id
 
 __all__ = [
+    "ABSENT",
     "NAMED",
     "Cache",
     "CachedExamples",
     "Examples",
     "arrays_of_npz",
+    "different",
     "example_id",
     "fingerprint_of",
     "flip_labels",
@@ -29,4 +32,6 @@ __all__ = [
     "holds_cache",
     "load_examples",
     "near_duplicates",
+    "repeated",
+    "rows_of",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymem.data import Examples, example_id
+from raymem.data import ABSENT, Examples, example_id, repeated, rows_of
 from raymem.errors import ImportFileError
 from raymem.interop.safe import array_of, as_text, whole_numbers
 
@@ -128,15 +128,15 @@ def _places(
     given: Sequence[str], own: Sequence[str], hashes: Sequence[str], split: str
 ) -> NDArray[np.int64]:
     """For each example of the set, its row in the fleet."""
-    row = {name: k for k, name in enumerate(given)}
-    row |= {example_id(name): k for k, name in enumerate(given)}
-    if len(set(given)) != len(given):
+    if repeated(given):
         raise ImportFileError(f"{split} ids repeat; each row needs its own")
-    found = [row.get(name, row.get(sha)) for name, sha in zip(own, hashes, strict=True)]
-    missing = [name for name, place in zip(own, found, strict=True) if place is None]
+    rows = rows_of(own, [example_id(name) for name in given])
+    for names in (own, hashes):
+        rows = np.where(rows == ABSENT, rows_of(names, given), rows)
+    missing = [own[k] for k in np.flatnonzero(rows == ABSENT).tolist()]
     if missing:
         raise ImportFileError(
             f"{len(missing):,} {split} examples have no row in the fleet, such as "
             f"{', '.join(missing[:SHOWN])}; is it another set?"
         )
-    return np.array(found, np.int64)
+    return rows

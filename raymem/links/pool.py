@@ -8,9 +8,10 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymem.data import Examples
+from raymem.data import ABSENT, Examples, different, rows_of
 from raymem.errors import PlanError
 from raymem.plan import Removal, check_sizes
 from raymem.store import Store
@@ -77,33 +78,33 @@ def ranked(
     source = Store(store)
     scores, index = source.scores(), source.examples()
     here = pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], math.inf))
-    rows = scores.filter(here).select(["example_id", "memorization"]).drop_null()
-    if rows.num_rows < n:
+    known = scores.filter(here).select(["example_id", "memorization"]).drop_null()
+    if known.num_rows < n:
         raise PlanError(
-            f"{source.url} has memorization of {rows.num_rows:,} examples at epsilon inf, fewer "
+            f"{source.url} has memorization of {known.num_rows:,} examples at epsilon inf, fewer "
             f"than {n:,}; train more trials there, or take fewer"
         )
     order = [("memorization", "descending"), ("example_id", "ascending")]
-    top = rows.take(pc.sort_indices(rows, order))
-    chosen = top["example_id"].to_pylist()[:n]
-    place = {example_id: row for row, example_id in enumerate(examples.train_ids)}
-    there = {
-        row["example_id"]: row
-        for row in index.filter(pc.equal(index["split"], "train")).to_pylist()
-    }
-    hashes = examples.content_hashes
-    wrong = [
-        example_id
-        for example_id in chosen
-        if example_id not in place
-        or there[example_id]["label"] != int(examples.y_train[place[example_id]])
-        or there[example_id]["content_hash"] not in (None, hashes[place[example_id]])
-    ]
+    top = known.take(pc.sort_indices(known, order))
+    top = top[:n]
+    ids = top["example_id"]
+    there = index.filter(pc.equal(index["split"], "train"))
+    there = there.take(rows_of(ids, there["example_id"]))
+    rows = rows_of(ids, examples.train_ids)
+    here = pa.table(
+        {
+            "label": examples.y_train,
+            "content_hash": examples.content_hashes[: len(examples.y_train)],
+        }
+    ).take(pa.array(rows, mask=rows == ABSENT))
+    bad = pc.or_(pc.is_null(here["label"]), pc.is_null(there["label"])).to_numpy()
+    for name in ("label", "content_hash"):
+        bad[different(there[name], here[name])] = True
+    wrong = ids.filter(pa.array(bad)).to_pylist()
     if wrong:
         raise PlanError(
             f"{len(wrong):,} of the {n:,} most memorized examples of {source.url} are not in "
             f"{examples.name} with the same pixels and label, such as {', '.join(wrong[:SHOWN])}; "
             "take the store of a study of the same set"
         )
-    values = top["memorization"].to_pylist()[:n]
-    return tuple(place[example_id] for example_id in chosen), tuple(values)
+    return tuple(rows.tolist()), tuple(top["memorization"].to_pylist())

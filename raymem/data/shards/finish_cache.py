@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from raymem.data.array_checks import some
 from raymem.data.cache import FORMAT, INDEX, REJECTS, SPLITS, WHOLE
 from raymem.data.examples import fingerprint_of
+from raymem.data.join import repeated
 from raymem.data.pixels import ILSVRC, WNID, example_id
 from raymem.data.shards.pieces import shard_key, shard_rows
 from raymem.data.shards.records import Shard
@@ -139,11 +140,11 @@ def _check_files(table: pa.Table, shard: Shard, files: Files, key: str) -> None:
 
 
 def _check_ids(found: pa.Table, files: Files) -> None:
-    counts = pc.value_counts(found["example_id"])
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(repeated) == 0:
+    twice = repeated(found["example_id"])
+    if not twice:
         return
-    rows = found.filter(pc.is_in(found["example_id"], repeated)).select(["example_id", "shard"])
+    rows = found.filter(pc.is_in(found["example_id"], pa.array(twice)))
+    rows = rows.select(["example_id", "shard"])
     at: dict[str, list[str]] = {}
     for row in rows.to_pylist():
         at.setdefault(row["example_id"], []).append(row["shard"])
