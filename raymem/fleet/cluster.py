@@ -13,7 +13,6 @@ from typing import Any
 # One for the whole process: Ray reads it once.
 TOKEN = secrets.token_hex(32)
 _OURS: list[bool] = []
-HEAD_RESOURCE = "node:__internal_head__"
 # What nodes without GPUs have in our cluster files, and the head, to say that there are such nodes.
 CPU_NODE = "raymem_cpu"
 QUIET_LOGGERS = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
@@ -71,6 +70,8 @@ def is_private() -> bool:
 
 def on_head() -> dict[str, Any]:
     """Options of an actor that must live on the head node: other nodes may be lost."""
+    from raymem.fleet.ray_internals import HEAD_RESOURCE
+
     return _where(HEAD_RESOURCE)
 
 
@@ -88,17 +89,6 @@ def _where(resource: str) -> dict[str, Any]:
 
     known = any(resource in node["Resources"] for node in ray.nodes() if node["Alive"])
     return {"resources": {resource: 0.001}} if known else {}
-
-
-def draining_nodes() -> set[str]:
-    """The ids of nodes that are about to go: preempted, or scaled down."""
-    import ray
-
-    try:
-        # Ray has no public way to ask; its own libraries ask so.
-        return set(ray._private.state.state.get_draining_nodes())
-    except Exception:  # a later Ray: lost nodes are noticed anyway, checkpoints are older then
-        return set()
 
 
 @contextlib.contextmanager

@@ -26,10 +26,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from raymem.errors import FleetError
 from raymem.fleet.blame import Location
-from raymem.fleet.cluster import draining_nodes, is_private, on_head
+from raymem.fleet.cluster import is_private, on_head
 from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.metrics import FleetMetrics, image_counter
-from raymem.fleet.placement import RUNNER_ENVIRONMENT, GroupTrainer, Placements
+from raymem.fleet.placement import Placements
+from raymem.fleet.ray_internals import RUNNER_ENVIRONMENT, GroupTrainer, draining_nodes
 from raymem.fleet.remote_queue import RemoteQueue
 from raymem.fleet.resources import Resources
 from raymem.fleet.trial_queue import Progress, TrialQueue
@@ -180,7 +181,7 @@ class WorkerGroups:
         """
         self._drop_ended()
         self._placements.free([worker_group.name for worker_group in self._worker_groups])
-        going = draining_nodes()
+        going = _draining_nodes()
         for worker_group in self._worker_groups:
             if worker_group.node_id in going or (going and not worker_group.node_id):
                 self._queue.drain(worker_group.name)
@@ -315,6 +316,13 @@ class WorkerGroups:
         if self._demand is not None:
             self._demand.ask(0, known=())
             self._placements.close()
+
+
+def _draining_nodes() -> set[str]:
+    try:
+        return draining_nodes()
+    except Exception:  # a later Ray: lost nodes are noticed anyway, checkpoints are older then
+        return set()
 
 
 def run_on_ray(

@@ -10,6 +10,7 @@ import warnings
 from typing import NamedTuple
 
 from raymem.errors import PrivacyError, first_line
+from raymem.privacy.opacus_internals import privacy_loss
 
 # Relative width at which the search for the noise ends.
 TOLERANCE = 2e-3
@@ -152,15 +153,12 @@ def total_variation(
     >>> round(total_variation(2.0, 1.0, 1), 2)  # 2 Phi(1 / (2 sigma)) - 1 = 0.1974
     0.2
     """
-    from opacus.accountants import PRVAccountant
-
-    counter = PRVAccountant()
-    counter.history = [(noise_multiplier, sample_rate, steps)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # opacus shows epsilon at delta only; the distribution it comes from has delta at 0.
-            loss = counter._get_dprv(eps_error=error, delta_error=error / 10)
+            loss = privacy_loss(
+                noise_multiplier, sample_rate, steps, eps_error=error, delta_error=error / 10
+            )
         # Gopi et al. 2021, Theorem 5.5: shifted by the errors, the estimate is an upper bound.
         upper = float(loss.compute_delta_estimate(-error)) + error / 10
     except (RuntimeError, ValueError, FloatingPointError, MemoryError, IndexError):
