@@ -16,7 +16,7 @@ import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,24 @@ FORMAT = 1
 SPLITS = ("train", "test")
 ABOUT, WHOLE, INDEX, REJECTS = "_about.json", "cache.json", "index.parquet", "rejects.parquet"
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
+
+
+class CacheAbout(TypedDict):
+    """What cache.json holds."""
+
+    format: int
+    name: str
+    image_shape: tuple[int, int, int]
+    classes: list[str]
+    n_train: int
+    n_test: int
+    fingerprint: str
+    n_rejects: int
+    rejects: dict[str, int]
+    class_sizes: dict[str, dict[str, Any]]
+    duplicates: dict[str, int]
+    findings: list[str]
+    raymem: str
 
 
 class Cache:
@@ -60,7 +78,7 @@ class Cache:
                 f"{self.url} is a cache of format {found}, this raymem reads {FORMAT}; take the "
                 "raymem that made it, or ingest again into another CACHE"
             )
-        self.about: dict[str, Any] = about
+        self.about: CacheAbout = about
         """cache.json: counts, classes, fingerprint, findings."""
 
     @property
@@ -111,7 +129,8 @@ class Cache:
     def split(self, name: str) -> pa.Table:
         """The rows of the index of one split, "train" or "test"."""
         start = 0 if name == "train" else self.about["n_train"]
-        return self.index().slice(start, self.about[f"n_{name}"])
+        n = self.about["n_train" if name == "train" else "n_test"]
+        return self.index().slice(start, n)
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """The labels of one split, int64 [n]."""

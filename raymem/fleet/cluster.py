@@ -8,7 +8,6 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 # One for the whole process: Ray reads it once.
 TOKEN = secrets.token_hex(32)
@@ -68,14 +67,14 @@ def is_private() -> bool:
     return bool(_OURS)
 
 
-def on_head() -> dict[str, Any]:
+def on_head() -> dict[str, object]:
     """Options of an actor that must live on the head node: other nodes may be lost."""
     from raymem.fleet.ray_internals import HEAD_RESOURCE
 
     return _where(HEAD_RESOURCE)
 
 
-def on_cpu_nodes() -> dict[str, Any]:
+def on_cpu_nodes() -> dict[str, object]:
     """Options of tasks that need no GPU: on nodes without, where the cluster has such.
 
     Beyond what these nodes hold, other waiting tasks make Ray start nodes with GPUs. It is no label
@@ -84,7 +83,7 @@ def on_cpu_nodes() -> dict[str, Any]:
     return _where(CPU_NODE)
 
 
-def _where(resource: str) -> dict[str, Any]:
+def _where(resource: str) -> dict[str, object]:
     import ray
 
     known = any(resource in node["Resources"] for node in ray.nodes() if node["Alive"])

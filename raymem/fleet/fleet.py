@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -73,7 +73,7 @@ def run_fleet(
     if options.mechanisms:
         check_private(model, examples.image_shape)
         check_private_recipe(recipe, resources.workers_per_trial)
-    latest: dict[str, Any] = {}
+    latest: dict[str, object] = {}
     with DriverLock(store.files, progress=lambda: latest) as lock, LongStage(lock) as stage:
         target = store.target
         wanted, done = target.wanted(), store.done()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ class Repeat:
             + ("" if self.comparable else " (on other hardware, a GPU, or with secret noise)")
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON-ready."""
         epsilon = "inf" if math.isinf(self.epsilon) else self.epsilon
         return {**vars(self), "epsilon": epsilon, "text": self.text}

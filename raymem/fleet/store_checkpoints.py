@@ -12,7 +12,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from raymem.store import Store, TrialKey
 
@@ -27,7 +26,7 @@ class StoreCheckpoints:
         self,
         store: Store,
         key: TrialKey,
-        identity: dict[str, Any],
+        identity: dict[str, object],
         seconds: float,
         preempted: threading.Event,
         clock: Callable[[], float] = time.monotonic,

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from raymem.fleet.trial_queue import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
+from raymem.store.trials import CurvatureProvenance, Provenance
 from raymem.store.weights import weights_digest
 from raymem.training import (
     ALONE,
@@ -53,6 +54,14 @@ Arrays = tuple[
 ]  # x_train, y_train, x_test, y_test
 
 
+class TrialArguments(TypedDict):
+    """What `run_trial` is given for one trial."""
+
+    curvature: CurvatureRule | None
+    keep_weights: bool
+    mechanism: Mechanism | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialOptions:
     """What trials do beyond the recipe, and which of them."""
@@ -68,7 +77,7 @@ class TrialOptions:
     mechanisms: Mapping[float, Mechanism] = field(default_factory=dict)
     """Of private studies: what trials at each epsilon do, epsilon inf among them."""
 
-    def of(self, key: TrialKey) -> dict[str, Any]:
+    def of(self, key: TrialKey) -> TrialArguments:
         """Arguments for `run_trial`."""
         measured = self.curvature_trials is None or key.trial < self.curvature_trials
         return {
@@ -393,27 +402,27 @@ def _raised(error: Exception) -> Outcome:
 
 def provenance(
     job: Job, key: TrialKey, lease: Lease, seeds: Seeds, result: TrialResult, device: torch.device
-) -> dict[str, Any]:
+) -> Provenance:
     """How a trial came about, for the metadata of its object."""
-    measured = result.curvature
-    curvature = {} if measured is None else {"curvature": curvature_about(job, measured)}
     mechanism = job.options.mechanisms.get(key.epsilon)
-    privacy = {} if mechanism is None else {"privacy": mechanism.as_dict()}
     # Results that nobody can repeat are not to agree with each other.
     by_itself = f" {uuid.uuid4().hex}" if mechanism is not None and mechanism.secure_mode else ""
-    return {
-        **curvature,
-        **privacy,
-        "study_hash": job.study_hash,
-        "attempt": lease.attempt,
-        "seeds": vars(seeds),
-        "seconds": round(result.seconds, 3),
-        "device": device.type,
-        "arithmetic": arithmetic(device, job.threads, job.recipe, result.how) + by_itself,
-        "host": socket.gethostname(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "raymem": VERSION,
-    }
+    about = Provenance(
+        study_hash=job.study_hash,
+        attempt=lease.attempt,
+        seeds=vars(seeds),
+        seconds=round(result.seconds, 3),
+        device=device.type,
+        arithmetic=arithmetic(device, job.threads, job.recipe, result.how) + by_itself,
+        host=socket.gethostname(),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        raymem=VERSION,
+    )
+    if result.curvature is not None:
+        about["curvature"] = curvature_about(job, result.curvature)
+    if mechanism is not None:
+        about["privacy"] = mechanism.as_dict()
+    return about
 
 
 def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> str:
@@ -428,7 +437,7 @@ def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> 
     )
 
 
-def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:
+def curvature_about(job: Job, measured: Measured) -> CurvatureProvenance:
     """How curvature was measured, for the metadata beside it."""
     rule = None if job.options.curvature is None else job.options.curvature.as_dict()
     return {"mode": measured.mode, "rule": rule, "seconds": round(measured.seconds, 3)}

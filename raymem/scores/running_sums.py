@@ -25,7 +25,7 @@ from raymem.scores.estimates import reliability
 from raymem.scores.stopping import InterimResult
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.store import Store, TrialKey, columns, read_ahead
-from raymem.store.trials import metadata_of, train_part
+from raymem.store.trials import Provenance, metadata_of, train_part
 
 LARGEST_NUMBER_OF_FOLDS = 20
 NEEDED = (
@@ -102,10 +102,10 @@ def folds(keys: Sequence[TrialKey], plan: Plan) -> Callable[[TrialKey], int]:
 
 def _read_ahead(
     store: Store, keys: Sequence[TrialKey], streamed: StreamedCurvature
-) -> Iterator[tuple[TrialKey, tuple[pa.Table, dict[str, Any]]]]:
+) -> Iterator[tuple[TrialKey, tuple[pa.Table, Provenance]]]:
     """Tables and metadata of trials in order, the next few being read while one is used."""
 
-    def read(key: TrialKey) -> tuple[pa.Table, dict[str, Any]]:
+    def read(key: TrialKey) -> tuple[pa.Table, Provenance]:
         table = store.trial(key, NEEDED)
         return streamed.beside(key, table, metadata_of(table, key.object_key))
 
@@ -134,7 +134,7 @@ def _add(
     sums: Sums,
     key: TrialKey,
     table: pa.Table,
-    about: dict[str, Any],
+    about: Provenance,
     study_hash: str,
     outcomes: Outcomes,
 ) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> No
 
 
 def _curvature_row(
-    table: pa.Table, about: dict[str, Any], inside: NDArray[np.bool_], out: NDArray[np.bool_]
+    table: pa.Table, about: Provenance, inside: NDArray[np.bool_], out: NDArray[np.bool_]
 ) -> dict[str, Any]:
     if "curvature" not in table.column_names:
         return {}

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from raymem.data import ABSENT, different, repeated, rows_of
 from raymem.errors import StoreError
 from raymem.store import Store, TrialKey, columns
+from raymem.store.trials import CurvatureProvenance, Provenance
 
 
 class StreamedCurvature:
@@ -38,8 +39,8 @@ class StreamedCurvature:
         self._ids = train["example_id"]
 
     def beside(
-        self, key: TrialKey, table: pa.Table, about: dict[str, Any]
-    ) -> tuple[pa.Table, dict[str, Any]]:
+        self, key: TrialKey, table: pa.Table, about: Provenance
+    ) -> tuple[pa.Table, Provenance]:
         """A trial's table and metadata, with what was measured after training.
 
         Raises StoreError if that was another model's.
@@ -55,10 +56,12 @@ class StreamedCurvature:
                 f"curvature/{name} was measured under another model than that of {key}; delete "
                 "that folder, and run the job's `curvature` stage again"
             )
-        return self._with(table, self._store.curvature(name)), {
-            **about,
-            "curvature": {"mode": record["mode"], "seconds": None},
+        measured: CurvatureProvenance = {
+            "mode": record["mode"],
+            "rule": record["rule"],
+            "seconds": None,
         }
+        return self._with(table, self._store.curvature(name)), {**about, "curvature": measured}
 
     def _is_ours(self, record: Mapping[str, Any]) -> bool:
         """By the study's rule, and of images as the study has them."""

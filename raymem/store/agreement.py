@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 from raymem.errors import (
     DamagedObjectError,
@@ -19,7 +18,7 @@ from raymem.errors import (
 from raymem.privacy import Mechanism
 from raymem.store.store import READERS, Store
 from raymem.store.study_record import SHOWN, differences
-from raymem.store.trials import TrialKey, may_differ
+from raymem.store.trials import Provenance, TrialKey, may_differ
 
 COMPARED = ("digest", "arithmetic", "device")
 
@@ -61,7 +60,7 @@ class Agreement:
         """Who has a trial, in order."""
         return [store for store in self.stores if key in self.done[store]]
 
-    def about(self, store: Store, key: TrialKey) -> dict[str, Any]:
+    def about(self, store: Store, key: TrialKey) -> Provenance:
         """What a store records of a trial. Raises DamagedObjectError."""
         with named(store, key.object_key):
             about = store.provenance(key)
@@ -99,7 +98,7 @@ class Agreement:
             if a["digest"] != b["digest"]
         ]
 
-    def lead(self, key: TrialKey) -> tuple[Store, dict[str, Any]]:
+    def lead(self, key: TrialKey) -> tuple[Store, Provenance]:
         """Whose result stays, and what is recorded of it: the first's, or of equal ones the first
         with kept weights."""
         found = [(store, self.about(store, key)) for store in self.having(key)]
@@ -110,10 +109,10 @@ class Agreement:
                 lead, about = store, its
         return lead, about
 
-    def _keeps(self, store: Store, key: TrialKey, about: Mapping[str, Any]) -> bool:
+    def _keeps(self, store: Store, key: TrialKey, about: Provenance) -> bool:
         return key in self.kept[store] and about.get("weights") is not None
 
-    def _json(self, store: Store, key: str) -> dict[str, Any]:
+    def _json(self, store: Store, key: str) -> dict[str, object]:
         with named(store, key):
             body = json.loads(store.files.read(key))
             if not isinstance(body, dict):
@@ -122,7 +121,7 @@ class Agreement:
 
     def mechanisms(self) -> dict[str, Store]:
         """Where each epsilon's mechanism is. Raises StudyMismatchError if two have two."""
-        found: dict[str, tuple[Store, dict[str, Any]]] = {}
+        found: dict[str, tuple[Store, dict[str, object]]] = {}
         for store in self.stores:
             for key in store.files.list("privacy"):
                 body = self._json(store, key)
@@ -166,7 +165,7 @@ class Agreement:
                 found += [(store, key) for key in sorted(shards)]
         return found
 
-    def _record(self, store: Store, key: str) -> dict[str, Any]:
+    def _record(self, store: Store, key: str) -> dict[str, object]:
         """How the shards beside `key` were made, whichever raymem did; empty if nobody says."""
         if not store.files.exists(key):
             return {}

@@ -41,12 +41,16 @@ class Derived:
             ) from error
         return StudyRecord.decode(data, self.url)
 
-    def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+    def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, object]) -> None:
         """Replace scores/NAME.parquet whole."""
         self.files.replace(f"scores/{name}.parquet", trials.encode(table, dict(metadata)))
 
     def write_scores_in_parts(
-        self, name: str, schema: pa.Schema, parts: Iterable[pa.Table], metadata: Mapping[str, Any]
+        self,
+        name: str,
+        schema: pa.Schema,
+        parts: Iterable[pa.Table],
+        metadata: Mapping[str, object],
     ) -> None:
         """The same, from parts of the table, of which one is in memory at a time."""
 
@@ -77,7 +81,7 @@ class Derived:
         done = {r["trial"] for r in rows if r["epsilon"] == epsilon and r["status"] == "done"}
         return [TrialKey(epsilon, trial) for trial in sorted(done)]
 
-    def write_note(self, name: Note, body: Mapping[str, Any]) -> None:
+    def write_note(self, name: Note, body: Mapping[str, object]) -> None:
         """Replace NAME.json: what was found out about the study beside its scores."""
         self.files.replace(f"{name}.json", as_json(body))
 
@@ -115,7 +119,7 @@ class Derived:
         }
 
     def write_streamed(
-        self, model: str, shard: str, table: pa.Table, about: Mapping[str, Any]
+        self, model: str, shard: str, table: pa.Table, about: Mapping[str, object]
     ) -> bool:
         """Create curvature/MODEL/SHARD.parquet, once; False if it is there."""
         key = f"curvature/{model}/{shard}.parquet"

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import psutil
 
@@ -26,6 +26,21 @@ from raymem.store.files import Files
 
 KEY = "driver.json"
 INTERVAL = 5.0
+
+
+class DriverRecord(TypedDict):
+    """What driver.json holds."""
+
+    token: str
+    host: str
+    pid: int
+    process_started: float
+    started: str
+    interval: float
+    counter: int
+    """Moves while the driver lives."""
+    progress: dict[str, Any]
+    """For `raymem status`: where its stage is."""
 
 
 class DriverLock:
@@ -39,7 +54,7 @@ class DriverLock:
         files: Files,
         *,
         interval: float = INTERVAL,
-        progress: Callable[[], Mapping[str, Any]] = dict,
+        progress: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
         self.files, self.interval, self.progress = files, interval, progress
         self.lost = threading.Event()
@@ -108,7 +123,7 @@ class DriverLock:
                 continue
 
     def _record(self) -> bytes:
-        record = {
+        record: DriverRecord = {
             "token": self._token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -121,10 +136,10 @@ class DriverLock:
         return json.dumps(record, indent=1).encode()
 
 
-def read_driver(files: Files) -> dict[str, Any] | None:
+def read_driver(files: Files) -> DriverRecord | None:
     """The driver's record, or None if nobody drives or the record is no record."""
     try:
-        record = json.loads(files.read(KEY))
+        record: Any = json.loads(files.read(KEY))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -133,10 +148,10 @@ def read_driver(files: Files) -> dict[str, Any] | None:
     if not isinstance(record, dict) or "token" not in record:
         files.delete(KEY)
         return None
-    return record
+    return cast(DriverRecord, record)
 
 
-def is_alive(holder: Mapping[str, Any], files: Files, *, wait: bool = True) -> bool:
+def is_alive(holder: DriverRecord, files: Files, *, wait: bool = True) -> bool:
     """Does the driver of this record still live? From another host this takes two intervals.
 
     With `wait=False` a driver on another host is taken to live.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from raymem.errors import DamagedObjectError, StoreError, StudyMismatchError
 from raymem.store.agreement import Agreement, describe_differences, named
@@ -25,7 +24,7 @@ from raymem.store.lock import DriverLock
 from raymem.store.store import Store
 from raymem.store.study_record import StudyRecord
 from raymem.store.target import Target
-from raymem.store.trials import TrialKey
+from raymem.store.trials import Provenance, TrialKey
 from raymem.store.verify_store import check_index, check_table, check_trial, sound_study
 
 Place = Store | str | os.PathLike[str]
@@ -219,7 +218,7 @@ class _Merge:
         if lead is not self.out:
             self.counts["trials"] += self.out.files.create(key.object_key, data)
 
-    def _copy_weights(self, key: TrialKey, about: Mapping[str, Any]) -> None:
+    def _copy_weights(self, key: TrialKey, about: Provenance) -> None:
         """Those of the run that `about` is of, if anybody kept them."""
         from raymem.store.weights import decode_weights
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -49,7 +49,7 @@ class Store(Derived):
 
     # What the study is
 
-    def open_study(self, identity: Mapping[str, Any], examples: Examples) -> None:
+    def open_study(self, identity: Mapping[str, object], examples: Examples) -> None:
         """Create the study in this store, or check that it is the one that is there.
 
         `identity` is JSON-ready data: all that makes trials comparable. Raises StudyMismatchError
@@ -135,7 +135,7 @@ class Store(Derived):
         if target == self.target and self.files.exists("target.json"):
             return
         epsilons = [epsilon_name(epsilon) for epsilon in target.epsilons]
-        body: dict[str, Any] = {"trials": target.trials, "epsilons": epsilons}
+        body: dict[str, object] = {"trials": target.trials, "epsilons": epsilons}
         if target.part is not None:
             body["part"] = vars(target.part)
         self.files.replace("target.json", as_json(body))
@@ -188,7 +188,7 @@ class Store(Derived):
                 f"{key} is damaged ({error}); run `raymem verify STORE --repair`"
             ) from error
 
-    def commit(self, key: TrialKey, table: pa.Table, provenance: Mapping[str, Any]) -> str:
+    def commit(self, key: TrialKey, table: pa.Table, provenance: Mapping[str, object]) -> str:
         """Commit one trial, once. Returns "committed", or "duplicate" if the same result is there,
         or "drift" if a result from other hardware is there and differs; the first one stays.
 
@@ -209,7 +209,7 @@ class Store(Derived):
         )
 
     def keep_weights(
-        self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]
+        self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, object]
     ) -> None:
         """Keep a trial's weights, before it is committed with their digest."""
         from raymem.store.weights import encode_weights  # torch, which readers of tables never need
@@ -286,11 +286,14 @@ class Store(Derived):
         table = self.trial(key, asked)
         return trials.train_part(table, key).select(list(names))
 
-    def provenance(self, key: TrialKey) -> dict[str, Any]:
+    def provenance(self, key: TrialKey) -> trials.Provenance:
         """What is recorded of how one trial came about; reads the object's footer only."""
         name = key.object_key
         with self._trial_named(key):
-            return trials.metadata_at_end(lambda size: self.files.read_end(name, size), name)
+            about: trials.Provenance = trials.metadata_at_end(
+                lambda size: self.files.read_end(name, size), name
+            )
+        return about
 
     @contextmanager
     def _trial_named(self, key: TrialKey) -> Iterator[None]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -103,7 +103,7 @@ def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> 
     N, M = len(mask), len(result.test.correct)
     subset = np.flatnonzero(mask)
 
-    def over_all(values: NDArray[Any], missing: NDArray[np.bool_]) -> pa.Array:
+    def over_all(values: NDArray[np.generic], missing: NDArray[np.bool_]) -> pa.Array:
         spread = np.zeros(N + M, values.dtype)
         spread[subset] = values
         absent = np.ones(N + M, bool)
@@ -165,7 +165,7 @@ def digest(table: pa.Table) -> str:
     return sha.hexdigest()
 
 
-def may_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+def may_differ(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
     """May two runs of one trial give two results, by what is recorded of them?
 
     They may on different hardware, and on a GPU.
@@ -173,7 +173,7 @@ def may_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return bool(first["arithmetic"] != second["arithmetic"] or second["device"] != "cpu")
 
 
-def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
+def encode(table: pa.Table, metadata: Mapping[str, object]) -> bytes:
     """Parquet bytes: zstd, statistics, page checksums, and `metadata` as JSON under `raymem`."""
     sink = pa.BufferOutputStream()
     schema = _with_metadata(table.schema, metadata)
@@ -184,7 +184,7 @@ def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
 
 
 def encode_parts(
-    sink: IO[bytes], schema: pa.Schema, parts: Iterable[pa.Table], metadata: dict[str, Any]
+    sink: IO[bytes], schema: pa.Schema, parts: Iterable[pa.Table], metadata: Mapping[str, object]
 ) -> None:
     """Write tables of one schema, one after the other, as one: the bytes `encode` has for it.
 
@@ -196,14 +196,14 @@ def encode_parts(
             writer.write_table(group.cast(schema))
 
 
-def _with_metadata(schema: pa.Schema, metadata: dict[str, Any]) -> pa.Schema:
+def _with_metadata(schema: pa.Schema, metadata: Mapping[str, object]) -> pa.Schema:
     words = [(f.name, str(f.type), sorted((f.metadata or {}).items())) for f in schema]
     written = {"pyarrow": pa.__version__, "words": _checksum(repr(words).encode()).decode()}
     text = json.dumps({**metadata, **written}).encode()
     return schema.with_metadata({METADATA: text, CHECKSUM: _checksum(text)})
 
 
-def _options(names: Sequence[str]) -> dict[str, Any]:
+def _options(names: Sequence[str]) -> dict[str, object]:
     return {
         "compression": "zstd",
         "use_dictionary": [name for name in ("split", "device", "host") if name in names],
@@ -224,6 +224,39 @@ def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
             yield pa.concat_tables([*held, last.slice(0, room)]).combine_chunks()
             held = [last.slice(room)]
     yield pa.concat_tables(held).combine_chunks()
+
+
+class CurvatureProvenance(TypedDict):
+    """How a trial's curvature was measured."""
+
+    mode: str
+    rule: Mapping[str, object] | None
+    seconds: float | None
+
+
+class Provenance(TypedDict, total=False):
+    """How a trial came about: the metadata of its object. Optional are the last five."""
+
+    study_hash: str
+    attempt: int
+    seeds: dict[str, int]
+    seconds: float
+    device: str
+    arithmetic: str
+    host: str
+    finished: str
+    raymem: str
+    digest: str
+    pyarrow: str
+    weights: str
+    """Digest of the weights that are kept."""
+    resumed: bool
+    """Did it go on from a checkpoint?"""
+    workers: int
+    """How many trained it together, if not one."""
+    curvature: CurvatureProvenance
+    privacy: dict[str, object]
+    """Its mechanism."""
 
 
 def decode(data: bytes, key: str, names: list[str] | None = None) -> pa.Table:
@@ -247,7 +280,7 @@ def is_as_written(data: bytes, table: pa.Table) -> bool:
     return metadata["pyarrow"] != pa.__version__ or encode(table, metadata) == data
 
 
-def metadata_at_end(read_end: Callable[[int], bytes], key: str) -> dict[str, Any]:
+def metadata_at_end(read_end: Callable[[int], bytes], key: str) -> Any:
     """What `encode` put beside the columns; of the object, only the end is read.
 
     `read_end` gives the last so many bytes. Raises DamagedObjectError.
@@ -265,19 +298,18 @@ def metadata_at_end(read_end: Callable[[int], bytes], key: str) -> dict[str, Any
     return metadata_of(schema, key)
 
 
-def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, Any]:
+def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> Any:
     """What `encode` put beside the columns. Raises DamagedObjectError if there is nothing."""
     schema = table_or_schema.schema if isinstance(table_or_schema, pa.Table) else table_or_schema
     try:
         text = schema.metadata[METADATA]
         if schema.metadata[CHECKSUM] != _checksum(text):
             raise ValueError("its checksum does not fit")
-        metadata: dict[str, Any] = json.loads(text)
+        return json.loads(text)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedObjectError(
             f"{key} has no sound raymem metadata ({error}); run `raymem verify STORE --repair`"
         ) from error
-    return metadata
 
 
 def _checksum(text: bytes) -> bytes:

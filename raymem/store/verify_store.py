@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -157,11 +157,11 @@ def check_table(data: bytes, key: str) -> pa.Table:
     return table
 
 
-def check_trial(data: bytes, key: TrialKey, plan: Plan, study_hash: str) -> dict[str, Any]:
+def check_trial(data: bytes, key: TrialKey, plan: Plan, study_hash: str) -> trials.Provenance:
     """What is recorded of the trial in these bytes. Raises DamagedObjectError if it is not sound,
     of another study, or not the trial that `key` names."""
     table = check_table(data, key.object_key)
-    about = trials.metadata_of(table, key.object_key)
+    about: trials.Provenance = trials.metadata_of(table, key.object_key)
     if about.get("study_hash") != study_hash:
         raise DamagedObjectError("belongs to another study")
     if trials.digest(table) != about.get("digest"):

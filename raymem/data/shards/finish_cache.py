@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.data.array_checks import some
-from raymem.data.cache import FORMAT, INDEX, REJECTS, SPLITS, WHOLE
+from raymem.data.cache import FORMAT, INDEX, REJECTS, SPLITS, WHOLE, CacheAbout
 from raymem.data.examples import fingerprint_of
 from raymem.data.join import repeated
 from raymem.data.pixels import ILSVRC, WNID, example_id
@@ -53,7 +52,7 @@ class IngestSummary:
 
     cache: str
     """Its URL."""
-    about: dict[str, Any]
+    about: CacheAbout
     """Its cache.json."""
     shards: int = 0
     """Shards of the set."""
@@ -255,7 +254,7 @@ def _about(
     classes: Sequence[str],
     shape: tuple[int, int, int],
     name: str,
-) -> dict[str, Any]:
+) -> CacheAbout:
     """cache.json."""
     n = {split: pc.sum(pc.equal(index["split"], split)).as_py() for split in SPLITS}
     labels = index["label"].to_numpy()
@@ -266,7 +265,7 @@ def _about(
     return {
         "format": FORMAT,
         "name": name,
-        "image_shape": list(shape),
+        "image_shape": shape,
         "classes": list(classes),
         "n_train": n["train"],
         "n_test": n["test"],
@@ -280,7 +279,7 @@ def _about(
     }
 
 
-def _extremes(sizes: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
+def _extremes(sizes: NDArray[np.int64], classes: Sequence[str]) -> dict[str, object]:
     small, large = int(sizes.argmin()), int(sizes.argmax())
     return {
         "smallest": {"class": classes[small], "images": int(sizes[small])},

@@ -124,7 +124,7 @@ def _name(data: str) -> str:
     return names[-1] if names else "set"
 
 
-def _check(files: Files, settings: Mapping[str, Any]) -> None:
+def _check(files: Files, settings: Mapping[str, object]) -> None:
     """Was the cache begun with these settings?"""
     there = json.loads(files.read(ABOUT))
     differences = [

@@ -49,7 +49,7 @@ class Splits:
     left_out: str = ""
     """What is there and is not read, for people."""
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """What makes labels what they are, JSON-ready, to be recorded and compared."""
         names = self.folders and hashlib.sha256("\0".join(self.folders).encode()).hexdigest()
         return {
