@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
@@ -39,6 +40,7 @@ FATAL: dict[str, type[RaymemError]] = {
 
 class _Watched(Protocol):
     def stop(self) -> None: ...
+    def preempt(self) -> None: ...
     def take_lost(self) -> list[Lost]: ...
 
 
@@ -83,7 +85,8 @@ def run_fleet(
         queue = TrialQueue(
             pending, failures=store.failures(), done_before=len(wanted) - len(pending)
         )
-        asked_to_stop, notices_said = [False], [0]
+        notices_said = [0]
+        stopping: list[str | None] = [None]
 
         def watch(watched: _Watched, progress: Progress) -> None:
             latest.update(
@@ -100,8 +103,14 @@ def run_fleet(
             for lost in watched.take_lost():
                 store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
             stage.show(describe(progress), last=progress.complete)
-            if stage.stop_asked and not asked_to_stop[0]:
-                asked_to_stop[0] = True
+            if stage.preempted.is_set() and stopping[0] != "preempted":
+                stopping[0] = "preempted"
+                watched.preempt()
+                stage.line.say(
+                    "time is nearly up: no new trials; those that are training are saved"
+                )
+            elif stage.stop_asked and stopping[0] is None:
+                stopping[0] = "stopped"
                 watched.stop()
                 stage.line.say(
                     "stopping: running trials finish first; press Ctrl-C again to stop now"
@@ -111,10 +120,10 @@ def run_fleet(
         if not progress.complete:
             job = Job.of(examples, plan, recipe, store, options, resources)
             run = _run_serial if resources.engine == "serial" else _run_ray
-            progress = run(queue, job, watch, resources)
+            progress = run(queue, job, watch, resources, stage.preempted)
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
-    if asked_to_stop[0] and progress.done + progress.failed < progress.total:
+    if stopping[0] is not None and progress.done + progress.failed < progress.total:
         raise Stopped(
             f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
             "again to go on"
@@ -127,6 +136,7 @@ def _run_serial(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
+    preempted: threading.Event,
 ) -> Progress:
     if resources.workers_per_trial > 1:
         raise FleetError("several workers per trial need engine='ray'")
@@ -136,6 +146,7 @@ def _run_serial(
         job,
         torch.device("cpu") if resources.gpus_per_trial == 0 else default_device(),
         "serial",
+        preempted=preempted,
         after_trial=lambda: watch(queue, queue.progress()),
     )
     return queue.progress()
@@ -146,6 +157,7 @@ def _run_ray(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
+    preempted: threading.Event,
 ) -> Progress:
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import connected
