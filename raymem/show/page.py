@@ -43,9 +43,11 @@ def page(
     without_pictures: str = "",
     attacked: Sequence[Attacked] = (),
     stale: str = "",
+    sections: Sequence[str] = (),
 ) -> str:
     """The page. `study` is study.json, `command` what ran it, `without_pictures` why some lack,
-    `attacked` what membership.json has, `stale` what is wrong with it."""
+    `attacked` what membership.json has, `stale` what is wrong with it,
+    `sections` the HTML of other sections."""
     show = _Show(chosen.classes, pictures)
     rows = links.correlations.get(chosen.epsilon, ())
     compared = compared_section(rows, attacked, chosen.epsilon, stale)
@@ -56,6 +58,7 @@ def page(
         _links(links, charts),
         compared,
         membership_section(attacked, _charts(charts, "membership"), stale),
+        *sections,
         _gallery(chosen, show, without_pictures),
         _pairs(chosen, show),
         _suspicious(chosen, show),
