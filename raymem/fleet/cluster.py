@@ -9,7 +9,7 @@ import secrets
 import warnings
 from collections.abc import Iterator
 
-# One for the whole process: Ray reads it once.
+# One per process: Ray reads it once.
 TOKEN = secrets.token_hex(32)
 _OURS: list[bool] = []
 # What nodes without GPUs have in our cluster files, and the head, to say that there are such nodes.
@@ -63,12 +63,12 @@ def connected(
 
 
 def is_private() -> bool:
-    """Is the connected Ray this process's own, which nothing scales?"""
+    """Is the connected Ray local to this process, so that no autoscaler grows it?"""
     return bool(_OURS)
 
 
 def on_head() -> dict[str, object]:
-    """Options of an actor that must live on the head node: other nodes may be lost."""
+    """Options of an actor that must run on the head node: other nodes may be lost."""
     from raymem.fleet.ray_internals import HEAD_RESOURCE
 
     return _where(HEAD_RESOURCE)

@@ -28,7 +28,7 @@ class Repeat:
     identical: bool
     """Are all data columns the same, to the last bit?"""
     changed: float
-    """Share of the N + M examples that are right once and wrong once."""
+    """Share of the N + M examples that are right in one run and wrong in the other."""
     drift: float
     """Largest difference of a margin, in nats of log odds."""
     comparable: bool
@@ -37,7 +37,7 @@ class Repeat:
 
     @property
     def text(self) -> str:
-        """What came out, in words."""
+        """The result in a sentence."""
         if self.identical:
             return f"trial {self.trial} trained again: the same, to the last bit"
         return (

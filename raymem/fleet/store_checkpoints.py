@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from raymem.store import Store, TrialKey
 
-# Once its node is about to go, a trial is saved so often.
+# Interval of checkpoints once the node is about to go.
 PREEMPTED_SECONDS = 20.0
 
 
@@ -71,7 +71,7 @@ class StoreCheckpoints:
         return self._clock() - self._last >= wait
 
     def save(self, data: bytes) -> None:
-        """Put it in place of the last one. Raises StoreFullError."""
+        """Replace the last checkpoint. Raises StoreFullError."""
         self._saved_when_preempted = self.preempted.is_set()
         self._last = self._clock()
         about = {

@@ -81,7 +81,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
 
 def _location(config: dict[str, Any], rank: int) -> Location:
-    """Where this worker runs, as the trial queue blames nodes and devices."""
+    """Where this worker runs, so that the queue can blame nodes and devices."""
     devices = ray.get_gpu_ids()
     # Worker groups of several workers have no fixed slot on their node's CPUs.
     slot = config["worker_group"] if config["together"] else f"slot {rank}"
@@ -97,7 +97,7 @@ def _location(config: dict[str, Any], rank: int) -> Location:
 def _sending_heartbeats(
     queue: RemoteQueue, worker: str, preempted: threading.Event
 ) -> Iterator[None]:
-    """Says that the worker lives, and hears that its node is about to go."""
+    """Send heartbeats of the worker; set `preempted` when its node is about to go."""
     done = threading.Event()
 
     def heartbeat() -> None:
@@ -115,7 +115,7 @@ def _sending_heartbeats(
 
 
 class WorkerGroupRunner:
-    """Hosts one worker group's fit(); its node's death is the worker group's."""
+    """Hosts the fit() of one worker group, and dies with its node."""
 
     def run(
         self, config: dict[str, Any], selector: dict[str, str], workers: int, resources: Resources
@@ -154,8 +154,7 @@ class _WorkerGroup:
 
 
 class WorkerGroups:
-    """The worker groups of one fleet: starts them on nodes that have room, and notices those that
-    end."""
+    """The worker groups of one fleet: starts them on nodes with room, and detects their end."""
 
     def __init__(self, queue: RemoteQueue, actor: Any, job: Job, resources: Resources) -> None:
         self._queue, self._resources = queue, resources

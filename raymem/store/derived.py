@@ -1,4 +1,4 @@
-"""What is made of a study's trials, for reading and for replacing whole."""
+"""Objects derived from the trials of a study: scores, notes, streamed curvature."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Note = Literal["links", "repeat", "command", "until", "membership", "removal"]
 
 
 class Derived:
-    """Scores, notes and streamed curvature of one store, and the study they are of."""
+    """Scores, notes and streamed curvature of one store, and its study."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.files = Files(url)
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """URL of the store."""
         return self.files.url
 
     def study(self) -> StudyRecord:
@@ -52,7 +52,7 @@ class Derived:
         parts: Iterable[pa.Table],
         metadata: Mapping[str, object],
     ) -> None:
-        """The same, from parts of the table, of which one is in memory at a time."""
+        """Replace scores/NAME.parquet from parts of it, of which one is in memory at a time."""
 
         def write(file: IO[bytes]) -> None:
             trials.encode_parts(file, schema, parts, dict(metadata))
@@ -73,7 +73,7 @@ class Derived:
         return table
 
     def scored(self, epsilon: float) -> list[TrialKey]:
-        """The trials that scores at `epsilon` are made of, in order; later ones are not in them.
+        """The trials from which the scores at `epsilon` were computed, in order.
 
         Raises StoreError without scores.
         """
@@ -82,7 +82,7 @@ class Derived:
         return [TrialKey(epsilon, trial) for trial in sorted(done)]
 
     def write_note(self, name: Note, body: Mapping[str, object]) -> None:
-        """Replace NAME.json: what was found out about the study beside its scores."""
+        """Replace NAME.json, a result beside the scores."""
         self.files.replace(f"{name}.json", as_json(body))
 
     def note(self, name: Note) -> dict[str, Any] | None:
@@ -91,8 +91,6 @@ class Derived:
             return dict(json.loads(self.files.read(f"{name}.json")))
         except (FileNotFoundError, ValueError):
             return None
-
-    # What is streamed
 
     def streamed(self) -> dict[str, set[str]]:
         """The shards that were scored, by model: a listing, nothing is read."""
@@ -105,7 +103,7 @@ class Derived:
         return found
 
     def streamed_models(self) -> list[str]:
-        """The models in curvature/."""
+        """Names of the models in curvature/."""
         return sorted(self.streamed())
 
     def streamed_shards(self, model: str) -> set[str]:
@@ -141,5 +139,5 @@ class Derived:
         try:
             return trials.decode(self.files.read(key), key)
         except (FileNotFoundError, NotADirectoryError) as error:
-            self.study()  # says so if there is no store at all
+            self.study()  # raises if there is no store at all
             raise StoreError(f"{self.url} has no {key} yet; {advice}") from error

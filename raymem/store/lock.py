@@ -1,4 +1,4 @@
-"""Who drives a store now: `driver.json`, a lock that a dead driver never holds.
+"""`driver.json`: the lock of the process that drives a store; a dead one never holds it.
 
 It holds host, pid, the process's start and a counter that moves while the driver lives. On the
 same host a dead pid is seen at once; from another host a driver is dead when its counter stood
@@ -75,7 +75,7 @@ class DriverLock:
                     f"since {holder['started']}; wait for it, or end it, then run the same "
                     "command again"
                 )
-            # Only what was judged dead may go: another driver may have been quicker.
+            # Only the record that was judged dead may be deleted: another driver may be quicker.
             if read_driver(self.files) == holder:
                 self.files.delete(KEY)
         self._thread = threading.Thread(
@@ -92,7 +92,7 @@ class DriverLock:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        # A lock that cannot be removed is a dead driver's as soon as this one ends.
+        # A lock that cannot be deleted counts as a dead driver's once this process ends.
         with contextlib.suppress(StoreError):
             holder = read_driver(self.files)
             if holder is not None and holder["token"] == self._token:
@@ -119,7 +119,7 @@ class DriverLock:
                 self.files.replace(KEY, self._record())
             except (
                 Exception
-            ):  # a missed heartbeat is no harm; a store that stays away stops the workers
+            ):  # one missed heartbeat does no harm; if the store stays away, workers stop
                 continue
 
     def _record(self) -> bytes:
@@ -137,7 +137,7 @@ class DriverLock:
 
 
 def read_driver(files: Files) -> DriverRecord | None:
-    """The driver's record, or None if nobody drives or the record is no record."""
+    """The record of the current driver; None if there is none or it cannot be read."""
     try:
         record: Any = json.loads(files.read(KEY))
     except FileNotFoundError:

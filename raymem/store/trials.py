@@ -27,7 +27,7 @@ KEY = re.compile(
     r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
     r"|models/eps-[^/]+/\d+\.safetensors|checkpoints/eps-[^/]+/\d+/state)"
 )
-# As many as pyarrow puts into one by itself.
+# pyarrow's own default.
 ROWS_PER_GROUP = 1024 * 1024
 METADATA, CHECKSUM = b"raymem", b"raymem_checksum"
 # A trial's Parquet footer is a few thousand bytes.
@@ -53,26 +53,26 @@ class TrialKey(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name where trials of all epsilons are in one folder: eps-inf-000017."""
+        """Its name in folders of trials of all epsilons: eps-inf-000017."""
         return f"{self.folder}-{self.trial:06d}"
 
     @property
     def object_key(self) -> str:
-        """Where its result is; that it exists means the trial is done."""
+        """Key of its result, whose existence means that the trial is done."""
         return f"trials/{self.folder}/{self.trial:06d}.parquet"
 
     @property
     def weights_key(self) -> str:
-        """Where its model's weights are, if the study keeps them."""
+        """Key of its weights, if the study keeps them."""
         return f"models/{self.folder}/{self.trial:06d}.safetensors"
 
     @property
     def checkpoint_key(self) -> str:
-        """Where it is saved while it trains; gone when it is done."""
+        """Key of its checkpoint, which is deleted when it is done."""
         return f"checkpoints/{self.folder}/{self.trial:06d}/state"
 
     def failed_key(self, attempt: int) -> str:
-        """Where a failed attempt is recorded."""
+        """Key of the record of a failed attempt."""
         return f"failed/{self.folder}/{self.trial:06d}.{attempt}.json"
 
     @classmethod
@@ -86,7 +86,7 @@ class TrialKey(NamedTuple):
         except ValueError:
             return None
         own = (found.object_key, found.weights_key, found.checkpoint_key)
-        # eps-2.0/17.parquet is nobody's.
+        # eps-2.0/17.parquet is not written by raymem.
         failed = found.failed_key(int(name.split(".")[1])) if key.startswith("failed/") else ""
         return found if key in (*own, failed) else None
 
@@ -235,7 +235,7 @@ class CurvatureProvenance(TypedDict):
 
 
 class Provenance(TypedDict, total=False):
-    """How a trial came about: the metadata of its object. Optional are the last five."""
+    """How a trial was made: the metadata of its object. The last five are optional."""
 
     study_hash: str
     attempt: int
@@ -251,9 +251,9 @@ class Provenance(TypedDict, total=False):
     weights: str
     """Digest of the weights that are kept."""
     resumed: bool
-    """Did it go on from a checkpoint?"""
+    """Was it resumed from a checkpoint?"""
     workers: int
-    """How many trained it together, if not one."""
+    """Number of workers that trained it together, if not one."""
     curvature: CurvatureProvenance
     privacy: dict[str, object]
     """Its mechanism."""

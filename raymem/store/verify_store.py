@@ -1,4 +1,4 @@
-"""Read every object of a store back: what is damaged, foreign, missing."""
+"""Reads every object of a store back, and lists those damaged, foreign or missing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYOUT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One object that is not what it should be."""
+    """One object that is damaged, foreign or missing."""
 
     kind: Literal["damaged", "foreign", "missing"]
     key: str
@@ -92,7 +92,7 @@ def _problems(store: Store) -> Iterator[Problem]:
 
 
 def _streamed_problems(store: Store) -> Iterator[Problem]:
-    """Of a store that holds streamed curvature only."""
+    """Problems of a store that holds streamed curvature only."""
     for key in store.files.list():
         if not LAYOUT.fullmatch(key):
             yield Problem(kind="foreign", key=key, detail="not part of a store")

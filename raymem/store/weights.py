@@ -1,4 +1,4 @@
-"""Weights as safetensors bytes: reading them runs no code, and a digest says if they changed."""
+"""Weights as safetensors bytes: reading runs no code, and a digest detects changes."""
 
 from __future__ import annotations
 
