@@ -23,7 +23,7 @@ from raymem.errors import PlanError
 
 Kind = Literal["balanced", "fixed-size", "candidate-pool", "removal", "imported", "published"]
 Arm = Literal["memorized", "random", "same-classes"]
-# In the order in which a removal experiment trains them.
+# In the order of training in a removal experiment.
 ARMS: tuple[Arm, ...] = get_args(Arm)
 
 SMALLEST_BLOCK = 20
@@ -190,7 +190,7 @@ class Plan:
     kind: Kind = "balanced"
     """How subsets are drawn."""
     seed: int = 0
-    """Start of all randomness of the study, in [0, 2**63)."""
+    """Random seed of the study, in [0, 2**63)."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only: indices of the examples that are drawn."""
     removal: Removal | None = None
@@ -245,7 +245,7 @@ class Plan:
 
     @property
     def is_known(self) -> bool:
-        """Are the subsets a function of this plan? Not if they were drawn elsewhere."""
+        """Can this plan compute the subsets? Not if they were drawn elsewhere."""
         return self.kind not in ("imported", "published")
 
     def __str__(self) -> str:
@@ -366,7 +366,7 @@ class Plan:
             "seed": self.seed,
             "block": self.block,
             "pool": None if self.pool is None else list(self.pool),
-            # Absent in others: those keep the hash they have.
+            # Absent in plans of other kinds.
             **({} if self.removal is None else {"removal": self.removal.as_dict()}),
         }
 

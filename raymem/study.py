@@ -68,7 +68,7 @@ class Study:
     kind: Kind = "balanced"
     """How subsets are drawn, see Plan."""
     seed: int = 0
-    """Start of all randomness."""
+    """Random seed."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only, see Plan."""
     removal: Removal | None = None

@@ -544,15 +544,15 @@ def test_small_folders_share_a_task():
         ]
 
     classes = tasks(*[1] * 1000)
-    runs = ingestion.together(classes)
+    runs = ingestion.batches(classes)
     assert [task for run in runs for task in run] == classes
     assert 60 < len(runs) < 70
-    assert max(map(len, ingestion.together(tasks(*[20] * 100_000)))) == 50
+    assert max(map(len, ingestion.batches(tasks(*[20] * 100_000)))) == 50
     large = tasks(*[1000] * 70)
-    assert ingestion.together(large) == [[task] for task in large]
+    assert ingestion.batches(large) == [[task] for task in large]
     files = tasks(0, 0, 0, kind="tar")
-    assert ingestion.together(files) == [[task] for task in files]
-    assert ingestion.together([]) == []
+    assert ingestion.batches(files) == [[task] for task in files]
+    assert ingestion.batches([]) == []
 
 
 def test_classes_without_images(small, tmp_path):

@@ -1,4 +1,4 @@
-"""Whose row is whose: a fleet's rows joined to a data set's examples, checked or refused.
+"""Joins the rows of a fleet to the examples of a data set; refuses what cannot be checked.
 
 Fleets in published files are in an order of their own (that of TFDS, of torchvision, or anyone's).
 The order is never assumed: rows are joined by ids or content hashes that the user gives, or by
@@ -50,7 +50,7 @@ def labels_in(path: str | os.PathLike[str]) -> NDArray[np.int64]:
 
 
 def with_labels(arrays: Arrays, labels: NDArray[np.int64]) -> Arrays:
-    """The arrays with y_train; refused if they have other labels already."""
+    """The arrays with y_train. Raises ImportFileError if they have other labels already."""
     known = arrays.get("y_train")
     if known is not None and not np.array_equal(known, labels):
         raise ImportFileError("the labels given are not those of the fleet; is the order another?")

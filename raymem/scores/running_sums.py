@@ -1,4 +1,4 @@
-"""Reading trials one by one into running sums, and packed bits for what sums cannot say.
+"""Reads trials one by one into running sums, and into packed bits where sums do not suffice.
 
 `interim_result` reads no more than a stopping rule needs, without scoring.
 
@@ -37,9 +37,9 @@ Sums = dict[str, NDArray[Any]]
 
 
 class Outcomes:
-    """Of each trial, as packed bits: its mask, and which test examples it gets right.
+    """The mask of each trial, and which test examples it gets right, as packed bits.
 
-    Beside them, unpacked, the same of the training examples in `members`: those with copies.
+    Also, unpacked, masks and outcomes of the training examples in `members`: those with copies.
     """
 
     def __init__(self, n_train: int, n_test: int, members: NDArray[np.int64]) -> None:
@@ -113,7 +113,7 @@ def _read_ahead(
 
 
 def zeros(n_rows: int) -> Sums:
-    """Empty sums, those of curvature left out: they come with the first trial that has it."""
+    """Empty sums; those of curvature are added with the first trial that has it."""
     return _zeros(n_rows, columns.SUMS)
 
 
@@ -200,7 +200,7 @@ def _add_history(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None
 
 
 def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None:
-    """Sums of each arm. Where a value is missing nothing is added, and nothing counted."""
+    """Add curvature to the sums of each arm; missing values are neither added nor counted."""
     found = {
         name: _numpy(table, name, np.nan).astype(np.float64)
         for name in columns.TRIAL_CURVATURE
@@ -208,7 +208,7 @@ def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> No
     }
     for name, zero in _zeros(table.num_rows, columns.sums_of_curvature(found)).items():
         sums.setdefault(name, zero)
-    # One count for all: an example counts where everything that was measured is a number.
+    # One count for all measures: an example counts if all of them are finite.
     has = np.logical_and.reduce([np.isfinite(values) for values in found.values()])
     for arm, member in (("in", inside & has), ("out", ~inside & has)):
         sums[f"n_curvature_{arm}"] += member
@@ -261,7 +261,10 @@ def _mean(values: NDArray[Any]) -> float | None:
 
 
 def interim_result(store: Store, keys: Sequence[TrialKey]) -> InterimResult:
-    """Of the trials `keys` of one epsilon, in the folds that scores have too."""
+    """How well memorization is known from the trials `keys` of one epsilon.
+
+    Its folds are those of the scores.
+    """
     plan = store.plan()
     fold_of = folds(keys, plan)
     n_folds = len({fold_of(key) for key in keys})

@@ -26,7 +26,7 @@ from raymem.store.trials import CurvatureProvenance, Provenance
 
 
 class StreamedCurvature:
-    """What a store has of it; none if its study measures no curvature."""
+    """The streamed curvature of a store; empty if its study measures none."""
 
     def __init__(self, store: Store, index: pa.Table) -> None:
         """`index` is examples.parquet, train first."""
@@ -41,7 +41,7 @@ class StreamedCurvature:
     def beside(
         self, key: TrialKey, table: pa.Table, about: Provenance
     ) -> tuple[pa.Table, Provenance]:
-        """A trial's table and metadata, with what was measured after training.
+        """A trial's table and provenance, with curvature that was measured after training.
 
         Raises StoreError if that was another model's.
         """
@@ -64,7 +64,7 @@ class StreamedCurvature:
         return self._with(table, self._store.curvature(name)), {**about, "curvature": measured}
 
     def _is_ours(self, record: Mapping[str, Any]) -> bool:
-        """By the study's rule, and of images as the study has them."""
+        """Was it measured by the study's rule, on images as the study has them?"""
         transform = record["transform"]
         same_images = transform["way"] == "fit" and transform["size"] == self._size
         return bool(same_images and record["rule"] == self._rule)

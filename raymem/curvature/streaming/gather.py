@@ -1,4 +1,4 @@
-"""Rows of scores, gathered until their shard is whole, and what a run did."""
+"""Gathers rows of scores until their shard is complete, and sums up what a run did."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ class StreamSummary:
     shards: int
     """Shards of the set."""
     done_before: int
-    """That were in the store already."""
+    """Shards that were in the store already."""
     scored: int = 0
     """Images scored by this run."""
     bad: list[BadImage] = dataclasses.field(default_factory=list)
-    """Images that could not be."""
+    """Images that could not be scored."""
     repeated: list[str] = dataclasses.field(default_factory=list)
-    """Shards in which ids are not unique."""
+    """Shards with repeated ids."""
     seconds: float = 0.0
-    """Wall time, that of starting workers included."""
+    """Wall time, including the start of workers."""
     mode: str = ""
     """How the trace was computed."""
 
 
 class Gathered:
-    """Rows of shards under way; writes a shard when it is whole."""
+    """Rows of unfinished shards; writes each shard when it is complete."""
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ MOST_BLOCKS = 5_000
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What every task needs to know."""
+    """What all tasks share."""
 
     store_url: str
     keys: tuple[TrialKey, ...]
@@ -130,14 +130,14 @@ def _missing(store: Store, stage: Stage) -> list[tuple[int, int]]:
 
 
 class KeptScorer:
-    """Does one task after the other; holds the model of the last one."""
+    """Runs tasks one after the other; keeps the model of the last one."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.store = stage, Store(stage.store_url)
         self._held: int | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Tasks as columns `model` and `shard` -> what each gave."""
+        """Run the tasks in columns `model` and `shard`; returns a row of counts for each."""
         done = [
             self._do(int(m), int(s)) for m, s in zip(batch["model"], batch["shard"], strict=True)
         ]
@@ -209,7 +209,7 @@ def _on_ray(
 
 
 class RayKeptScorer:
-    """The same as an actor of Ray Data."""
+    """A `KeptScorer` as an actor of Ray Data."""
 
     def __init__(self, stage: Any) -> None:
         import ray

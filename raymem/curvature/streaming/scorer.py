@@ -1,4 +1,4 @@
-"""What workers do: read and decode a shard in chunks of rows, and score batches of them.
+"""The work of workers: read and decode a shard in chunks of rows, and score batches of rows.
 
 The same code in this process and in Ray Data's tasks and actors.
 """
@@ -22,7 +22,7 @@ from raymem.data.shards.transform import LARGEST_LABEL, Batch, Transform, decode
 from raymem.store import columns
 from raymem.training import Meter, default_device, fast_arithmetic
 
-# Rows that a reading task hands on at once.
+# Rows in a chunk.
 CHUNK = 64
 # The position of the row after a shard's last; its label says how many there were.
 LAST = -1
@@ -30,7 +30,7 @@ LAST = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What reading and scoring need to know, sent to every worker."""
+    """The settings of reading and scoring, sent to every worker."""
 
     shards: Sequence[Shard]
     transform: Transform

@@ -98,7 +98,7 @@ def _on_ray(
             [{"number": number} for number in range(len(task.shards))],
             override_num_blocks=len(task.shards),
         )
-        # In a list a reference stays one; alone, Ray Data would put its value in its place.
+        # In a list the reference is passed on; alone, Ray Data would replace it by its value.
         shared, net = [ray.put(task)], [ray.put(model)]
         decoded = rows.map_batches(
             read_on_ray, batch_size=1, num_cpus=1, fn_kwargs={"task": shared}
@@ -107,7 +107,7 @@ def _on_ray(
             RayScorer,
             batch_size=task.batch_size,
             compute=ray.data.ActorPoolStrategy(size=n),
-            # Other than the reader's, so that Ray Data does not put decoding into these actors.
+            # Differs from the reader's, so that Ray Data does not fuse decoding into these actors.
             scheduling_strategy="SPREAD",
             fn_constructor_args=(shared, net),
             **held,

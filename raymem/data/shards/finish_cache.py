@@ -1,4 +1,4 @@
-"""All shards of a set are decoded -> which records are examples, and the cache made whole.
+"""Finishes a cache whose shards are decoded: decides which records are examples.
 
 Shapes: K classes.
 """
@@ -39,7 +39,7 @@ WORDS = {"train": "training", "test": "test"}
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """An image that is no example of the set."""
+    """An image that was left out of the set."""
 
     split: str
     example_id: str
@@ -51,25 +51,25 @@ class IngestSummary:
     """What is in a cache, and what one run did to make it."""
 
     cache: str
-    """Its URL."""
+    """URL of the cache."""
     about: CacheAbout
-    """Its cache.json."""
+    """The contents of cache.json."""
     shards: int = 0
     """Shards of the set."""
     done_before: int = 0
-    """That were decoded by earlier runs."""
+    """Shards decoded by earlier runs."""
     images: int = 0
     """Images decoded by this run."""
     seconds: float = 0.0
-    """Wall time of decoding, that of starting workers included."""
+    """Wall time of decoding, including the start of workers."""
     left_out: str = ""
-    """What is in the set and was not read."""
+    """What is in the set but was not read."""
     rejects: list[Reject] = dataclasses.field(default_factory=list)
-    """Images that were left out, by this run or the one that made the cache whole."""
+    """Images that were left out, by this run or the one that finished the cache."""
 
 
 def summary_of(files: Files) -> IngestSummary:
-    """Of a cache that is whole."""
+    """The summary of a finished cache."""
     table = decode(files.read(REJECTS), REJECTS).select(["split", "example_id", "error"])
     return IngestSummary(
         cache=files.url,
@@ -110,7 +110,7 @@ def finish(
 
 
 def _records(files: Files, splits: Splits) -> pa.Table:
-    """What is recorded of all shards, with `split` and `shard`, the key of the shard's object."""
+    """The records of all shards, with `split` and `shard`, the key of the shard's object."""
     of = [(split, s) for split in SPLITS for s in getattr(splits, split)]
 
     def read(at: tuple[str, Shard]) -> pa.Table:
@@ -127,7 +127,7 @@ def _records(files: Files, splits: Splits) -> pa.Table:
 
 
 def _check_files(table: pa.Table, shard: Shard, files: Files, key: str) -> None:
-    """Was a folder decoded when it had the files that it has now?"""
+    """Raises DamagedObjectError if a folder had other files when it was decoded."""
     if shard.kind != "folder":
         return
     at = shard.url.removeprefix(shard.root).lstrip("/")
@@ -199,7 +199,7 @@ def _wnids(ids: Sequence[str], labels: NDArray[np.int64], K: int) -> tuple[str, 
 
 
 def _errors(found: pa.Table, K: int) -> list[str | None]:
-    """Why each record is no example; None if it is."""
+    """Why each record is left out; None for examples."""
     errors: list[str | None] = found["error"].to_pylist()
     labels = found["label"].to_pylist()
     return [error or label_error(y, K) or None for error, y in zip(errors, labels, strict=True)]
@@ -304,7 +304,7 @@ def _findings(
     copies: Mapping[str, int],
     classes: Sequence[str],
 ) -> list[str]:
-    """What is unusual about the set, in words."""
+    """What is unusual about the set, in sentences."""
     found = []
     empty = [classes[k] for k in np.flatnonzero(sizes["test"] == 0).tolist()]
     if empty:

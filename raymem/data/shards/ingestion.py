@@ -68,7 +68,7 @@ def ingest(
 
     Images become the largest centred square, resized, antialiased. `train` and `val` say where the
     splits are, and `val_labels` which classes a flat folder of validation images has, where that
-    cannot be found out; see `find_splits` and `read_labels`. Images that cannot be used are an
+    cannot be detected; see `find_splits` and `read_labels`. Images that cannot be used are an
     error when all shards are decoded, or left out and listed with on_bad="quarantine".
 
     Raises ExamplesError for sets that cannot be used, StudyMismatchError if `cache` was begun with
@@ -118,14 +118,14 @@ def _absolute(at: str | os.PathLike[str]) -> str:
 
 
 def _name(data: str) -> str:
-    """What people call the set: the last word of its path that says something."""
+    """Name of the set: the last part of its path that is not a pattern."""
     path = data.partition("://")[2] or data
     names = [part for part in path.split("/") if part and "*" not in part]
     return names[-1] if names else "set"
 
 
 def _check(files: Files, settings: Mapping[str, object]) -> None:
-    """Was the cache begun with these settings?"""
+    """Raises StudyMismatchError if the cache was begun with other settings."""
     there = json.loads(files.read(ABOUT))
     differences = [
         f"{name}: there {there.get(name)}, here {here}"
@@ -167,9 +167,9 @@ def _missing(tasks: Sequence[DecodeTask], files: Files) -> list[DecodeTask]:
 
 
 def decode_shard(task: DecodeTask) -> Counts:
-    """Decode a shard into the cache, and commit it; how many images were decoded and how many not.
+    """Decode a shard into the cache and commit it; returns the numbers of good and bad images.
 
-    Labels are only recorded: which of them are classes is known when all shards are there.
+    Labels are only recorded: the classes are known when all shards are decoded.
     """
     files, shard, transform = Files(task.cache), task.shard, task.transform
     shape = (*transform.size, 1 if transform.grey else 3)
@@ -200,11 +200,11 @@ def _in_process(tasks: Sequence[DecodeTask], verbose: bool) -> Generator[Counts]
     yield from map(decode_shard, tasks)
 
 
-def together(tasks: Sequence[DecodeTask]) -> list[list[DecodeTask]]:
-    """The tasks in runs of small folders, for which a task of Ray each would mostly be overhead.
+def batches(tasks: Sequence[DecodeTask]) -> list[list[DecodeTask]]:
+    """Batches of consecutive tasks: a task of Ray for each small folder would be mostly overhead.
 
-    Of more files than FOLDER_FILES, or a share of the set that leaves other workers idle, none is.
-    Shards that are one file stay alone: how many images they have is not known.
+    A batch has at most FOLDER_FILES files, and at most a share of the set that leaves work for
+    every CPU. Shards that are single files are not batched: their number of images is unknown.
     """
     files = sum(len(task.shard.files) for task in tasks)
     most = min(FOLDER_FILES, -(-files // LEAST_TASKS))
@@ -221,7 +221,7 @@ def together(tasks: Sequence[DecodeTask]) -> list[list[DecodeTask]]:
 
 
 def decode_on_ray(batch: Batch) -> Generator[Batch]:
-    """Decodes the shards of one task of Ray, each of which is committed by itself."""
+    """Decode a batch of shards in one task of Ray; each shard is committed by itself."""
     for task in pickle.loads(batch["tasks"][0]):
         yield {name: np.array([count]) for name, count in decode_shard(task).items()}
 
@@ -230,7 +230,7 @@ def _on_ray(tasks: Sequence[DecodeTask], verbose: bool) -> Generator[Counts]:
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import on_cpu_nodes
 
-    runs = together(tasks)
+    runs = batches(tasks)
     with ray_data(verbose=verbose) as ray:
         rows = ray.data.from_items(
             [{"tasks": pickle.dumps(run)} for run in runs], override_num_blocks=len(runs)
