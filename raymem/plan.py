@@ -249,7 +249,7 @@ class Plan:
         return self.kind not in ("imported", "published")
 
     def __str__(self) -> str:
-        """For people.
+        """The plan in words.
 
         >>> str(Plan(n=1000, subset_ratio=0.7))
         'balanced subsets of ratio 0.7'
