@@ -25,10 +25,13 @@ SCHEMA = pa.schema(
 )
 
 
-def thumbnails(opened: Opened, ids: Iterable[str]) -> tuple[dict[str, bytes], str]:
+def thumbnails(
+    opened: Opened, ids: Iterable[str], *, keep: bool = True
+) -> tuple[dict[str, bytes], str]:
     """Pictures by example id, and why some are missing (empty: none is).
 
-    Kept in the store: where the images are no longer at hand, the pictures of before are shown.
+    Kept in the store, if `keep`: where the images are no longer at hand, the pictures of before
+    are shown.
     """
     kept = kept_thumbnails(opened.store)
     wanted = list(ids)
@@ -44,6 +47,8 @@ def thumbnails(opened: Opened, ids: Iterable[str]) -> tuple[dict[str, bytes], st
         if row != ABSENT:
             pixels = data.x_train[row] if row < N else data.x_test[row - N]
             kept[example_id] = encoded(as_image(pixels))
+    if not keep:
+        return kept, ""
     table = pa.table(
         {
             "example_id": list(kept),
@@ -68,6 +73,15 @@ def encoded(image: Image.Image) -> bytes:
     else:
         image.save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def media_type(data: bytes) -> str:
+    """Of a thumbnail.
+
+    >>> media_type(b"\x89PNG...")
+    'image/png'
+    """
+    return "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
 
 
 def kept_thumbnails(store: Store) -> dict[str, bytes]:
