@@ -338,7 +338,7 @@ def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_pa
     # The run ends with what it showed, and what it did not.
     said_last = text.split("What these trials show, and what they do not:\n")[1].splitlines()
     ending = [line for line in said_last if not line.startswith("trials ")]
-    assert [line[:7] for line in ending] == ["link 1:", "link 2:", "link 3:"]
+    assert [line[:7] for line in ending] == ["link 1:", "link 1,", "link 2:", "link 3:"]
     assert all("Not shown: " in line or "not known" in line for line in ending)
     for line, said in zip(ending, links["verdicts"], strict=True):
         assert line.startswith(said["text"])

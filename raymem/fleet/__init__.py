@@ -10,7 +10,7 @@ from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.fleet.fleet import run_fleet
-    from raymem.fleet.forecast import estimated_trial, timed_trial
+    from raymem.fleet.forecast import estimated_trial, group_size, timed_group, timed_trial
     from raymem.fleet.long_stage import LongStage, StageProgress, Stopped
     from raymem.fleet.progress_line import ProgressLine, duration
     from raymem.fleet.repeat import Repeat, repeat_trial
@@ -32,8 +32,10 @@ __all__ = [
     "TrialQueue",
     "duration",
     "estimated_trial",
+    "group_size",
     "repeat_trial",
     "run_fleet",
+    "timed_group",
     "timed_trial",
 ]
 

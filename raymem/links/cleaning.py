@@ -24,8 +24,8 @@ from raymem.store import Store
 # Rankings that find label errors, by column; more is more suspicious.
 RANKINGS = (
     "loss_out", "memorization", "memorization_soft", "cumulative_loss", "forgetting_count",
-    "learning_epoch", "p_wrong_out", "curvature_in", "curvature_out", "curvature_paper_in",
-    "gradient_norm_in",
+    "learning_epoch", "p_wrong_out", "curvature_in", "curvature_out",
+    "curvature_over_training_in", "curvature_paper_in", "gradient_norm_in",
 )  # fmt: skip
 # Models without the example give its label less than this. Memorization is no condition: models
 # that do not fit a wrong label are as sure that it is wrong.

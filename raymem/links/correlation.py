@@ -27,7 +27,8 @@ from raymem.store import Store
 
 # Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.
 MEASURES = (
-    "curvature_out", "curvature_in", "curvature_paper_out", "curvature_paper_in",
+    "curvature_out", "curvature_in", "curvature_over_training_out", "curvature_over_training_in",
+    "curvature_paper_out", "curvature_paper_in",
     "loss_out", "loss_in", "p_wrong_out", "p_wrong_in", "gradient_norm_out", "gradient_norm_in",
     "cumulative_loss", "learning_epoch", "forgetting_count", "wrong_out",
 )  # fmt: skip

@@ -25,7 +25,7 @@ from raymem.scores.estimates import reliability
 from raymem.scores.stopping import InterimResult
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.store import Store, TrialKey, columns, read_ahead
-from raymem.store.trials import Provenance, metadata_of, train_part
+from raymem.store.trials import CurvatureOverTraining, Provenance, metadata_of, train_part
 
 LARGEST_NUMBER_OF_FOLDS = 20
 NEEDED = (
@@ -229,7 +229,14 @@ def _curvature_row(
         "curvature_out": _mean(values[out]),
         "curvature_mode": about["curvature"]["mode"],
         "curvature_seconds": about["curvature"]["seconds"],
+        **_over_training_row(about["curvature"].get("over_training")),
     }
+
+
+def _over_training_row(about: CurvatureOverTraining | None) -> dict[str, Any]:
+    if about is None:
+        return {}
+    return {"curvature_epochs": about["epochs"], "curvature_epochs_seconds": about["seconds"]}
 
 
 def privacy_row(about: dict[str, Any] | None) -> dict[str, Any]:

@@ -30,6 +30,8 @@ TITLES = (
 MEANINGS = {
     "curvature_out": "input loss curvature under models that did not see the example",
     "curvature_in": "input loss curvature under models that did",
+    "curvature_over_training_out": "its mean over training (Garg et al. 2024), models that did not",
+    "curvature_over_training_in": "its mean over training, models that did",
     "curvature_paper_out": "the paper's finite difference, models that did not see it",
     "curvature_paper_in": "the paper's finite difference, models that did",
     "loss_out": "loss of models that did not see it",

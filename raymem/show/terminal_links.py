@@ -13,6 +13,7 @@ from raymem.fleet import duration
 from raymem.links import (
     METHODS,
     NOT_A_TEST,
+    TARGET,
     Audit,
     Correlation,
     Costs,
@@ -20,6 +21,7 @@ from raymem.links import (
     LabelErrors,
     Link2,
     Links,
+    OneModel,
     PaperBins,
     has_curvature,
     red,
@@ -39,6 +41,7 @@ def links_text(links: Links, *, brief: bool = False) -> str:
             bins_text(_at_these(links.bins, shown)),
             f"{paper_bins_text(_at_these(links.paper, shown))}\n"
             f"{costs_text(_at_these(links.costs, shown))}".strip(),
+            one_model_text(_at_these(links.one_model, shown)),
         ]
         if len(shown) < len(links.correlations):
             others = ", ".join(epsilon_name(e) for e in links.correlations if e not in shown)
@@ -303,7 +306,37 @@ def costs_text(found: Mapping[float, Costs]) -> str:
             f"{_share(c.ratio_without_training)} without; both at reliability 0.9: "
             f"{_share(c.ratio_at_target)}"
         )
+        if c.epochs_seconds:
+            lines.append(
+                f"averaged over training{at}: {duration(c.epochs_seconds)} more than that "
+                f"(reliability {_number(c.epochs_reliability) or 'not known'}); "
+                f"{_share(c.epochs_ratio)} of memorization with the training of its models, both "
+                f"at reliability {TARGET:g}: {_share(c.epochs_ratio_at_target)}"
+            )
     return "\n".join(lines)
+
+
+def one_model_text(found: Mapping[float, Sequence[OneModel]]) -> str:
+    """What one model by itself says of memorization, a table for each epsilon."""
+    parts = []
+    for epsilon, rows in found.items():
+        table = pa.table(
+            {
+                "measure of one model": [row.measure for row in rows],
+                "Spearman (least to greatest)": [
+                    f"{row.spearman:.3f} ({row.spearman_low:.3f} to {row.spearman_high:.3f})"
+                    for row in rows
+                ],
+                "Pearson": [_number(row.pearson) for row in rows],
+                "agreement of two models": [_number(row.agreement) for row in rows],
+                "seconds a model": [f"{row.seconds:.3g}" for row in rows],
+            }
+        )
+        parts.append(
+            f"Memorization against measures of one model on its own subset{at_epsilon(epsilon)}, "
+            f"mean over {rows[0].models:,} models:\n{as_text(table)}"
+        )
+    return "\n\n".join(parts)
 
 
 def paper_bins_text(found: Mapping[float, Sequence[PaperBins]]) -> str:

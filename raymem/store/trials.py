@@ -226,12 +226,22 @@ def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
     yield pa.concat_tables(held).combine_chunks()
 
 
-class CurvatureProvenance(TypedDict):
-    """How a trial's curvature was measured."""
+class CurvatureOverTraining(TypedDict):
+    """How curvature over training was measured."""
+
+    epochs: int
+    seconds: float
+
+
+class CurvatureProvenance(TypedDict, total=False):
+    """How a trial's curvature was measured; of streamed curvature, seconds are unknown."""
 
     mode: str
     rule: Mapping[str, object] | None
     seconds: float | None
+    precision: str
+    precision_differences: Mapping[str, float]
+    over_training: CurvatureOverTraining
 
 
 class Provenance(TypedDict, total=False):
