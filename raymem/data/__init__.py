@@ -14,7 +14,7 @@ from raymem.data.duplicates import near_duplicates
 from raymem.data.examples import Examples, fingerprint_of, group_column
 from raymem.data.flipped_labels import flip_labels
 from raymem.data.join import ABSENT, different, repeated, rows_of
-from raymem.data.load import NAMED, load_examples
+from raymem.data.load import NAMED, draw_training, load_examples
 from raymem.data.pixels import example_id
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Examples",
     "arrays_of_npz",
     "different",
+    "draw_training",
     "example_id",
     "fingerprint_of",
     "flip_labels",

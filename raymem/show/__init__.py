@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from raymem.show.build_report import write_report
     from raymem.show.notebook import Opened, open_store
     from raymem.show.tables import TableError, top, where
+    from raymem.show.terminal_leave_one_out import (
+        extrapolated_text,
+        leave_one_out_text,
+        write_leave_one_out,
+    )
     from raymem.show.terminal_links import correlations_text, label_errors_text, links_text
     from raymem.show.terminal_membership import membership_text
     from raymem.show.terminal_removal import removal_text, write_removal
@@ -35,9 +40,11 @@ __all__ = [
     "correlations_text",
     "describe_store",
     "example_text",
+    "extrapolated_text",
     "for_people",
     "ingest_text",
     "label_errors_text",
+    "leave_one_out_text",
     "links_text",
     "membership_text",
     "merge_text",
@@ -47,6 +54,7 @@ __all__ = [
     "summary_text",
     "top",
     "where",
+    "write_leave_one_out",
     "write_removal",
     "write_report",
 ]

@@ -11,11 +11,11 @@ from importlib import resources
 from typing import Any
 
 from raymem.encoding import epsilon_name
-from raymem.links import Finding, Links
+from raymem.links import Finding, LeftOut, Links
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
 from raymem.show.figures import Figure
-from raymem.show.page_sections import compared_section, membership_section
+from raymem.show.page_sections import compared_section, leave_one_out_section, membership_section
 from raymem.show.terminal_links import links_text
 from raymem.store import StudyRecord
 from raymem.version import VERSION
@@ -43,21 +43,23 @@ def page(
     without_pictures: str = "",
     attacked: Sequence[Attacked] = (),
     stale: str = "",
+    left_out: LeftOut | None = None,
     sections: Sequence[str] = (),
 ) -> str:
     """The page. `study` is study.json, `command` what ran it, `without_pictures` why some lack,
-    `attacked` what membership.json has, `stale` what is wrong with it,
-    `sections` the HTML of other sections."""
+    `attacked` what membership.json has, `stale` what is wrong with it, `left_out` what a
+    leave-one-out experiment found, `sections` the HTML of other sections."""
     show = _Show(chosen.classes, pictures)
     rows = links.correlations.get(chosen.epsilon, ())
     compared = compared_section(rows, attacked, chosen.epsilon, stale)
     parts = [
-        _head(study, location, command, bool(attacked), bool(compared)),
+        _head(study, location, command, bool(attacked), bool(compared), left_out is not None),
         _trust(links.diagnostics, links.private_diagnostics),
         _figures(charts, ("memorization",), "Memorization", "memorization"),
         _links(links, charts),
         compared,
         membership_section(attacked, _charts(charts, "membership"), stale),
+        leave_one_out_section(left_out, _charts(charts, "leave-one-out")),
         *sections,
         _gallery(chosen, show, without_pictures),
         _pairs(chosen, show),
@@ -121,7 +123,14 @@ class _Show:
         )
 
 
-def _head(study: StudyRecord, location: str, command: str, attacked: bool, compared: bool) -> str:
+def _head(
+    study: StudyRecord,
+    location: str,
+    command: str,
+    attacked: bool,
+    compared: bool,
+    left_out: bool,
+) -> str:
     plan, recipe = study.plan, study.recipe
     privacy = ", ".join(f"{k} {_plain(v)}" for k, v in (study.privacy or {}).items())
     rows = [
@@ -139,7 +148,8 @@ def _head(study: StudyRecord, location: str, command: str, attacked: bool, compa
     names = (
         ("trust", "Trust"), ("memorization", "Memorization"), ("links", "Links"),
         *([("compared", "Compared")] if compared else []),
-        *([("membership", "Membership")] if attacked else []), ("gallery", "Gallery"),
+        *([("membership", "Membership")] if attacked else []),
+        *([("leave-one-out", "Leaving one out")] if left_out else []), ("gallery", "Gallery"),
         ("errors", "Label errors"), ("table", "Table"), ("load", "Load"),
     )  # fmt: skip
     nav = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in names)

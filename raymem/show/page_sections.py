@@ -1,5 +1,5 @@
-"""Two sections of the page: every number that a fleet gives compared with memorization, and
-membership inference, if `raymem membership` was run."""
+"""Sections of the page: every number that a fleet gives compared with memorization; membership
+inference, if `raymem membership` was run; how far scores are from leaving one out, if that was."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from raymem.encoding import at_epsilon, epsilon_name
-from raymem.links import NOT_A_TEST, Coefficient, Correlation
+from raymem.links import NOT_A_TEST, Coefficient, Correlation, LeftOut
 from raymem.scores import Attacked
+from raymem.show.terminal_leave_one_out import bias_table, example_table, sources_text
 from raymem.show.terminal_links import equal_loss_table, ties_text
 from raymem.show.terminal_membership import (
     REFERENCES_HEAD,
@@ -147,6 +148,21 @@ def membership_section(attacked: Sequence[Attacked], chart: str, stale: str = ""
         "FPR that of others taken for members; standard errors are over target trials.</p>"
         f"{late}\n"
         f"{_html_table(attacks_table(attacked))}{few}{sentences}{chart}{notes}\n"
+    )
+
+
+def leave_one_out_section(found: LeftOut | None, chart: str) -> str:
+    """Its HTML, empty without such an experiment. `chart` is the figure's HTML."""
+    if found is None:
+        return ""
+    return (
+        '<h2 id="leave-one-out">How far the scores are from leaving one out</h2>\n'
+        "<p>Memorization is defined by leaving one example out of the whole set (Feldman 2019); "
+        "scores are of random subsets, which lack other examples as well. Some examples were left "
+        "out one by one; 95% intervals.</p>\n"
+        f"{_html_table(bias_table(found))}<p>{_t(found.verdict)}.</p>{chart}"
+        f"<details><summary>Every example</summary>{_html_table(example_table(found))}</details>\n"
+        f'<p class="small">{_t(sources_text(found))}.</p>\n'
     )
 
 

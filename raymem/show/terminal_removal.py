@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from raymem.experiments import ARMS
 from raymem.links import Mean, RemovalEffect, Removed
-from raymem.plan import ARMS
 from raymem.show.figures import removal_figure
 from raymem.show.terminal_scores import as_text
 from raymem.store import Store
