@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Smoke,
         run_curvature_job,
         run_job,
+        run_leave_one_out_job,
         run_removal_job,
     )
     from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
@@ -29,7 +30,14 @@ if TYPE_CHECKING:
         measure_kept,
         stream_curvature,
     )
-    from raymem.data import Cache, CachedExamples, Examples, flip_labels, load_examples
+    from raymem.data import (
+        Cache,
+        CachedExamples,
+        Examples,
+        add_canaries,
+        flip_labels,
+        load_examples,
+    )
     from raymem.data.shards import IngestSummary, Transform, ingest, list_shards
     from raymem.errors import (
         CurvatureError,
@@ -149,6 +157,7 @@ __all__ = [
     "TrialKey",
     "TrialResult",
     "__version__",
+    "add_canaries",
     "bounds_on_memorization",
     "correlations",
     "curvature",
@@ -176,6 +185,7 @@ __all__ = [
     "run_curvature_job",
     "run_fleet",
     "run_job",
+    "run_leave_one_out_job",
     "run_removal_job",
     "run_trial",
     "score",

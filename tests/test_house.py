@@ -101,14 +101,15 @@ def test_the_public_door_is_this_wide():
         "RecipeError", "ResultMismatchError", "ScoringModel", "Seeds", "Smoke", "StageSummary",
         "Store", "StoreError", "StoreFullError", "StoreHeldError", "Study",
         "StudyMismatchError", "Target", "Transform", "TrialError", "TrialKey", "TrialResult",
-        "__version__", "bounds_on_memorization", "correlations", "curvature", "find_links",
+        "__version__", "add_canaries", "bounds_on_memorization", "correlations", "curvature",
+        "find_links",
         "export", "find_pairs", "find_removal", "flip_labels", "import_fleet", "import_npz",
         "import_scores",
         "influence", "ingest", "list_shards",
         "load_examples", "measure", "measure_kept", "mechanism_for", "memorization",
         "membership", "merge", "one_run_epsilon", "open", "paper_score",
-        "run_curvature_job", "run_fleet", "run_job", "run_removal_job", "run_trial", "score",
-        "stream_curvature",
+        "run_curvature_job", "run_fleet", "run_job", "run_leave_one_out_job", "run_removal_job",
+        "run_trial", "score", "stream_curvature",
         "verify",
     }  # fmt: skip
 

@@ -89,7 +89,7 @@ def test_the_whole_chain(capsys, tmp_path):
     assert shown.exit_code == 0
     assert "training examples with flipped labels" in shown.output
     as_json = CliRunner().invoke(main, ["links", store, "--json"])
-    assert json.loads(as_json.output)["link_3_verdict"].startswith("link 3: no example's")
+    assert json.loads(as_json.output)["link_3_verdict"].startswith("link 3: the claimed")
     status = CliRunner().invoke(main, ["status", store])
     assert "6 of 6 done" in status.output
     # Again: nothing to train, and the same scores to the byte.
@@ -211,7 +211,8 @@ def test_fixed_sizes_have_their_own_bound():
     assert {c.bound.name for c in audit.bounds if c.bound.holds} == {
         "fixed-size", "total-variation",
     }  # fmt: skip
-    assert audit.one_run is None
+    assert audit.pairs is None
+    assert audit.candidates is not None
 
 
 def test_weights_are_kept_at_every_epsilon(tmp_path):
@@ -235,14 +236,15 @@ def test_a_pool_from_an_earlier_store(capsys, tmp_path):
     assert run(capsys, "--store", first, "--trials", "20")[1] == 0
     out, code = run(
         capsys, "--store", second, "--epsilons", "8", "--accountant", "rdp", "--pool-from", first,
-        "--pool-size", "30", "--subset-ratio", "0.5", pool_size=500,
+        "--pool-size", "30", "--subset-ratio", "0.5", "--rest-ratio", "0.7", pool_size=500,
     )  # fmt: skip
     assert code == 0, out
     plan = Store(second).plan()
-    assert (plan.kind, len(plan.pool)) == ("candidate-pool", 30)
+    assert (plan.kind, len(plan.pool), plan.rest_ratio) == ("candidate-pool", 30, 0.7)
     assert "examples (the candidates)" in out
     sizes = Store(second).scores("trials")["subset_size"].to_pylist()
-    assert all(1170 <= size <= 1200 for size in sizes)
+    # 0.7 of 1,170 and half of 30: 834, standard deviation 16.
+    assert all(755 <= size <= 915 for size in sizes)
     out, code = run(capsys, "--store", second, "--pool-from", str(tmp_path / "nowhere"),
                     "--epsilons", "8", pool_size=500)  # fmt: skip
     assert code == 1
@@ -253,6 +255,12 @@ def test_the_papers_studies_are_there():
     paper = job("privacy_cifar").RECIPES["paper"]
     assert (paper.model, paper.epochs, paper.batch_size) == ("cifar-resnet18-gn", 20, 128)
     assert (paper.learning_rate, paper.schedule) == (0.001, "steps")
+    for name in ("scripts-cifar10", "scripts-cifar100"):
+        scripts = job("privacy_cifar").RECIPES[name]
+        assert (scripts.optimizer, scripts.batch_size) == ("rmsprop", 256)
+        assert (scripts.model, scripts.epochs, scripts.learning_rate) == (paper.model, 20, 0.001)
+        assert (scripts.schedule, scripts.milestones) == ("steps", (0.6, 0.8))
+        assert len(scripts.mean) == len(scripts.std) == 3
     assert Privacy() == Privacy(delta=1e-5, max_grad_norm=1.0, accountant="prv")
     private = job("feldman_imagenet").private(job("feldman_imagenet").QUICK)
     assert (private.model, private.precision) == ("resnet50-gn", "float32")
@@ -302,7 +310,7 @@ def test_the_digits_show_both_effects(tmp_path, digits):
     for audit in (low, middle):
         assert not audit.refuted
         assert all(check.violations == 0 for check in audit.bounds)
-    assert inf.one_run > middle.one_run
+    assert inf.pairs.low > middle.pairs.high
     # Curvature rises with epsilon, by many standard errors each time.
     seen = link2(store).observed
     assert [o.epsilon for o in seen] == [0.5, 4.0, math.inf]
