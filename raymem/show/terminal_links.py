@@ -177,8 +177,10 @@ def link3_text(audits: Sequence[Audit]) -> str:
         ):
             row[title] = _bound(bounds.get(name))
         row["above"] = sum(c.violations for c in audit.bounds if c.bound.holds)
-        row["certified eps"] = f"{audit.certified:.2f} of {audit.certifiable:.2f}"
-        row["one-run eps"] = "" if audit.one_run is None else f"{audit.one_run:.2f}"
+        row["certified eps"] = _certified(audit)
+        row["told apart"] = _told_apart(audit)
+        row["claim allows"] = _percent_of_pairs(audit, "allowed")
+        row["refuted from"] = _percent_of_pairs(audit, "refuted_from")
         rows.append(row)
     if not rows:
         return "Link 3: nothing is trained yet"
@@ -189,10 +191,45 @@ def link3_text(audits: Sequence[Audit]) -> str:
     over = "" if pool is None else f" of {pool.examples:,} examples ({pool.what})"
     return (
         f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs; upper "
-        "bounds (- says nothing); examples above a bound that holds; the epsilon that the example "
-        f"which says most certifies, of what it could:\n{as_text(table)}\n"
-        f"one-run audit at epsilon {epsilon_name(audits[-1].epsilon)}: {audits[-1].one_run_about}"
+        "bounds (- says nothing); examples above a bound that holds; the epsilon that the most "
+        "telling candidate certifies, of what an error-free attack could; of two trials, how often "
+        "the one that trained on a candidate is told (95% over pairs of trials), the most that the "
+        f"claim allows, and what would refute it:\n{as_text(table)}\n{_about_audits(audits[-1])}"
     )
+
+
+def _about_audits(audit: Audit) -> str:
+    at = f"audits at epsilon {epsilon_name(audit.epsilon)}"
+    singly, pairs = audit.candidates, audit.pairs
+    if singly is None:
+        return f"{at}: none, membership cannot be told ({audit.why_no_pairs})"
+    text = f"{at}: {singly.examples:,} candidates ({singly.what}) one by one"
+    if pairs is None:
+        return f"{text}; the audit by pairs of trials {audit.why_no_pairs}"
+    return (
+        f"{text}; {pairs.right:,} of {pairs.runs * pairs.guesses:,} guesses right in "
+        f"{pairs.runs} pairs of trials, which no mechanism of epsilon below {pairs.epsilon:.2f} "
+        "gives (95%)"
+    )
+
+
+def _certified(audit: Audit) -> str:
+    found = audit.candidates
+    return "" if found is None else f"{found.certified:.2f} of {found.certifiable:.2f}"
+
+
+def _told_apart(audit: Audit) -> str:
+    found = audit.pairs
+    if found is None:
+        return ""
+    return f"{found.accuracy:.1%} [{found.low:.1%}, {found.high:.1%}]"
+
+
+def _percent_of_pairs(audit: Audit, name: str) -> str:
+    value = None if audit.pairs is None else getattr(audit.pairs, name)
+    if value is None:
+        return ""
+    return "-" if value > 1 else f"{value:.1%}"
 
 
 def _bound(check: Any) -> str:
