@@ -229,7 +229,7 @@ class Study(StudySettings):
                 "in and out"
             )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """What makes its trials comparable, JSON-ready: its hash is the study's identity."""
         return {
             "data": {
@@ -314,7 +314,7 @@ class Study(StudySettings):
         epsilon = max(self.epsilons)
         done = sum(key.epsilon == epsilon for key in store.done())
         trials = min(self.trials, max(2, math.ceil(done / block)) * block)
-        interim: list[dict[str, Any]] = []
+        interim: list[dict[str, object]] = []
         while True:
             progress = dataclasses.replace(self, trials=trials).train(resources, **settings)
             keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)

@@ -191,7 +191,7 @@ def _measure(study: Study, resources: Resources, *, asked: bool) -> None:
                 "--curvature-at"
             )
         return
-    click.echo(done.progress())
+    click.echo(str(done))
 
 
 def score_and_print(study: Study, rule: PairRule) -> None:
