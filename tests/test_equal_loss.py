@@ -194,7 +194,7 @@ def test_the_verdict_names_its_estimate_interval_and_limits():
     (verdict,) = verdicts_on_link1({math.inf: rows})
     rho = rows[0].spearman
     assert (verdict.estimate, verdict.low, verdict.high) == (rho.value, rho.low, rho.high)
-    assert f"Spearman {rho.shown(2)} of at most {rows[0].ceiling:.2f}" in verdict.text
+    assert f"Spearman {rho.format(2)} of at most {rows[0].ceiling:.2f}" in verdict.text
     assert "AUC" in verdict.text
     assert "The loss of the same models: Spearman" in verdict.text
     assert "the loss does not" in verdict.not_shown

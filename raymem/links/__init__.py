@@ -18,7 +18,6 @@ from raymem.links.curvature import (
     correlations,
     has_curvature,
     in_paper_bins,
-    measures_of,
 )
 from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
@@ -33,7 +32,13 @@ from raymem.links.removal import (
     find_removal,
     removal_effect,
 )
-from raymem.links.together import Links, correlations_as_dict, find_links
+from raymem.links.together import (
+    Links,
+    correlations_as_dict,
+    find_links,
+    privacy_links,
+    with_private,
+)
 from raymem.links.twins import Twins, find_twins
 from raymem.links.two_stages import Parameter
 from raymem.links.verdicts import Verdict, verdicts_on_link1
@@ -86,12 +91,13 @@ __all__ = [
     "label_errors",
     "link2",
     "link3",
-    "measures_of",
     "most_memorized",
     "paper_bins",
+    "privacy_links",
     "red",
     "removal_by_scores",
     "removal_effect",
     "verdict",
     "verdicts_on_link1",
+    "with_private",
 ]

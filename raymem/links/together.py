@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from raymem.links.curvature import (
     in_paper_bins,
 )
 from raymem.links.diagnostics import Finding, diagnostics
-from raymem.links.epsilons import Link2, link2, plain
+from raymem.links.epsilons import Link2, link2, plain, with_unclipped
 from raymem.links.equal_loss import EqualLoss
 from raymem.links.twins import Twins, find_twins
 from raymem.links.verdicts import Verdict, verdict_on_link2, verdicts_on_link1
@@ -63,8 +64,8 @@ class Links:
         text = "".join(f"<li>{html.escape(str(verdict))}</li>" for verdict in self.verdicts)
         rows = [
             (
-                epsilon_name(epsilon), c.measure, c.spearman.shown(2), f"{c.ceiling:.2f}",
-                c.among_memorized.shown(2), c.auc.shown(2), f"{c.examples:,}",
+                epsilon_name(epsilon), c.measure, c.spearman.format(2), f"{c.ceiling:.2f}",
+                c.among_memorized.format(2), c.auc.format(2), f"{c.examples:,}",
             )
             for epsilon, found in self.correlations.items()
             for c in found
@@ -112,28 +113,49 @@ class Links:
         }
 
 
-def find_links(store: Store, *, private: Store | None = None, seed: int = 0) -> Links:
-    """The three links of a scored store; links 2 and 3 from `private`, if given: a study of the
-    same examples at several epsilons.
-
-    Raises StoreError without scores, and if the examples of the two are not the same.
-    """
+def find_links(store: Store, *, seed: int = 0) -> Links:
+    """The three links of a scored store. Raises StoreError without scores."""
     compared = correlations(store, seed=seed)
-    if private is not None:
-        joined(store, private)
-    epsilons = store if private is None else private
-    twins = find_twins(store)
-    return Links(
+    return dataclasses.replace(
+        privacy_links(store, seed=seed),
         correlations=compared,
         bins=by_memorization(store),
         paper=in_paper_bins(store, list(compared), seed=seed),
         costs=costs(store, compared),
-        curvature=link2(epsilons, unclipped=store if private else None, seed=seed),
-        memorization=link3(epsilons),
+    )
+
+
+def privacy_links(store: Store, *, seed: int = 0) -> Links:
+    """Links 2 and 3 alone, and what says whether to trust them; link 1 takes the longest by far.
+
+    Raises StoreError without scores.
+    """
+    twins = find_twins(store)
+    return Links(
+        correlations={},
+        bins={},
+        paper={},
+        costs={},
+        curvature=link2(store, seed=seed),
+        memorization=link3(store),
         diagnostics=diagnostics(store, twins),
         twins=twins,
-        private_store=None if private is None else private.url,
-        private_diagnostics={} if private is None else diagnostics(private),
+    )
+
+
+def with_private(links: Links, private: Links, store: Store, private_store: Store) -> Links:
+    """`links` of `store` with links 2 and 3 of `private_store`, a study of the same examples at
+    several epsilons, whose own links are `private`.
+
+    Raises StoreError if the examples of the two are not the same.
+    """
+    joined(store, private_store)
+    return dataclasses.replace(
+        links,
+        curvature=with_unclipped(private.curvature, private_store, store),
+        memorization=private.memorization,
+        private_store=private_store.url,
+        private_diagnostics=private.diagnostics,
     )
 
 

@@ -10,13 +10,14 @@ import math
 import os
 
 from raymem.data import Examples
-from raymem.links import find_links
+from raymem.links import Links, find_links, privacy_links, with_private
 from raymem.scores import read_membership
 from raymem.show.choose import choose
 from raymem.show.figures import figures
 from raymem.show.notebook import Opened
 from raymem.show.page import TWINS, page
-from raymem.show.page_sections import stale_text
+from raymem.show.story import tell
+from raymem.show.terminal_membership import stale_text
 from raymem.show.thumbnails import thumbnails
 from raymem.store import Store
 
@@ -28,12 +29,15 @@ def write_report(
     data: Examples | str | None = None,
     *,
     private: str | os.PathLike[str] | None = None,
+    links: Links | None = None,
+    private_links: Links | None = None,
 ) -> str:
     """Write the page of a scored store and everything it is made of; returns where it is.
 
     Pictures come from `data`, or from where the study had its images; without them the page has
     none. `private` is another store of the same examples, whose trials at several epsilons give
-    links 2 and 3.
+    links 2 and 3. `links` and `private_links` are those of the two stores, if they are known
+    already: they take seconds to hours.
 
     Raises StoreError without scores, and if the two stores are not of the same examples.
     """
@@ -41,7 +45,11 @@ def write_report(
     store_ = opened.store
     epsilons = sorted(set(store_.scores()["epsilon"].to_pylist()))
     shown = math.inf if math.inf in epsilons else epsilons[-1]
-    links = find_links(store_, private=None if private is None else Store(private))
+    if links is None:
+        links = find_links(store_)
+    if private is not None:
+        other = Store(private)
+        links = with_private(links, private_links or privacy_links(other), store_, other)
     store_.write_note("links", links.as_dict())
     chosen = choose(store_, shown)
     attacked = read_membership(store_)
@@ -54,6 +62,7 @@ def write_report(
     pictures, without = thumbnails(opened, list(dict.fromkeys(ids)))
     text = page(
         opened.about,
+        tell(store_, links, shown, attacked),
         chosen,
         links,
         charts,

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from raymem.encoding import epsilon_name
-from raymem.links import Links, PaperBins, Removed, measures_of
+from raymem.links import Links, PaperBins, Removed
 from raymem.links.rows import train_at
 from raymem.plan import ARMS
 from raymem.scores import Attacked
 from raymem.store import Store
+from raymem.store.measures import known_measures
 
 LIGHT = {
     "ink": "#1b1f24",
@@ -66,7 +67,7 @@ def figures(
     for bins in links.paper.get(epsilon, ()):
         if bins.straight is None or not bins.measure.endswith("_out"):
             continue
-        values = measures_of(here)[bins.measure]
+        values = known_measures(here)[bins.measure]
         everyone = np.array(here["memorization"].cast("float64").to_numpy(), np.float64)
         yield _figure(
             f"link1-{bins.measure}",
