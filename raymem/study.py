@@ -17,9 +17,10 @@ from raymem.encoding import json_ready
 from raymem.errors import PlanError
 from raymem.fleet import (
     Engine,
-    Extras,
     Progress,
     Repeat,
+    Resources,
+    TrialOptions,
     repeat_trial,
     run_fleet,
 )
@@ -83,7 +84,7 @@ class Study:
     the weights that those trials keep. The numbers are the same."""
     curvature_data: str | None = None
     """Where that stage reads the study's images: shards, or None for its cache."""
-    checkpoint_seconds: float = Extras.checkpoint_seconds
+    checkpoint_seconds: float = TrialOptions.checkpoint_seconds
     """A trial is saved so often while it trains."""
     epsilons: tuple[float, ...] = (math.inf,)
     """Privacy budgets, each of which trains the same subsets; inf is not private. More can be asked
@@ -228,16 +229,14 @@ class Study:
 
     def train(
         self,
-        *,
-        engine: Engine = "ray",
-        cpus_per_trial: int = 1,
-        gpus_per_trial: float | None = None,
-        workers_per_trial: int = 1,
-        models_per_step: int | None = None,
-        max_workers: int | None = None,
-        verbose: bool = False,
+        resources: Resources | None = None,
+        **settings: Any,
     ) -> Progress:
-        """Train the trials that are not done yet; see `run_fleet`."""
+        """Train the trials that are not done yet; see `run_fleet`.
+
+        `settings` are fields of `resources`: `train(engine="serial")`.
+        """
+        resources = dataclasses.replace(resources or Resources(), **settings)
         store = self.open_store()
         store.target = self.target
         return run_fleet(
@@ -245,14 +244,8 @@ class Study:
             self.plan,
             self.recipe,
             store,
-            engine=engine,
-            cpus_per_trial=cpus_per_trial,
-            gpus_per_trial=gpus_per_trial,
-            workers_per_trial=workers_per_trial,
-            models_per_step=models_per_step,
-            max_workers=max_workers,
-            extras=self.extras(store),
-            verbose=verbose,
+            options=self.trial_options(store),
+            resources=resources,
         )
 
     @property
@@ -263,10 +256,10 @@ class Study:
             part = Part(number=self.part[0], of=self.part[1], block=self.plan.block)
         return Target(trials=self.trials, epsilons=self.epsilons, part=part)
 
-    def extras(self, store: Store | None = None) -> Extras:
+    def trial_options(self, store: Store | None = None) -> TrialOptions:
         """What trials do beyond the recipe; epsilons that are new are fixed in `store`."""
         at_stage = self.curvature is not None and self.curvature_at == "stage"
-        return Extras(
+        return TrialOptions(
             curvature=None if at_stage else self.curvature,
             curvature_trials=self.curvature_trials,
             keep_models=max(self.keep_models, self._measured_trials if at_stage else 0),
@@ -275,12 +268,18 @@ class Study:
         )
 
     def train_until(
-        self, until: Until, *, told: Callable[[str], None] = print, **how: Any
+        self,
+        until: Until,
+        resources: Resources | None = None,
+        *,
+        on_message: Callable[[str], None] = print,
+        **settings: Any,
     ) -> Progress:
         """Train whole blocks until the target is reached, `trials` at most; see `Until`.
 
-        Looks are at the ends of blocks only, at epsilon inf, or the largest there is. Each is told,
-        and kept in the store for `raymem status`. `how` is what `train` takes.
+        The target is checked at the ends of blocks only, at epsilon inf, or the largest there is.
+        Each check is passed to `on_message`, and kept in the store for `raymem status`; the other
+        arguments are those of `train`.
         """
         if self.part is not None:
             raise PlanError(
@@ -292,7 +291,7 @@ class Study:
         trials = min(self.trials, max(2, math.ceil(done / block)) * block)
         looks: list[dict[str, Any]] = []
         while True:
-            progress = dataclasses.replace(self, trials=trials).train(**how)
+            progress = dataclasses.replace(self, trials=trials).train(resources, **settings)
             keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)
             seen = look(store, keys)
             value, forecast = until.value(seen), until.forecast(seen)
@@ -303,7 +302,7 @@ class Study:
                 "until", {"rule": str(until), "most_trials": self.trials, "looks": looks}
             )
             reached = until.reached(value)
-            told(
+            on_message(
                 f"{trials:,} trials: {until.quantity} {value:.3f}, wanted {until.target:g}; "
                 + ("reached" if reached else f"forecast: {forecast or '?'} trials")
                 + ("; not reached with --trials" if trials >= self.trials and not reached else "")
@@ -316,7 +315,7 @@ class Study:
         """Train one committed trial again and compare; see `repeat_trial`."""
         store = self.open_store()
         return repeat_trial(
-            self.examples, self.plan, self.recipe, store, self.extras(store), threads=threads
+            self.examples, self.plan, self.recipe, store, self.trial_options(store), threads=threads
         )
 
     def seconds_of_a_trial(self) -> float:

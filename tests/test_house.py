@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 # A module imports from its own layer and from those to its left. data.shards and
 # curvature.streaming use the store and the fleet: they come later than their parent packages.
 LAYERS = [
-    "version", "lazy", "encoding", "errors", "retry", "data", "plan", "models", "curvature",
-    "privacy", "training", "store", "fleet", "scores", "links", "data.shards",
+    "version", "lazy", "settings", "encoding", "errors", "retry", "data", "plan", "models",
+    "curvature", "privacy", "training", "store", "fleet", "scores", "links", "data.shards",
     "curvature.streaming", "interop", "study", "show", "cli",
 ]  # fmt: skip
 ONLY_HERE = {

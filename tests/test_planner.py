@@ -129,7 +129,7 @@ def test_plans_that_cannot_answer_are_told_so(study):
 def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
     told = []
     asked = study(trials=400)
-    asked.train_until(Until.parse("reliability=0.65"), told=told.append, engine="serial")
+    asked.train_until(Until.parse("reliability=0.65"), on_message=told.append, engine="serial")
     store = Store(asked.store)
     done = len(store.done())
     assert done % 20 == 0
@@ -146,7 +146,7 @@ def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
     assert f"until reliability=0.65: {last.reliability:.3f} at {done} trials" in status
     # Nothing is trained again; one look says that it is enough.
     told.clear()
-    asked.train_until(Until.parse("reliability=0.65"), told=told.append, engine="serial")
+    asked.train_until(Until.parse("reliability=0.65"), on_message=told.append, engine="serial")
     assert len(store.done()) == done
     assert len(told) == 1
     assert CliRunner().invoke(main, ["verify", str(asked.store)]).exit_code == 0
@@ -154,7 +154,7 @@ def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
 
 def test_trials_are_a_hard_cap(study):
     asked = study(trials=60)
-    asked.train_until(Until.parse("ci-width=0.01"), told=lambda text: None, engine="serial")
+    asked.train_until(Until.parse("ci-width=0.01"), on_message=lambda text: None, engine="serial")
     assert len(Store(asked.store).done()) == 60
 
 

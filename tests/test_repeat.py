@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from raymem import Recipe, Store, StoreError, Study, import_npz
 from raymem.cli import main
-from raymem.fleet import Extras, repeat_trial
+from raymem.fleet import TrialOptions, repeat_trial
 from raymem.links import diagnostics
 
 
@@ -41,7 +41,7 @@ def test_training_again_gives_the_same_bits(study):
 def test_other_training_is_a_red_finding(study):
     other = dataclasses.replace(study.recipe, learning_rate=0.05)
     store = Store(study.store)
-    found = repeat_trial(study.examples, study.plan, other, store, Extras(), threads=1)
+    found = repeat_trial(study.examples, study.plan, other, store, TrialOptions(), threads=1)
     assert not found.identical
     first = store.trial(min(store.done()))["margin"].to_numpy()
     assert 0 < found.drift < 2 * np.abs(first).max() + 10
@@ -49,7 +49,7 @@ def test_other_training_is_a_red_finding(study):
     assert finding(study).red
     assert "margins differ" in finding(study).text
     # With other arithmetic (here: more threads) a difference is drift, no error.
-    drifted = repeat_trial(study.examples, study.plan, other, store, Extras(), threads=2)
+    drifted = repeat_trial(study.examples, study.plan, other, store, TrialOptions(), threads=2)
     assert not drifted.identical
     assert not drifted.comparable
     assert not finding(study).red
@@ -64,5 +64,10 @@ def test_what_cannot_be_repeated(digits, tmp_path):
     import_npz(tmp_path / "fleet.npz", tmp_path / "imported")
     with pytest.raises(StoreError, match="imported"):
         repeat_trial(
-            digits, empty.plan, empty.recipe, Store(tmp_path / "imported"), Extras(), threads=1
+            digits,
+            empty.plan,
+            empty.recipe,
+            Store(tmp_path / "imported"),
+            TrialOptions(),
+            threads=1,
         )

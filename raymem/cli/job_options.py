@@ -12,7 +12,7 @@ import click
 from raymem.curvature import CurvatureRule, PaperRule
 from raymem.data import NAMED, Examples, flip_labels, load_examples
 from raymem.errors import RecipeError
-from raymem.fleet import Engine, Extras
+from raymem.fleet import Engine, TrialOptions
 from raymem.plan import Kind
 from raymem.privacy import EPSILON_GRIDS, Privacy
 from raymem.scores import Until
@@ -44,7 +44,7 @@ class JobOptions:
     keep_models: int = 0
     curvature_at: Literal["trial", "stage"] = "trial"
     curvature_data: str | None = None
-    checkpoint_seconds: float = Extras.checkpoint_seconds
+    checkpoint_seconds: float = TrialOptions.checkpoint_seconds
     epsilons: tuple[float, ...] = (math.inf,)
     privacy: Privacy | None = None
     """How trials are made private, with --epsilons."""
@@ -231,7 +231,7 @@ machine_options = together(
     click.option(
         "--checkpoint-minutes",
         type=click.FloatRange(0),
-        default=Extras.checkpoint_seconds / 60,
+        default=TrialOptions.checkpoint_seconds / 60,
         help="Save trials this often while they train.",
     ),
     click.option("--verbose", is_flag=True, help="Show what Ray says."),

@@ -267,7 +267,7 @@ def _run(study: Study, stage: str, way: Way) -> None:
         if way.until is None:
             progress = study.train(**vars(machine))
         else:
-            progress = study.train_until(way.until, told=click.echo, **vars(machine))
+            progress = study.train_until(way.until, on_message=click.echo, **vars(machine))
         # Only now: a run that is refused is not how the store came about.
         command = shlex.join(["python", *sys.argv])
         study.open_store().write_note("command", {"command": command})

@@ -9,22 +9,24 @@ from typing import TYPE_CHECKING
 from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from raymem.fleet.fleet import Engine, Stopped, run_fleet, stop_signals
+    from raymem.fleet.fleet import Stopped, run_fleet, stop_signals
     from raymem.fleet.forecast import estimated_trial, timed_trial
     from raymem.fleet.ledger import Ledger, Progress
     from raymem.fleet.repeat import Repeat, repeat_trial
     from raymem.fleet.report import ProgressLine, duration
-    from raymem.fleet.work import Extras
+    from raymem.fleet.resources import Engine, Resources
+    from raymem.fleet.work import TrialOptions
 
 
 __all__ = [
     "Engine",
-    "Extras",
     "Ledger",
     "Progress",
     "ProgressLine",
     "Repeat",
+    "Resources",
     "Stopped",
+    "TrialOptions",
     "duration",
     "estimated_trial",
     "repeat_trial",

@@ -6,8 +6,9 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,14 +23,14 @@ from raymem.errors import (
 )
 from raymem.fleet.ledger import Ledger, Lost, Progress
 from raymem.fleet.report import ProgressLine
-from raymem.fleet.work import Extras, Job, work
+from raymem.fleet.resources import Resources
+from raymem.fleet.work import Job, TrialOptions, work
 from raymem.models import build_model
 from raymem.plan import Plan
 from raymem.privacy import check_private
 from raymem.store import DriverLock, Store
 from raymem.training import Recipe, check_private_recipe, default_device
 
-Engine = Literal["ray", "serial"]
 # In driver.json, for `raymem status`.
 NOTICES_SHOWN = 10
 FATAL: dict[str, type[RaymemError]] = {
@@ -58,25 +59,14 @@ def run_fleet(
     plan: Plan,
     recipe: Recipe,
     store: Store,
-    *,
-    engine: Engine = "ray",
-    cpus_per_trial: int = 1,
-    gpus_per_trial: float | None = None,
-    workers_per_trial: int = 1,
-    models_per_step: int | None = None,
-    max_workers: int | None = None,
-    extras: Extras | None = None,
-    verbose: bool = False,
+    options: TrialOptions | None = None,
+    resources: Resources | None = None,
 ) -> Progress:
     """Train what `store.target` wants and the store does not have yet.
 
     Each trial is committed to the store by itself, once; whatever is killed, calling this again
-    goes on where it was. `engine="serial"` runs the same trials in this process, without Ray.
-    `gpus_per_trial` is 1 by default where the cluster has GPUs, else 0; fractions pack small
-    models. `workers_per_trial` of them train each model together, each with its share of every
-    batch. `models_per_step` of them are trained at once by each worker, in the same steps; None: on
-    a GPU as many as it is faster with, on a CPU one. `extras` says which trials measure curvature,
-    and which keep their weights.
+    goes on where it was. `options` say which trials measure curvature, which keep their weights,
+    and how private ones are trained.
 
     The store must have been opened with the study (`Store.open_study`). Raises StoreHeldError if
     another live driver has it, StoreFullError without space, StoreError if it does not answer,
@@ -91,10 +81,10 @@ def run_fleet(
             mean=recipe.mean,
             std=recipe.std,
         )
-    extras = extras or Extras()
-    if extras.mechanisms:
+    options, resources = options or TrialOptions(), resources or Resources()
+    if options.mechanisms:
         check_private(model, examples.image_shape)
-        check_private_recipe(recipe, workers_per_trial)
+        check_private_recipe(recipe, resources.workers_per_trial)
     line = ProgressLine()
     latest: dict[str, Any] = {}
     with DriverLock(store.files, progress=lambda: latest) as lock, stop_signals() as stops:
@@ -104,7 +94,7 @@ def run_fleet(
             store.delete_checkpoint(key)
         pending = [key for key in wanted if key not in done]
         ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
-        told, notices_said = [False], [0]
+        asked_to_stop, notices_said = [False], [0]
 
         def watch(watched: _Watched, progress: Progress) -> None:
             latest.update(
@@ -125,32 +115,22 @@ def run_fleet(
                 raise StoreHeldError(
                     f"another driver took {store.url} over; see `raymem status` for who it is"
                 )
-            if stops.count == 1 and not told[0]:
-                told[0] = True
+            if stops.count == 1 and not asked_to_stop[0]:
+                asked_to_stop[0] = True
                 watched.stop()
                 line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
 
         try:
             progress = ledger.progress()
             if not progress.complete:
-                job = Job.of(
-                    examples, plan, recipe, store, cpus_per_trial, extras,
-                    models_per_step=1 if workers_per_trial > 1 else models_per_step,
-                    gpu_share=min(1.0, gpus_per_trial or 1.0),
-                )  # fmt: skip
-                run = _run_serial if engine == "serial" else _run_ray
-                slots = {
-                    "cpus_per_trial": cpus_per_trial,
-                    "gpus_per_trial": gpus_per_trial,
-                    "workers_per_trial": workers_per_trial,
-                    "max_workers": max_workers,
-                }
-                progress = run(ledger, job, watch, slots, verbose)
+                job = Job.of(examples, plan, recipe, store, options, resources)
+                run = _run_serial if resources.engine == "serial" else _run_ray
+                progress = run(ledger, job, watch, resources)
         finally:
             line.close()
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
-    if told[0] and progress.done + progress.failed < progress.total:
+    if asked_to_stop[0] and progress.done + progress.failed < progress.total:
         raise Stopped(
             f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
             "again to go on"
@@ -162,16 +142,15 @@ def _run_serial(
     ledger: Ledger,
     job: Job,
     watch: Callable[[_Watched, Progress], None],
-    slots: dict[str, Any],
-    verbose: bool,
+    resources: Resources,
 ) -> Progress:
-    if slots["workers_per_trial"] > 1:
+    if resources.workers_per_trial > 1:
         raise FleetError("several workers per trial need engine='ray'")
     ledger.register("serial", "serial", 0)
     work(
         ledger,
         job,
-        torch.device("cpu") if slots["gpus_per_trial"] == 0 else default_device(),
+        torch.device("cpu") if resources.gpus_per_trial == 0 else default_device(),
         "serial",
         after_trial=lambda: watch(ledger, ledger.progress()),
     )
@@ -182,8 +161,7 @@ def _run_ray(
     ledger: Ledger,
     job: Job,
     watch: Callable[[_Watched, Progress], None],
-    slots: dict[str, Any],
-    verbose: bool,
+    resources: Resources,
 ) -> Progress:
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import connected
@@ -193,14 +171,14 @@ def _run_ray(
             f"{job.store_url} is in this process only, and workers are others; take "
             "engine='serial' or another store"
         )
-    with connected(data_bytes=job.data_bytes, verbose=verbose):
+    with connected(data_bytes=job.data_bytes, verbose=resources.verbose):
         import ray
 
-        from raymem.fleet.lanes import Slots, run_on_ray
+        from raymem.fleet.lanes import run_on_ray
 
-        if slots["gpus_per_trial"] is None:
-            slots["gpus_per_trial"] = _gpus_there(ray.cluster_resources())
-        return run_on_ray(ledger, job, Slots(**slots), watch=watch)
+        if resources.gpus_per_trial is None:
+            resources = replace(resources, gpus_per_trial=_gpus_there(ray.cluster_resources()))
+        return run_on_ray(ledger, job, resources, watch=watch)
 
 
 def _gpus_there(resources: Mapping[str, float]) -> float:

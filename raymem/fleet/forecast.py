@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymem.data import Examples
-from raymem.fleet.work import Extras
+from raymem.fleet.work import TrialOptions
 from raymem.plan import Plan
 from raymem.store import TrialKey, trial_table
 from raymem.store.trials import encode
@@ -37,7 +37,7 @@ def timed_trial(
     examples: Examples,
     plan: Plan,
     recipe: Recipe,
-    extras: Extras,
+    options: TrialOptions,
     *,
     threads: int,
     epsilon: float = math.inf,
@@ -52,7 +52,7 @@ def timed_trial(
     how: dict[str, Any] = {"subset_size": plan.subset_size, "threads": threads}
     run_trial(images, mask, warm_up, plan.seeds(0), **how)
     start = time.perf_counter()
-    asked = extras.of(TrialKey(epsilon, 0))
+    asked = options.of(TrialKey(epsilon, 0))
     result = run_trial(images, mask, recipe, plan.seeds(0), **how, **asked)
     seconds = time.perf_counter() - start
     return seconds, len(encode(trial_table(KEY, mask, result), {}))
@@ -62,7 +62,7 @@ def estimated_trial(
     examples: Examples,
     plan: Plan,
     recipe: Recipe,
-    extras: Extras,
+    options: TrialOptions,
     *,
     threads: int,
     epsilon: float = math.inf,
@@ -78,7 +78,7 @@ def estimated_trial(
     y = rng.integers(0, examples.n_classes, SAMPLE)
     images = Images.from_arrays(x, y, x, y, examples.n_classes, default_device())
     everything = np.ones(SAMPLE, bool)
-    asked = extras.of(TrialKey(epsilon, 0))
+    asked = options.of(TrialKey(epsilon, 0))
 
     def seconds(epochs: int, **more: object) -> float:
         batch = min(SAMPLE_BATCH, recipe.batch_size)

@@ -10,7 +10,6 @@ lane. Lanes share nothing but the ledger.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import tempfile
@@ -33,6 +32,7 @@ from raymem.fleet.ledger import Ledger, Progress
 from raymem.fleet.metrics import FleetMetrics, image_counter
 from raymem.fleet.placement import RUNNER_ENVIRONMENT, GroupTrainer, Placements
 from raymem.fleet.remote import RemoteLedger
+from raymem.fleet.resources import Resources
 from raymem.fleet.work import Job, work
 from raymem.training import ALONE, Ranks
 
@@ -43,53 +43,6 @@ GRACE_SECONDS = 15.0
 # Spot GPUs may be long in coming.
 PATIENCE_SECONDS = 1800.0
 RUNNER_DEATHS_ALLOWED = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slots:
-    """What one trial takes, and how much of the cluster the fleet may use."""
-
-    cpus_per_trial: int = 1
-    """CPUs, and threads, of one worker."""
-    gpus_per_trial: float = 0.0
-    """GPUs of one worker; a fraction packs several on one GPU."""
-    workers_per_trial: int = 1
-    """Workers that train one model together."""
-    max_workers: int | None = None
-    """Most workers at once, over all nodes; None is as many as fit."""
-
-    def __post_init__(self) -> None:
-        for name in ("cpus_per_trial", "workers_per_trial"):
-            if getattr(self, name) < 1:
-                raise FleetError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        g = self.gpus_per_trial
-        if g < 0 or (g > 0 and g != 1 and not g < 1):
-            raise FleetError(
-                f"gpus_per_trial must be 0, 1 or a fraction of 1, got {g}; for one model on "
-                "several GPUs give workers_per_trial"
-            )
-        if self.workers_per_trial > 1 and 0 < g < 1:
-            raise FleetError(
-                f"workers_per_trial {self.workers_per_trial} needs whole GPUs, got {g} each"
-            )
-        if self.max_workers is not None and self.max_workers < self.workers_per_trial:
-            raise FleetError(
-                f"max_workers must be {self.workers_per_trial} or more, got {self.max_workers}"
-            )
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What one worker takes."""
-        gpus = {"GPU": self.gpus_per_trial} if self.gpus_per_trial else {}
-        return {"CPU": float(self.cpus_per_trial), **gpus}
-
-    def on(self, resources: dict[str, float]) -> int:
-        """How many workers fit a node with these Ray resources at once."""
-        slots = resources.get("CPU", 0) // self.cpus_per_trial
-        if self.gpus_per_trial:
-            per_gpu = math.floor(1 / self.gpus_per_trial + 1e-9)
-            slots = min(slots, resources.get("GPU", 0) * per_gpu)
-        return int(slots)
 
 
 def lane_worker(config: dict[str, Any]) -> None:
@@ -156,7 +109,7 @@ class LaneRunner:
     """Hosts one lane's fit(); its node's death is the lane's."""
 
     def run(
-        self, config: dict[str, Any], selector: dict[str, str], workers: int, slots: Slots
+        self, config: dict[str, Any], selector: dict[str, str], workers: int, resources: Resources
     ) -> None:
         """Returns when all workers have exited; they are on nodes that `selector` selects."""
         # A notice that some node will go would restart lanes on nodes that stay.
@@ -168,8 +121,8 @@ class LaneRunner:
                 train_loop_config=config,
                 scaling_config=ScalingConfig(
                     num_workers=workers,
-                    use_gpu=slots.gpus_per_trial > 0,
-                    resources_per_worker=slots.bundle,
+                    use_gpu=bool(resources.gpus_per_trial),
+                    resources_per_worker=resources.bundle,
                     label_selector=selector,
                 ),
                 run_config=RunConfig(
@@ -194,16 +147,16 @@ class _Lane:
 class Lanes:
     """The lanes of one fleet: starts them on nodes that have room, and notices those that end."""
 
-    def __init__(self, ledger: RemoteLedger, actor: Any, job: Job, slots: Slots) -> None:
-        self._ledger, self._slots = ledger, slots
+    def __init__(self, ledger: RemoteLedger, actor: Any, job: Job, resources: Resources) -> None:
+        self._ledger, self._resources = ledger, resources
         # The driver owns the job's arrays; each node maps them once from its object store.
         self._config = {
             "ledger": actor,
             "job": [ray.put(job)],
-            "gpu": slots.gpus_per_trial > 0,
-            "together": slots.workers_per_trial > 1,
+            "gpu": bool(resources.gpus_per_trial),
+            "together": resources.workers_per_trial > 1,
         }
-        self._demand = None if is_private() else Demand(slots.bundle)
+        self._demand = None if is_private() else Demand(resources.bundle)
         self._placements = Placements()
         self._lanes: list[_Lane] = []
         self._deaths: dict[str, int] = {}
@@ -224,7 +177,7 @@ class Lanes:
         wanted = self._wanted(progress)
         alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = {
-            node["NodeID"]: self._slots.on(node["Resources"])
+            node["NodeID"]: self._resources.fit(node["Resources"])
             for node in alive
             if node["NodeID"] not in {*going, *progress.retired_nodes}
         }
@@ -242,12 +195,14 @@ class Lanes:
 
     def _wanted(self, progress: Progress) -> int:
         """Workers that could be at work now."""
-        left = (progress.total - progress.done - progress.failed) * self._slots.workers_per_trial
-        return min(left, self._slots.max_workers or left)
+        left = (
+            progress.total - progress.done - progress.failed
+        ) * self._resources.workers_per_trial
+        return min(left, self._resources.max_workers or left)
 
     def _fill(self, node_id: str, fit: int, left: int) -> None:
         """Lanes on a node that has room for `fit` workers."""
-        each = self._slots.workers_per_trial
+        each = self._resources.workers_per_trial
         here = [lane for lane in self._lanes if lane.node_id == node_id]
         if each == 1:
             if not here and fit > 0:
@@ -258,7 +213,7 @@ class Lanes:
 
     def _span(self, nodes: dict[str, int], wanted: int) -> None:
         """Lanes over several nodes, where no node has room for all workers of a trial."""
-        each = self._slots.workers_per_trial
+        each = self._resources.workers_per_trial
         if each == 1 or not nodes or max(nodes.values()) >= each:
             return
         if self._deaths.get("", 0) >= RUNNER_DEATHS_ALLOWED:
@@ -270,7 +225,7 @@ class Lanes:
     def _room(self, nodes: dict[str, int]) -> int:
         """Workers that lanes have room for, or will have together with nodes that are to come."""
         at_work = sum(lane.workers for lane in self._lanes)
-        each = self._slots.workers_per_trial
+        each = self._resources.workers_per_trial
         if each > 1 and nodes and max(nodes.values()) < each:
             return max(at_work, sum(nodes.values()))
         return at_work
@@ -289,10 +244,10 @@ class Lanes:
                     f"{len(progress.retired_nodes)} nodes are retired, and no other has room: "
                     f"{progress.notices[-1]}; then run the same command again"
                 )
-            slots = self._slots
-            need = f"{slots.cpus_per_trial} CPUs and {slots.gpus_per_trial:g} GPUs"
-            if slots.workers_per_trial > 1:
-                need = f"{slots.workers_per_trial} times {need}"
+            needs = self._resources
+            need = f"{needs.cpus_per_trial} CPUs and {needs.gpus_per_trial or 0:g} GPUs"
+            if needs.workers_per_trial > 1:
+                need = f"{needs.workers_per_trial} times {need}"
             raise FleetError(f"no node has {need} for a trial; ask for less, or add nodes")
 
     def _patience(self) -> float:
@@ -308,7 +263,7 @@ class Lanes:
         config = {**self._config, "lane": name, "spans": not node_id}
         selector = self._placements.selector(name, node_id)
         self._ledger.expect(name, 1 if config["together"] else workers)
-        future = runner.run.remote(config, selector, workers, self._slots)
+        future = runner.run.remote(config, selector, workers, self._resources)
         self._lanes.append(_Lane(name, node_id, workers, runner, future))
 
     def _drop_ended(self) -> None:
@@ -346,7 +301,7 @@ class Lanes:
 def run_on_ray(
     ledger: Ledger,
     job: Job,
-    slots: Slots,
+    resources: Resources,
     *,
     watch: Callable[[RemoteLedger, Progress], None],
 ) -> Progress:
@@ -358,7 +313,7 @@ def run_on_ray(
     # On the head node: a ledger on a node that is lost would take the fleet with it.
     actor = ray.remote(_LedgerActor).options(num_cpus=0, **on_head()).remote(ledger, job.study_hash)
     remote = RemoteLedger(actor)
-    lanes = Lanes(remote, actor, job, slots)
+    lanes = Lanes(remote, actor, job, resources)
     patience = 0.0
     try:
         if not ledger.progress().complete:

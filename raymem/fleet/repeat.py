@@ -13,7 +13,7 @@ import numpy as np
 
 from raymem.data import Examples
 from raymem.errors import StoreError
-from raymem.fleet.work import Extras, arithmetic
+from raymem.fleet.work import TrialOptions, arithmetic
 from raymem.plan import Plan, Seeds
 from raymem.store import Store, trial_table
 from raymem.store.trials import digest, may_differ
@@ -54,7 +54,13 @@ class Repeat:
 
 
 def repeat_trial(
-    examples: Examples, plan: Plan, recipe: Recipe, store: Store, extras: Extras, *, threads: int
+    examples: Examples,
+    plan: Plan,
+    recipe: Recipe,
+    store: Store,
+    options: TrialOptions,
+    *,
+    threads: int,
 ) -> Repeat:
     """Train the first committed trial that is not private (or the first at the largest epsilon)
     again, here, without committing it; write the comparison to the store.
@@ -74,7 +80,7 @@ def repeat_trial(
     seeds = Seeds(**about["seeds"])
     result = run_trial(
         images, mask, recipe, seeds,
-        subset_size=plan.subset_size, threads=threads, **extras.of(key),
+        subset_size=plan.subset_size, threads=threads, **options.of(key),
     )  # fmt: skip
     again, first = trial_table(key, mask, result), store.trial(key)
     margins = (t["margin"].to_numpy().astype(np.float64) for t in (first, again))

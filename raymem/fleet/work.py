@@ -28,6 +28,7 @@ from raymem.errors import (
 )
 from raymem.fleet.checkpoints import StoreCheckpoints
 from raymem.fleet.ledger import COMMITTED, Lease, Outcome
+from raymem.fleet.resources import Resources
 from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
@@ -53,7 +54,7 @@ Arrays = tuple[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extras:
+class TrialOptions:
     """What trials do beyond the recipe, and which of them."""
 
     curvature: CurvatureRule | None = None
@@ -108,7 +109,7 @@ class Job:
     recipe: Recipe
     threads: int
     """CPU threads per trial."""
-    extras: Extras
+    options: TrialOptions
     """What trials do beside training and evaluation."""
     source: Source
     n_classes: int
@@ -124,11 +125,8 @@ class Job:
         plan: Plan,
         recipe: Recipe,
         store: Store,
-        threads: int,
-        extras: Extras,
-        *,
-        models_per_step: int | None = None,
-        gpu_share: float = 1.0,
+        options: TrialOptions,
+        resources: Resources,
     ) -> Job:
         """The job of a study."""
         return cls(
@@ -136,17 +134,17 @@ class Job:
             study_hash=store.study()["hash"],
             plan=plan,
             recipe=recipe,
-            threads=threads,
-            extras=extras,
+            threads=resources.cpus_per_trial,
+            options=options,
             source=source_of(examples),
             n_classes=examples.n_classes,
-            models_per_step=models_per_step,
-            gpu_share=gpu_share,
+            models_per_step=1 if resources.workers_per_trial > 1 else resources.models_per_step,
+            gpu_share=min(1.0, resources.gpus_per_trial or 1.0),
         )
 
     def models_at_once(self, images: Images) -> int:
         """How many trials a worker with these images leases and trains in one step."""
-        if self.extras.mechanisms:  # each clips and adds noise by itself
+        if self.options.mechanisms:  # each clips and adds noise by itself
             return 1
         if self.models_per_step is not None:
             return self.models_per_step
@@ -291,7 +289,7 @@ class Attempt:
 
     def _member(self, lease: Lease, trial: _Trial) -> Member:
         assert lease.key is not None
-        asked = self.job.extras.of(lease.key)
+        asked = self.job.options.of(lease.key)
         return Member(
             mask=trial.mask,
             seeds=trial.seeds,
@@ -336,7 +334,7 @@ class Attempt:
             checkpoints=trial.checkpoints,
             ranks=self.ranks,
             on_epoch=lambda epoch: self.count_images(share),
-            **job.extras.of(lease.key),
+            **job.options.of(lease.key),
         )
         return self._commit(lease, trial, result)
 
@@ -379,7 +377,7 @@ class _Trial:
             "seeds": vars(seeds),
             "workers": attempt.ranks.world,
         }
-        seconds = job.extras.checkpoint_seconds
+        seconds = job.options.checkpoint_seconds
         return cls(
             mask=job.plan.mask(key.trial),
             seeds=seeds,
@@ -399,7 +397,7 @@ def provenance(
     """How a trial came about, for the metadata of its object."""
     measured = result.curvature
     curvature = {} if measured is None else {"curvature": curvature_about(job, measured)}
-    mechanism = job.extras.mechanisms.get(key.epsilon)
+    mechanism = job.options.mechanisms.get(key.epsilon)
     privacy = {} if mechanism is None else {"privacy": mechanism.as_dict()}
     # Results that nobody can repeat are not to agree with each other.
     by_itself = f" {uuid.uuid4().hex}" if mechanism is not None and mechanism.secure_mode else ""
@@ -432,5 +430,5 @@ def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> 
 
 def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:
     """How curvature was measured, for the metadata beside it."""
-    rule = None if job.extras.curvature is None else job.extras.curvature.as_dict()
+    rule = None if job.options.curvature is None else job.options.curvature.as_dict()
     return {"mode": measured.mode, "rule": rule, "seconds": round(measured.seconds, 3)}

@@ -135,7 +135,7 @@ def _busy(seconds: float) -> str:
 
 
 def _pilot(study: Study, threads: int, epsilon: float) -> Pilot:
-    what = (study.examples, study.plan, study.recipe, study.extras())
+    what = (study.examples, study.plan, study.recipe, study.trial_options())
     if isinstance(study.examples, CachedExamples):
         seconds, n_bytes = estimated_trial(*what, threads=threads, epsilon=epsilon)
         return Pilot(seconds=[], mean_seconds=seconds, n_bytes=n_bytes)
