@@ -21,7 +21,6 @@ from raymem.links.halves import partial_spearman
 from raymem.links.sums import Sums
 from raymem.scores import most_tied, spearman_ceiling
 from raymem.show import correlations_text
-from raymem.show.page_sections import compared_section
 
 LAWS = {
     "p(1-p)g": lambda loss, g: np.exp(-loss) * (1 - np.exp(-loss)) * g,
@@ -64,10 +63,7 @@ def correlated(sums, seed, replicates=30):
 def said(rows):
     """Everything that people read of one fleet, without its numbers."""
     found = {math.inf: rows}
-    parts = [
-        *map(str, verdicts_on_link1(found)), correlations_text(found),
-        compared_section(rows, [], math.inf),
-    ]  # fmt: skip
+    parts = [*map(str, verdicts_on_link1(found)), correlations_text(found)]
     return [re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", part) for part in parts]
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from raymem.show.build_report import write_report
     from raymem.show.notebook import Opened, open_store
     from raymem.show.score_tables import examples_table, pairs_table
-    from raymem.show.story import Story, tell
+    from raymem.show.story import Story, story_text, tell
     from raymem.show.table import Table, format_table
     from raymem.show.tables import TableError, top, where
     from raymem.show.terminal_links import correlations_text, label_errors_text, links_text
@@ -46,6 +46,7 @@ __all__ = [
     "open_store",
     "pairs_table",
     "removal_text",
+    "story_text",
     "summary_text",
     "tell",
     "top",

@@ -6,7 +6,6 @@ Out: report.html, figures/*.png and *.pdf, figures/thumbnails.parquet, links.jso
 
 from __future__ import annotations
 
-import math
 import os
 
 from raymem.data import Examples
@@ -16,7 +15,7 @@ from raymem.show.choose import choose
 from raymem.show.figures import figures
 from raymem.show.notebook import Opened
 from raymem.show.page import TWINS, page
-from raymem.show.story import tell
+from raymem.show.story import main_epsilon, tell
 from raymem.show.terminal_membership import stale_text
 from raymem.show.thumbnails import thumbnails
 from raymem.store import Store
@@ -30,26 +29,24 @@ def write_report(
     *,
     private: str | os.PathLike[str] | None = None,
     links: Links | None = None,
-    private_links: Links | None = None,
 ) -> str:
     """Write the page of a scored store and everything it is made of; returns where it is.
 
     Pictures come from `data`, or from where the study had its images; without them the page has
     none. `private` is another store of the same examples, whose trials at several epsilons give
-    links 2 and 3. `links` and `private_links` are those of the two stores, if they are known
-    already: they take seconds to hours.
+    links 2 and 3. `links` are those of both, if they are known already: they take seconds to hours.
 
     Raises StoreError without scores, and if the two stores are not of the same examples.
     """
     opened = Opened(store, data)
     store_ = opened.store
     epsilons = sorted(set(store_.scores()["epsilon"].to_pylist()))
-    shown = math.inf if math.inf in epsilons else epsilons[-1]
+    shown = main_epsilon(store_.scores())
     if links is None:
         links = find_links(store_)
-    if private is not None:
-        other = Store(private)
-        links = with_private(links, private_links or privacy_links(other), store_, other)
+        if private is not None:
+            other = Store(private)
+            links = with_private(links, privacy_links(other), store_, other)
     store_.write_note("links", links.as_dict())
     chosen = choose(store_, shown)
     attacked = read_membership(store_)

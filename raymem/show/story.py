@@ -9,10 +9,12 @@ many, so that its interval is simultaneous over all pairs that were considered (
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from scipy import special
 
@@ -30,6 +32,7 @@ from raymem.links import (
 )
 from raymem.links.rows import train_at
 from raymem.scores import Attacked
+from raymem.show.table import terminal_width
 from raymem.show.terminal_scores import TRIALS_FOR_LISTS
 from raymem.store import Store
 from raymem.store.trials import metadata_of
@@ -73,12 +76,19 @@ class Story:
         return [(lead, getattr(self, name)) for name, lead in LEADS.items() if getattr(self, name)]
 
 
-def tell(store: Store, links: Links, epsilon: float, attacked: Sequence[Attacked] = ()) -> Story:
-    """The answers that the trials at `epsilon` give, and links over epsilons.
+def tell(
+    store: Store,
+    links: Links,
+    epsilon: float | None = None,
+    attacked: Sequence[Attacked] = (),
+) -> Story:
+    """The answers that the trials at `epsilon` give (`main_epsilon` by default), and links over
+    epsilons.
 
     Raises StoreError without scores.
     """
     scores = store.scores()
+    epsilon = main_epsilon(scores) if epsilon is None else epsilon
     summary = metadata_of(scores, "scores/examples.parquet").get("summary", {})
     here = summary.get(f"eps-{epsilon_name(epsilon)}", {})
     audit = next((a for a in links.memorization if a.epsilon == epsilon), None)
@@ -97,6 +107,30 @@ def tell(store: Store, links: Links, epsilon: float, attacked: Sequence[Attacked
             for _, finding in [*red(links.diagnostics), *red(found)]
         ],
     )
+
+
+def story_text(story: Story) -> str:
+    """The answers for a terminal, and whether to trust them."""
+    width = min(terminal_width() or 120, 120)
+    answers = [*story.answers, ("Trust", story.trust), *(("", line) for line in story.outside)]
+    indent = max(len(lead) for lead, _ in answers) + 2
+    return "\n".join(
+        textwrap.fill(
+            text,
+            width,
+            initial_indent=lead.ljust(indent),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for lead, text in answers
+    )
+
+
+def main_epsilon(scores: pa.Table) -> float:
+    """What reports show first: epsilon inf, or the largest where every trial is private."""
+    epsilons = set(scores["epsilon"].to_pylist())
+    return math.inf if math.inf in epsilons else max(epsilons)
 
 
 def _memorization(
