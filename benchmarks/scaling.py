@@ -181,7 +181,7 @@ def fleet() -> Table:
     ]  # fmt: skip
     for name, label in (
         ("driver", "driver"),
-        ("ledger", "ledger actor"),
+        ("queue", "trial queue actor"),
         ("largest_worker", "largest worker"),
         ("object_store", "object store"),
     ):
@@ -192,7 +192,7 @@ def fleet() -> Table:
         ))  # fmt: skip
     ended = f"{t['listing']:.2f}, {t['status']:.1f}, {t['resume']:.2f} s"
     rows.append(("listing, status, resume of the finished study", ended, "measured"))
-    rows.append(("calls a ledger actor answers", f"{t['calls_a_second']:,.0f}/s", "measured"))
+    rows.append(("calls a trial queue actor answers", f"{t['calls_a_second']:,.0f}/s", "measured"))
     return rows
 
 
@@ -204,7 +204,7 @@ def simulated() -> Table:
         rows.append((
             s["name"], f"{s['workers']:,}", f"{s['hours']:.1f} ({s['ideal_hours']:.1f})",
             f"{100 * s['lost_share']:.1f}%", f"{s['given_up']}{ended}",
-            f"{s['calls_a_second']:,.0f}", f"{100 * s['ledger_share']:.2f}%",
+            f"{s['calls_a_second']:,.0f}", f"{100 * s['queue_share']:.2f}%",
         ))  # fmt: skip
     return rows
 

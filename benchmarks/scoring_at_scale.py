@@ -29,7 +29,7 @@ from benchmarks.measured import keep
 from benchmarks.rows import Row
 from raymem import PairRule, Plan, Recipe, Store, TrialKey, TrialResult, find_pairs, score
 from raymem.scores import Bits
-from raymem.store import columns, trial_table
+from raymem.store import StudyRecord, columns, trial_table
 from raymem.training.trial import Evaluation, SubsetHistory
 
 IMAGENET, IMAGENET_TEST, CLASSES = 1_281_167, 50_000, 1000
@@ -79,7 +79,7 @@ def make_store(url: str, N: int, M: int) -> Store:
     store, y = Store(url), np.concatenate(labels(N, M))
     numbers = np.arange(N + M)
     plan = Plan(n=N, seed=7)
-    study = {
+    identity = {
         "data": {"fingerprint": "made up", "image_shape": [128, 128, 3], "n_train": N, "n_test": M},
         "plan": plan.as_dict(),
         "recipe": Recipe(model="resnet50", epochs=90).as_dict(),
@@ -95,7 +95,9 @@ def make_store(url: str, N: int, M: int) -> Store:
             "near_duplicate_group": pa.nulls(N + M, pa.int64()),
         }
     ).cast(columns.schema(columns.EXAMPLES))
-    store.import_study(study, "made up", [f"class {k}" for k in range(CLASSES)], index)
+    classes = [f"class {k}" for k in range(CLASSES)]
+    record = StudyRecord.create(identity, data_name="made up", classes=classes)
+    store.import_study(record, index)
     return store
 
 
@@ -109,7 +111,7 @@ def add_trials(store: Store, learner: Learner, numbers: range) -> dict[str, floa
         mask_seconds += time.perf_counter() - start
         result = learner.trial(mask, number)
         about = {
-            "study_hash": store.study()["hash"],
+            "study_hash": store.study().hash,
             "attempt": 1,
             "seeds": vars(plan.seeds(number)),
             "seconds": 1.0,

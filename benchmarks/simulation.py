@@ -1,9 +1,10 @@
-"""The real ledger, under simulated workers: up to 1,000, over days, with everything that dies.
+"""The real trial queue, under simulated workers: up to 1,000, over days, with everything that dies.
 
-A discrete-event simulation. Nodes come, carry a lane of workers, and are lost; workers train, beat,
-crash and fall silent; trials diverge, or kill their worker; the driver is killed, and its ledger is
-made again from the store. Only the ledger is real, and it is asked as the fleet asks it: all it has
-to hold to is checked at every lease and every poll, and a `Violation` ends the simulation.
+A discrete-event simulation. Nodes come, carry a worker group, and are lost; workers train, send
+heartbeats, crash and fall silent; trials diverge, or kill their worker; the driver is killed, and
+its trial queue is made again from the store. Only the trial queue is real, and it is asked as the
+fleet asks it: all it has to hold to is checked at every lease and every poll, and a `Violation`
+ends the simulation.
 
     python -m benchmarks --only simulation          some minutes
 """
@@ -22,19 +23,19 @@ from typing import Any
 
 from benchmarks.measured import keep
 from benchmarks.rows import Row
-from raymem.fleet.blame import DIVERGENCES_ALLOWED, Home
-from raymem.fleet.ledger import DEATHS_ALLOWED, LEASE_SECONDS, Ledger, Progress
+from raymem.fleet.blame import DIVERGENCES_ALLOWED, Location
+from raymem.fleet.trial_queue import DEATHS_ALLOWED, LEASE_SECONDS, Progress, TrialQueue
 from raymem.store import Failure, TrialKey
 
-# As the fleet has them: a beat, a poll of the driver, a lane's start and restart.
-BEAT_SECONDS, POLL_SECONDS, START_SECONDS, RESTART_SECONDS = 10.0, 0.5, 20.0, 15.0
+# As the fleet has them: a heartbeat, a poll of the driver, a worker group's start and restart.
+HEARTBEAT_SECONDS, POLL_SECONDS, START_SECONDS, RESTART_SECONDS = 10.0, 0.5, 20.0, 15.0
 DETECT_SECONDS, NOTICE_SECONDS = 20.0, 120.0
 RUNNER_DEATHS_ALLOWED = 3
 HOUR = 3600.0
 
 
 class Violation(AssertionError):
-    """The ledger did what it must not do."""
+    """The trial queue did what it must not do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class Scenario:
     name: str
     workers: int
     trials: int
-    lane: int = 8
-    """Workers of a node, which share a lane."""
+    worker_group: int = 8
+    """Workers of a node, which share a worker group."""
     hours: float = 0.5
     """Mean of a trial."""
     spread: float = 0.2
@@ -57,9 +58,10 @@ class Scenario:
     checkpoint_minutes: float = math.inf
     """How often a trial saves its state."""
     notice: bool = False
-    """Nodes say two minutes before that they go: their lane drains, its trials save their state."""
+    """Nodes say two minutes before that they go: their worker group drains, its trials save their
+    state."""
     crash_hours: float = math.inf
-    """Mean time between crashes of one worker, each of which restarts its lane."""
+    """Mean time between crashes of one worker, each of which restarts its worker group."""
     diverging: float = 0.0
     """Share of trials that diverge with their first seeds; a tenth of them always does."""
     poison: int = 0
@@ -67,7 +69,8 @@ class Scenario:
     silent: float = 0.0
     """Share of trials whose worker is not heard for some minutes, and trains on."""
     orphans: float = 0.0
-    """Share of the workers of a lost lane that finish their trial after they are given up."""
+    """Share of the workers of a lost worker group that finish their trial after they are given
+    up."""
     bad_nodes: int = 0
     """Nodes on which every trial fails at once."""
     bad_devices: int = 0
@@ -79,12 +82,12 @@ class Scenario:
 
 @dataclass(eq=False)
 class _Worker:
-    """One process; `key` is the lease that the ledger should think it has."""
+    """One process; `key` is the lease that the trial queue should think it has."""
 
     name: str
-    lane: _Lane
+    worker_group: _WorkerGroup
     rank: int
-    last_beat: float
+    last_heartbeat: float
     alive: bool = True
     key: TrialKey | None = None
     training: TrialKey | None = None
@@ -93,7 +96,7 @@ class _Worker:
 
 
 @dataclass(eq=False)
-class _Lane:
+class _WorkerGroup:
     name: str
     node: _Node
     size: int
@@ -108,17 +111,17 @@ class _Lane:
 class _Node:
     name: str
     bad_ranks: frozenset[int]
-    lane: _Lane | None = None
+    worker_group: _WorkerGroup | None = None
     alive: bool = True
     going: bool = False
     deaths: int = 0
 
 
 class Simulation:
-    """Runs one scenario with a ledger class; `report` says what came of it."""
+    """Runs one scenario with a trial queue class; `report` says what came of it."""
 
-    def __init__(self, scenario: Scenario, ledger: type[Ledger] = Ledger) -> None:
-        self.scenario, self.ledger_class = scenario, ledger
+    def __init__(self, scenario: Scenario, queue: type[TrialQueue] = TrialQueue) -> None:
+        self.scenario, self.queue_class = scenario, queue
         self.draw, self.now = random.Random(scenario.seed), 0.0
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = itertools.count()
@@ -132,20 +135,20 @@ class Simulation:
         self.store: set[TrialKey] = set()
         self.failures: list[Failure] = []
         self.saved: dict[TrialKey, float] = {}
-        # Of this ledger's life: what it was told, and what really happened.
+        # Of this trial queue's life: what it was told, and what really happened.
         self.told: set[TrialKey] = set()
         self.deaths: Counter[TrialKey] = Counter()
         self.calls: Counter[str] = Counter()
         self.busiest = Counter[int]()
-        self.seconds_in_ledger = self.busy = self.diverged_busy = 0.0
-        self.lanes: list[_Lane] = []
+        self.seconds_in_queue = self.busy = self.diverged_busy = 0.0
+        self.worker_groups: list[_WorkerGroup] = []
         self.workers: dict[str, _Worker] = {}
         self.silent: set[_Worker] = set()
-        nodes = -(-scenario.workers // scenario.lane)
+        nodes = -(-scenario.workers // scenario.worker_group)
         self.nodes: list[_Node] = []
         for number in range(nodes):
             bad, device = scenario.bad_nodes, number - scenario.bad_nodes
-            ranks = range(scenario.lane if number < bad else device < scenario.bad_devices)
+            ranks = range(scenario.worker_group if number < bad else device < scenario.bad_devices)
             self._node_comes(frozenset(ranks))
         for hour in scenario.driver_kills:
             self.at(hour * HOUR, self._driver_is_killed)
@@ -153,7 +156,7 @@ class Simulation:
         self._driver_starts()
 
     def run(self, most_hours: float = 24 * 365) -> Progress:
-        """Until the ledger is complete. Raises Violation."""
+        """Until the trial queue is complete. Raises Violation."""
         while self.end is None:
             self.now, _, what, arguments = heapq.heappop(self._events)
             if self.now > most_hours * HOUR:
@@ -166,12 +169,12 @@ class Simulation:
         heapq.heappush(self._events, (moment, next(self._number), what, arguments))
 
     def call(self, name: str, *arguments: Any, **named: Any) -> Any:
-        """A call of the ledger, counted and timed."""
+        """A call of the trial queue, counted and timed."""
         self.calls[name] += 1
         self.busiest[int(self.now)] += 1
         start = time.perf_counter()
-        answer = getattr(self.ledger, name)(*arguments, **named)
-        self.seconds_in_ledger += time.perf_counter() - start
+        answer = getattr(self.queue, name)(*arguments, **named)
+        self.seconds_in_queue += time.perf_counter() - start
         return answer
 
     def demand(self, holds: bool, message: str) -> None:
@@ -184,26 +187,26 @@ class Simulation:
         pending = [key for key in self.wanted if key not in self.store]
         self.done_before = len(self.wanted) - len(pending)
         self.told, self.deaths = set(), Counter()
-        self.ledger = self.ledger_class(
+        self.queue = self.queue_class(
             pending,
             failures=list(self.failures),
             done_before=self.done_before,
             clock=lambda: self.now,
         )
-        self._poll(self.ledger)
+        self._poll(self.queue)
 
     def _driver_is_killed(self) -> None:
-        self.ledger = self.ledger_class([])  # nobody asks it any more
-        for lane in self.lanes:
-            for worker in self._stop_workers(lane):
+        self.queue = self.queue_class([])  # nobody asks it any more
+        for worker_group in self.worker_groups:
+            for worker in self._stop_workers(worker_group):
                 if self.draw.random() < self.scenario.orphans:
                     self.store.add(worker)
-            lane.node.lane, lane.node.deaths = None, 0
-        self.lanes, self.workers, self.silent = [], {}, set()
+            worker_group.node.worker_group, worker_group.node.deaths = None, 0
+        self.worker_groups, self.workers, self.silent = [], {}, set()
         self.at(self.now + 60, self._driver_starts)
 
-    def _poll(self, ledger: Ledger) -> None:
-        if ledger is not self.ledger:
+    def _poll(self, queue: TrialQueue) -> None:
+        if queue is not self.queue:
             return
         progress: Progress = self.call("progress")
         self._expire()
@@ -213,7 +216,7 @@ class Simulation:
             self.end = progress
             return
         self._tend(progress)
-        self.at(self.now + POLL_SECONDS, self._poll, ledger)
+        self.at(self.now + POLL_SECONDS, self._poll, queue)
 
     def _take_lost(self) -> None:
         for lost in self.call("take_lost"):
@@ -221,37 +224,41 @@ class Simulation:
             self.failures.append(failure)
 
     def _tend(self, progress: Progress) -> None:
-        """As `Lanes.tend`: drop lanes that ended, start lanes where there is room and work."""
-        for lane in list(self.lanes):
-            is_lost = lane.lost_at is not None and self.now >= lane.lost_at + DETECT_SECONDS
-            if is_lost or lane.at_home == lane.size:
-                self.lanes.remove(lane)
-                lane.node.lane = None
-                lane.node.deaths += bool(self.call("is_broken", lane.name))
-                self.call("release_lane", lane.name)
+        """As `WorkerGroups.tend`: drop worker groups that ended, start worker groups where there is
+        room and work."""
+        for worker_group in list(self.worker_groups):
+            is_lost = (
+                worker_group.lost_at is not None
+                and self.now >= worker_group.lost_at + DETECT_SECONDS
+            )
+            if is_lost or worker_group.at_home == worker_group.size:
+                self.worker_groups.remove(worker_group)
+                worker_group.node.worker_group = None
+                worker_group.node.deaths += bool(self.call("is_broken", worker_group.name))
+                self.call("release_worker_group", worker_group.name)
                 for worker in list(self.workers.values()):
-                    if worker.lane is lane:
+                    if worker.worker_group is worker_group:
                         worker.key = None
                         del self.workers[worker.name]
         left = progress.total - progress.done - progress.failed
         for node in self.nodes:
-            running = sum(lane.size for lane in self.lanes)
-            size = min(self.scenario.lane, left - running, self.scenario.workers - running)
+            running = sum(worker_group.size for worker_group in self.worker_groups)
+            size = min(self.scenario.worker_group, left - running, self.scenario.workers - running)
             if size <= 0:
                 break
             can = node.alive and not node.going and node.deaths < RUNNER_DEATHS_ALLOWED
             can = can and node.name not in progress.retired_nodes
-            if can and node.lane is None:
-                lane = _Lane(f"lane-{next(self._number)}", node, size)
-                node.lane = lane
-                self.lanes.append(lane)
-                self.call("expect", lane.name, size)
-                self.at(self.now + START_SECONDS, self._lane_starts, lane, 0)
-        if not self.lanes and left <= 0:
+            if can and node.worker_group is None:
+                worker_group = _WorkerGroup(f"group-{next(self._number)}", node, size)
+                node.worker_group = worker_group
+                self.worker_groups.append(worker_group)
+                self.call("expect", worker_group.name, size)
+                self.at(self.now + START_SECONDS, self._worker_group_starts, worker_group, 0)
+        if not self.worker_groups and left <= 0:
             ends = self.call("progress").complete
             self.demand(ends, "no trial is left, and the fleet does not end")
 
-    # Nodes and lanes
+    # Nodes and worker groups
 
     def _node_comes(self, bad_ranks: frozenset[int]) -> None:
         node = _Node(f"node-{next(self._number)}", bad_ranks)
@@ -264,70 +271,86 @@ class Simulation:
 
     def _node_will_go(self, node: _Node) -> None:
         node.going = True
-        # Only a lane that has registered is known, as in the fleet; the driver tells it again.
-        if node.lane is not None and node.lane.workers:
-            self.call("drain", node.lane.name)
-            node.lane.drained = True
+        # Only a worker group that has registered is known, as in the fleet; the driver tells it
+        # again.
+        if node.worker_group is not None and node.worker_group.workers:
+            self.call("drain", node.worker_group.name)
+            node.worker_group.drained = True
 
     def _node_is_lost(self, node: _Node) -> None:
         node.alive = False
         self.nodes.remove(node)
         wait = self.draw.expovariate(1 / self.scenario.replacement_seconds)
         self.at(self.now + wait, self._node_comes, node.bad_ranks)
-        if node.lane is not None:
-            lane, workers = node.lane, list(node.lane.workers)
-            lane.lost_at = self.now
+        if node.worker_group is not None:
+            worker_group, workers = node.worker_group, list(node.worker_group.workers)
+            worker_group.lost_at = self.now
             held = {w: w.training for w in workers if w.training is not None}
-            self._stop_workers(lane, notice=self.scenario.notice)
+            self._stop_workers(worker_group, notice=self.scenario.notice)
             for worker, key in held.items():
                 if self.draw.random() < self.scenario.orphans:
                     late = self.now + DETECT_SECONDS + 10 * self.draw.random()
-                    self.at(late, self._orphan_finishes, self.ledger, worker, key)
+                    self.at(late, self._orphan_finishes, self.queue, worker, key)
 
-    def _orphan_finishes(self, ledger: Ledger, worker: _Worker, key: TrialKey) -> None:
+    def _orphan_finishes(self, queue: TrialQueue, worker: _Worker, key: TrialKey) -> None:
         outcome = "duplicate" if key in self.store else "committed"
         self.store.add(key)
-        if ledger is self.ledger:
+        if queue is self.queue:
             self._finish(worker, key, outcome)
 
-    def _lane_starts(self, lane: _Lane, generation: int) -> None:
-        if lane.lost_at is not None or lane not in self.lanes or generation != lane.generation:
+    def _worker_group_starts(self, worker_group: _WorkerGroup, generation: int) -> None:
+        if (
+            worker_group.lost_at is not None
+            or worker_group not in self.worker_groups
+            or generation != worker_group.generation
+        ):
             return
-        lane.workers, lane.at_home = [], 0
-        for rank in range(lane.size):
-            for old in [w for w in self.workers.values() if w.lane is lane and w.rank == rank]:
+        worker_group.workers, worker_group.at_home = [], 0
+        for rank in range(worker_group.size):
+            for old in [
+                w
+                for w in self.workers.values()
+                if w.worker_group is worker_group and w.rank == rank
+            ]:
                 self._blame(old)
                 del self.workers[old.name]
-            worker = _Worker(f"{lane.name}/{rank}/{generation}", lane, rank, self.now)
-            home = Home(node=lane.node.name, seat=f"GPU {rank}")
-            self.call("register", worker.name, lane.name, rank, home)
+            worker = _Worker(
+                f"{worker_group.name}/{rank}/{generation}", worker_group, rank, self.now
+            )
+            home = Location(node=worker_group.node.name, slot=f"GPU {rank}")
+            self.call("register", worker.name, worker_group.name, rank, home)
             self.workers[worker.name] = worker
-            lane.workers.append(worker)
+            worker_group.workers.append(worker)
             self._ask(worker)
             if math.isfinite(self.scenario.crash_hours):
                 life = self.draw.expovariate(1 / (self.scenario.crash_hours * HOUR))
                 self.at(self.now + life, self._crash, worker)
-        self.at(self.now + BEAT_SECONDS, self._beat, lane, generation)
+        self.at(self.now + HEARTBEAT_SECONDS, self._heartbeat, worker_group, generation)
 
     def _blame(self, worker: _Worker) -> None:
-        """Its place in the lane is taken: its trial, if it had one, saw a death."""
+        """Its place in the worker group is taken: its trial, if it had one, saw a death."""
         if worker.key is not None and worker.key not in self.told:
             self.deaths[worker.key] += 1
         worker.key = None
 
     def _crash(self, worker: _Worker) -> None:
-        """A worker dies, and Ray Train restarts its lane."""
-        if not worker.alive or worker.lane.lost_at is not None:
+        """A worker dies, and Ray Train restarts its worker group."""
+        if not worker.alive or worker.worker_group.lost_at is not None:
             return
-        lane = worker.lane
-        self._stop_workers(lane)
-        lane.generation += 1
-        self.at(self.now + RESTART_SECONDS, self._lane_starts, lane, lane.generation)
+        worker_group = worker.worker_group
+        self._stop_workers(worker_group)
+        worker_group.generation += 1
+        self.at(
+            self.now + RESTART_SECONDS,
+            self._worker_group_starts,
+            worker_group,
+            worker_group.generation,
+        )
 
-    def _stop_workers(self, lane: _Lane, notice: bool = False) -> list[TrialKey]:
+    def _stop_workers(self, worker_group: _WorkerGroup, notice: bool = False) -> list[TrialKey]:
         """All of them; what they had in hand, of which checkpoints keep a part."""
         held = []
-        for worker in lane.workers:
+        for worker in worker_group.workers:
             if worker.alive and worker.training is not None:
                 held.append(worker.training)
                 self._account(worker, notice=notice)
@@ -345,25 +368,29 @@ class Simulation:
 
     # Workers
 
-    def _beat(self, lane: _Lane, generation: int) -> None:
-        if generation != lane.generation or lane.lost_at is not None or lane not in self.lanes:
+    def _heartbeat(self, worker_group: _WorkerGroup, generation: int) -> None:
+        if (
+            generation != worker_group.generation
+            or worker_group.lost_at is not None
+            or worker_group not in self.worker_groups
+        ):
             return
-        for worker in lane.workers:
+        for worker in worker_group.workers:
             if worker.alive and self.now >= worker.silent_until:
-                self.call("beat", worker.name)
-                worker.last_beat = self.now
+                self.call("heartbeat", worker.name)
+                worker.last_heartbeat = self.now
                 self.silent.discard(worker)
-        self.at(self.now + BEAT_SECONDS, self._beat, lane, generation)
+        self.at(self.now + HEARTBEAT_SECONDS, self._heartbeat, worker_group, generation)
 
     def _ask(self, worker: _Worker) -> None:
         if not worker.alive:
             return
         lease = self.call("lease", worker.name)
-        worker.last_beat = self.now
+        worker.last_heartbeat = self.now
         self._expire()
         if lease is None:
             worker.alive = False
-            worker.lane.at_home += 1
+            worker.worker_group.at_home += 1
         elif lease.key is None:
             self.at(self.now + lease.wait, self._ask, worker)
         else:
@@ -375,7 +402,7 @@ class Simulation:
     def _train(self, worker: _Worker, key: TrialKey, seed_attempt: int) -> None:
         left = max(1.0, self.length[key] - self.saved.get(key, 0.0))
         part = left * self.draw.random()
-        if worker.rank in worker.lane.node.bad_ranks:
+        if worker.rank in worker.worker_group.node.bad_ranks:
             self.at(self.now + 1, self._trained, worker, key, "error")
         elif key in self.poison:
             self.at(self.now + part, self._crash, worker)
@@ -416,7 +443,7 @@ class Simulation:
         self._expire_one(worker)
         if worker.key == key:
             worker.key = None
-        worker.last_beat = self.now
+        worker.last_heartbeat = self.now
         if outcome in ("committed", "duplicate"):
             self.told.add(key)
 
@@ -425,14 +452,16 @@ class Simulation:
             self._expire_one(worker)
 
     def _expire_one(self, worker: _Worker) -> None:
-        if worker in self.silent and self.now - worker.last_beat > LEASE_SECONDS:
+        if worker in self.silent and self.now - worker.last_heartbeat > LEASE_SECONDS:
             worker.key = None
 
     # What must hold
 
     def _check_lease(self, worker: _Worker, key: TrialKey) -> None:
         self.demand(worker.name in self.workers, f"{key} is leased to nobody's worker")
-        self.demand(not worker.lane.drained, f"{key} is leased to a lane that drains")
+        self.demand(
+            not worker.worker_group.drained, f"{key} is leased to a worker group that drains"
+        )
         self.demand(key in self.length, f"{key} is not wanted")
         self.demand(key not in self.told, f"{key} is leased though it is done")
         self.demand(self.deaths[key] < DEATHS_ALLOWED, f"{key} is leased though given up")
@@ -463,7 +492,7 @@ class Simulation:
             self.demand(deserved and key in recorded, f"{key} was given up for nothing")
 
     def report(self) -> dict[str, Any]:
-        """Of a simulation that ran: time, waste, and what the ledger had to do."""
+        """Of a simulation that ran: time, waste, and what the trial queue had to do."""
         assert self.end is not None
         useful = sum(self.length[key] for key in self.store)
         calls = sum(self.calls.values())
@@ -476,8 +505,8 @@ class Simulation:
             "calls": calls,
             "calls_a_second": calls / self.now,
             "busiest_second": max(self.busiest.values()),
-            "ledger_ms_per_trial": 1e3 * self.seconds_in_ledger / len(self.wanted),
-            "ledger_share": self.seconds_in_ledger / self.now,
+            "queue_ms_per_trial": 1e3 * self.seconds_in_queue / len(self.wanted),
+            "queue_share": self.seconds_in_queue / self.now,
             "done": len(self.store),
             "given_up": len(self.wanted) - len(self.store),
             "innocent": len(innocent),
@@ -493,7 +522,7 @@ def scenarios(quick: bool) -> list[Scenario]:
     return [
         Scenario(name="64 workers, nothing happens", workers=64, trials=1280),
         Scenario(name="nothing happens", workers=workers, trials=10 * workers),
-        Scenario(name="lanes of one", workers=workers, trials=5 * workers, lane=1),
+        Scenario(name="worker groups of one", workers=workers, trials=5 * workers, worker_group=1),
         Scenario(name="trials of a minute", workers=workers, trials=20 * workers, hours=1 / 60),
         Scenario(name="nodes live 12 h, trials take 4 h", **spot),
         Scenario(name="the same, checkpoints every 10 min", checkpoint_minutes=10, **spot),
@@ -516,7 +545,7 @@ def scenarios(quick: bool) -> list[Scenario]:
             name="8 workers, one of them fails every trial",
             workers=8,
             trials=160,
-            lane=1,
+            worker_group=1,
             bad_nodes=1,
         ),
         Scenario(name="8 nodes, every trial fails on one", workers=64, trials=1280, bad_nodes=1),
@@ -544,10 +573,10 @@ def measure(quick: bool) -> Iterator[Row]:
             what=f"{scenario.name} ({scenario.workers:,} workers, {scenario.trials:,} trials of "
             f"{60 * scenario.hours:.0f} min)",
             result=f"{report['hours']:.1f} h against {report['ideal_hours']:.1f} h of work, "
-            f"{100 * report['lost_share']:.1f}% lost{given_up}{retired}{ended}; ledger "
-            f"{100 * report['ledger_share']:.2f}% of a core, {report['calls_a_second']:,.0f} "
+            f"{100 * report['lost_share']:.1f}% lost{given_up}{retired}{ended}; trial queue "
+            f"{100 * report['queue_share']:.2f}% of a core, {report['calls_a_second']:,.0f} "
             f"calls a second, {report['busiest_second']:,} in the busiest",
-            goal="ledger below 5% of a core",
-            met=report["ledger_share"] < 0.05,
+            goal="trial queue below 5% of a core",
+            met=report["queue_share"] < 0.05,
         )
     keep("simulation", {"scenarios": found})

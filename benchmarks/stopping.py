@@ -17,7 +17,13 @@ import sys
 import numpy as np
 
 from raymem import Store
-from raymem.scores import Look, Until, difference_of_proportions, look, reliability
+from raymem.scores import (
+    InterimResult,
+    Until,
+    difference_of_proportions,
+    interim_result,
+    reliability,
+)
 
 FLEETS, N, BLOCK, R, MOST = 60, 2000, 20, 0.7, 1000
 
@@ -44,10 +50,10 @@ def grow(rng: np.random.Generator, until: Until | None, trials: int = 0) -> tupl
         known = float(reliability(sums[0], counts * n_in, sums[1], counts * n_out))
         n = np.outer([b * n_in, b * n_out], np.ones(N))
         right = np.stack([right_in[:b].sum(0), right_out[:b].sum(0)])
-        seen = Look(trials=t, reliability=known, right=right, n=n)
+        seen = InterimResult(trials=t, reliability=known, right=right, n=n)
         if until.reached(until.value(seen)) or t >= MOST:
             return t, covered
-        t = until.next_look(seen, BLOCK, MOST)
+        t = until.next_interim(seen, BLOCK, MOST)
 
 
 def main() -> None:
@@ -75,17 +81,17 @@ def on_a_fleet(store: Store) -> None:
     """
     block = store.plan().block
     keys = sorted(key for key in store.done() if math.isinf(key.epsilon))
-    looks = [look(store, keys[:n]) for n in range(2 * block, len(keys) + 1, block)]
-    print("target                reached  forecast / reached, by trials at the look")
+    interim = [interim_result(store, keys[:n]) for n in range(2 * block, len(keys) + 1, block)]
+    print("target                reached  forecast / reached, by trials at the interim result")
     for quantity in ("reliability", "ci-width"):
         for share in (0.5, 0.75):
-            at = looks[round(share * (len(looks) - 1))]
+            at = interim[round(share * (len(interim) - 1))]
             rule = Until(quantity=quantity, target=0.5)  # type: ignore[arg-type]
             until = dataclasses.replace(rule, target=round(rule.value(at), 3))
-            reached = next(one.trials for one in looks if until.reached(until.value(one)))
+            reached = next(one.trials for one in interim if until.reached(until.value(one)))
             ratios = [
                 f"{one.trials}: {(until.forecast(one) or math.nan) / reached:.2f}"
-                for one in looks
+                for one in interim
                 if one.trials < reached
             ]
             print(f"{until!s:20}  {reached:7}  {', '.join(ratios)}")

@@ -1,7 +1,7 @@
 """Ten thousand trials that are next to empty: what a fleet costs beside its training.
 
-A real fleet on a local Ray, four workers; 8 training and 4 test examples of 2 x 2 pixels, one
-epoch of mlp-1. Memory is sampled all the while, of the driver, the ledger, the workers and Ray's
+A real fleet on a local Ray, four workers; 8 training and 4 test examples of 2 x 2 pixels, one epoch
+of mlp-1. Memory is sampled all the while, of the driver, the trial queue, the workers and Ray's
 object store: none of them may grow with the number of trials.
 
     python -m benchmarks --only ten-thousand         2 to 5 minutes
@@ -56,7 +56,7 @@ class Sample:
 
     done: int
     driver: float
-    ledger: float
+    queue: float
     largest_worker: float
     object_store: float
 
@@ -88,12 +88,12 @@ class Sampler:
             with contextlib.suppress(psutil.Error):
                 name = " ".join(process.cmdline())
                 names.setdefault(name.split("(")[0], []).append(process.memory_info().rss / 1e6)
-        ledger = [mb for name, found in names.items() if "_LedgerActor" in name for mb in found]
+        queue = [mb for name, found in names.items() if "_QueueActor" in name for mb in found]
         workers = [mb for name, found in names.items() if "RayTrainWorker" in name for mb in found]
         return Sample(
             done=len(os.listdir(self.trials)) if self.trials.is_dir() else 0,
             driver=me.memory_info().rss / 1e6,
-            ledger=max(ledger, default=math.nan),
+            queue=max(queue, default=math.nan),
             largest_worker=max(workers, default=math.nan),
             object_store=object_store_megabytes(),
         )
@@ -113,16 +113,16 @@ def object_store_megabytes() -> float:
 
 
 def calls_a_second() -> float:
-    """How often a ledger actor answers, when many workers ask at once."""
+    """How often a trial queue actor answers, when many workers ask at once."""
     import ray
 
-    from raymem.fleet import Ledger
+    from raymem.fleet import TrialQueue
 
-    ledger = ray.remote(Ledger).options(num_cpus=0).remote([TrialKey(math.inf, 0)])
-    ray.get(ledger.register.remote("a", "lane", 0))
+    queue = ray.remote(TrialQueue).options(num_cpus=0).remote([TrialKey(math.inf, 0)])
+    ray.get(queue.register.remote("a", "group", 0))
     calls = 2000
-    took = seconds(lambda: ray.get([ledger.beat.remote("a") for _ in range(calls)]))
-    ray.kill(ledger)
+    took = seconds(lambda: ray.get([queue.heartbeat.remote("a") for _ in range(calls)]))
+    ray.kill(queue)
     return calls / took
 
 
@@ -166,7 +166,7 @@ def per_trial(moments: list[float]) -> float:
 
 def memory_at(samples: list[Sample], trials: int) -> list[dict[str, float]]:
     """The sample nearest to each share of the trials; the last one of a running fleet for all."""
-    running = [s for s in samples if not math.isnan(s.ledger) and s.done > 0]
+    running = [s for s in samples if not math.isnan(s.queue) and s.done > 0]
     found = []
     for share in SHARES:
         nearest = min(running, key=lambda s: abs(s.done - share * trials))
@@ -192,7 +192,7 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
     memory = found["memory"]
     for name, label in (
         ("driver", "driver"),
-        ("ledger", "ledger actor"),
+        ("queue", "trial queue actor"),
         ("largest_worker", "largest worker"),
         ("object_store", "object store"),
     ):
@@ -211,7 +211,7 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
         met=max(found["listing"], found["status"], found["resume"]) < 10,
     )
     yield Row(
-        what="calls that a ledger actor answers, asked without waiting",
+        what="calls that a trial queue actor answers, asked without waiting",
         result=f"{found['calls_a_second']:,.0f}/s",
     )
 

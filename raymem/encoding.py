@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,11 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(float(value))
     return value
+
+
+def as_json(body: Mapping[str, Any]) -> bytes:
+    """A JSON object as stores write it, indented."""
+    return json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def from_json(value: float | str | None) -> float:

@@ -31,7 +31,7 @@ from raymem.privacy import (
     check_epsilons,
     mechanism_for,
 )
-from raymem.scores import EpsilonSummary, PairRule, Until, look, score
+from raymem.scores import EpsilonSummary, PairRule, Until, interim_result, score
 from raymem.store import Part, Store, Target
 from raymem.training import Recipe, check_private_recipe
 
@@ -216,7 +216,7 @@ class Study:
             },
             "plan": self.plan.as_dict(),
             "recipe": self.recipe.as_dict(),
-            # Absent if not measured: such studies are those of before there was curvature.
+            # Absent where the study has none, so that only what it has is part of its identity.
             **({} if self.curvature is None else {"curvature": self.curvature.as_dict()}),
             **({} if self.privacy is None else {"privacy": self.privacy.as_dict()}),
         }
@@ -289,17 +289,17 @@ class Study:
         epsilon = max(self.epsilons)
         done = sum(key.epsilon == epsilon for key in store.done())
         trials = min(self.trials, max(2, math.ceil(done / block)) * block)
-        looks: list[dict[str, Any]] = []
+        interim: list[dict[str, Any]] = []
         while True:
             progress = dataclasses.replace(self, trials=trials).train(resources, **settings)
             keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)
-            seen = look(store, keys)
+            seen = interim_result(store, keys)
             value, forecast = until.value(seen), until.forecast(seen)
             if forecast is not None:  # it stops at the ends of blocks only
                 forecast = math.ceil(forecast / block) * block
-            looks.append({"trials": trials, "value": json_ready(value), "forecast": forecast})
+            interim.append({"trials": trials, "value": json_ready(value), "forecast": forecast})
             store.write_note(
-                "until", {"rule": str(until), "most_trials": self.trials, "looks": looks}
+                "until", {"rule": str(until), "most_trials": self.trials, "interim": interim}
             )
             reached = until.reached(value)
             on_message(
@@ -309,7 +309,7 @@ class Study:
             )
             if reached or trials >= self.trials or not progress.complete:
                 return progress
-            trials = until.next_look(seen, block, self.trials)
+            trials = until.next_interim(seen, block, self.trials)
 
     def repeat(self, *, threads: int = 1) -> Repeat:
         """Train one committed trial again and compare; see `repeat_trial`."""

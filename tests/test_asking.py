@@ -83,7 +83,7 @@ def test_a_lost_node_is_replaced_by_one(head):
     demand, placements = Demand(WORKER), Placements()
     others = [node.id for node in nodes_at_work("aws", GPU_NODES)[1:]]
     dead = ray.util.placement_group(
-        [WORKER], bundle_label_selector=[placements.selector("lane-000", "d" * 56)]
+        [WORKER], bundle_label_selector=[placements.selector("group-000", "d" * 56)]
     )
     demand.ask(1990 - 31, known=[head, *others], at_work=31)
     seen = demands()

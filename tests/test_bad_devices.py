@@ -37,7 +37,7 @@ def test_a_worker_whose_device_fails_is_retired_and_the_others_do_all_trials(tmp
     assert verify(finished) == []
     assert finished.failures() == []
     (said,) = [line for line in ran.stderr.splitlines() if "is retired" in line]
-    assert said.startswith("worker lane-000/")
+    assert said.startswith("worker group-000/")
     assert "it failed 3 times in a row where other workers succeed; last cause: " in said
     assert "RuntimeError: CUDA error: uncorrectable ECC error encountered" in said
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raymem.fleet import blame as rules
-from raymem.fleet.blame import Blame, Home, Need, Place
-from raymem.fleet.ledger import Ledger
+from raymem.fleet.blame import Blame, Location, Need, Place
+from raymem.fleet.trial_queue import TrialQueue
 from raymem.store import TrialKey
 
 ECC = "CUDA error: uncorrectable ECC error encountered"
@@ -28,27 +28,37 @@ class Clock:
         return self.now
 
 
-def fleet(trials, lanes, workers=1):
-    """A ledger with lanes of so many workers, each on a node of its own, named LANE/RANK."""
-    ledger = Ledger([key(t) for t in range(trials)], clock=Clock())
-    names = [f"n{lane}/{rank}" for lane in range(lanes) for rank in range(workers)]
+def fleet(trials, worker_groups, workers=1):
+    """A trial queue with worker groups of so many workers, each on a node of its own, named
+    GROUP/RANK."""
+    queue = TrialQueue([key(t) for t in range(trials)], clock=Clock())
+    names = [
+        f"n{worker_group}/{rank}"
+        for worker_group in range(worker_groups)
+        for rank in range(workers)
+    ]
     for name in names:
-        lane, rank = name.split("/")
-        ledger.register(name, lane, int(rank), Home(node=lane, host=lane, seat=f"GPU {rank}"))
-    return ledger, names
+        worker_group, rank = name.split("/")
+        queue.register(
+            name,
+            worker_group,
+            int(rank),
+            Location(node=worker_group, host=worker_group, slot=f"GPU {rank}"),
+        )
+    return queue, names
 
 
-def run(ledger, names, outcome_of, rounds=10_000):
+def run(queue, names, outcome_of, rounds=10_000):
     """Let workers work in turn; `outcome_of(name, trial, n)` says what becomes of their n-th trial.
 
     Returns, by trial, how often it was committed.
     """
     committed, tried, home = {}, dict.fromkeys(names, 0), set()
     for _ in range(rounds):
-        if ledger.progress().complete or len(home) == len(names):
+        if queue.progress().complete or len(home) == len(names):
             break
         for name in names:
-            lease = None if name in home else ledger.lease(name)
+            lease = None if name in home else queue.lease(name)
             if lease is None:
                 home.add(name)
             elif lease.key is not None:
@@ -57,7 +67,7 @@ def run(ledger, names, outcome_of, rounds=10_000):
                 if outcome == "committed":
                     committed[lease.key.trial] = committed.get(lease.key.trial, 0) + 1
                 message = f"{outcome} of {name}"
-                ledger.finish(name, lease.key, outcome, message)
+                queue.finish(name, lease.key, outcome, message)
     return committed
 
 
@@ -65,43 +75,43 @@ def run(ledger, names, outcome_of, rounds=10_000):
 
 
 def test_one_workers_error_before_the_first_commit_does_not_end_a_fleet_of_64():
-    ledger, names = fleet(200, 8, 8)
-    leases = {name: ledger.lease(name).key for name in names}
-    ledger.finish("n3/5", leases["n3/5"], "error", ECC)
-    progress = ledger.progress()
+    queue, names = fleet(200, 8, 8)
+    leases = {name: queue.lease(name).key for name in names}
+    queue.finish("n3/5", leases["n3/5"], "error", ECC)
+    progress = queue.progress()
     assert progress.fatal is None
     assert not progress.complete
 
 
 def test_twenty_failures_in_a_row_of_one_worker_do_not_end_a_fleet():
-    ledger, names = fleet(200, 8, 8)
+    queue, names = fleet(200, 8, 8)
     for name in names:
-        ledger.finish(name, ledger.lease(name).key, "committed")
-    leases = {name: ledger.lease(name).key for name in names}
-    ledger.finish("n3/5", leases["n3/5"], "out-of-memory", "out of memory")
+        queue.finish(name, queue.lease(name).key, "committed")
+    leases = {name: queue.lease(name).key for name in names}
+    queue.finish("n3/5", leases["n3/5"], "out-of-memory", "out of memory")
     for _ in range(25):
-        lease = ledger.lease("n3/5")
+        lease = queue.lease("n3/5")
         if lease is not None and lease.key is not None:
-            ledger.finish("n3/5", lease.key, "out-of-memory", "out of memory")
-    assert ledger.progress().fatal is None
+            queue.finish("n3/5", lease.key, "out-of-memory", "out of memory")
+    assert queue.progress().fatal is None
 
 
 def test_a_node_that_cannot_reach_the_store_does_not_end_a_fleet():
-    ledger, names = fleet(200, 8, 8)
+    queue, names = fleet(200, 8, 8)
     for name in names:
-        ledger.finish(name, ledger.lease(name).key, "committed")
-    leases = {name: ledger.lease(name).key for name in names}
+        queue.finish(name, queue.lease(name).key, "committed")
+    leases = {name: queue.lease(name).key for name in names}
     for rank in range(8):
-        ledger.finish(f"n3/{rank}", leases[f"n3/{rank}"], "store", "no answer")
-    assert ledger.progress().fatal is None
+        queue.finish(f"n3/{rank}", leases[f"n3/{rank}"], "store", "no answer")
+    assert queue.progress().fatal is None
 
 
 @pytest.mark.parametrize("outcome", ["error", "out-of-memory", "store", "diverged"])
 def test_a_bad_worker_is_retired_by_name_and_all_trials_are_done(outcome):
-    ledger, names = fleet(200, 8, 8)
-    committed = run(ledger, names, lambda name, *_: outcome if name == "n3/5" else "committed")
+    queue, names = fleet(200, 8, 8)
+    committed = run(queue, names, lambda name, *_: outcome if name == "n3/5" else "committed")
     assert committed == dict.fromkeys(range(200), 1)
-    progress = ledger.progress()
+    progress = queue.progress()
     assert (progress.committed, progress.failed, progress.fatal) == (200, 0, None)
     assert (progress.workers_retired, progress.retired_nodes) == (1, ())
     *_, notice = progress.notices
@@ -109,19 +119,19 @@ def test_a_bad_worker_is_retired_by_name_and_all_trials_are_done(outcome):
         "worker n3/5 (GPU 5) on node n3 is retired: it failed 3 times in a row where other "
         f"workers succeed; last cause: {outcome} of n3/5"
     )
-    assert ledger.lease("n3/5") is None
-    assert ledger.take_lost() == []
+    assert queue.lease("n3/5") is None
+    assert queue.take_lost() == []
 
 
 @pytest.mark.parametrize("outcome", ["error", "out-of-memory", "store"])
 def test_a_bad_node_is_retired(outcome):
-    ledger, names = fleet(200, 8, 8)
-    run(ledger, names, lambda name, *_: outcome if name.startswith("n3/") else "committed")
-    progress = ledger.progress()
+    queue, names = fleet(200, 8, 8)
+    run(queue, names, lambda name, *_: outcome if name.startswith("n3/") else "committed")
+    progress = queue.progress()
     assert (progress.committed, progress.failed, progress.fatal) == (200, 0, None)
     assert progress.retired_nodes == ("n3",)
     assert any(notice.startswith("node n3 is retired") for notice in progress.notices)
-    assert all(ledger.lease(f"n3/{rank}") is None for rank in range(8))
+    assert all(queue.lease(f"n3/{rank}") is None for rank in range(8))
 
 
 # Fleets that must end
@@ -130,11 +140,11 @@ def test_a_bad_node_is_retired(outcome):
 @pytest.mark.parametrize("outcome", ["error", "out-of-memory", "store"])
 @pytest.mark.parametrize("workers", [1, 2, 3, 64])
 def test_a_study_that_cannot_work_ends_after_a_failure_of_most_workers(workers, outcome):
-    ledger, names = fleet(200, 1, workers)
+    queue, names = fleet(200, 1, workers)
     failures = []
-    run(ledger, names, lambda name, *_: failures.append(name) or outcome)
+    run(queue, names, lambda name, *_: failures.append(name) or outcome)
     assert len(failures) == workers // 2 + 1
-    progress = ledger.progress()
+    progress = queue.progress()
     assert progress.complete
     assert progress.fatal == f"{outcome} of {failures[-1]}"
     assert progress.fatal_kind == ("store" if outcome == "store" else "error")
@@ -142,59 +152,59 @@ def test_a_study_that_cannot_work_ends_after_a_failure_of_most_workers(workers, 
 
 
 def test_a_study_that_cannot_work_ends_also_with_fewer_trials_than_workers():
-    ledger, names = fleet(1, 1, 64)
-    run(ledger, names, lambda *_: "error")
-    assert ledger.progress().fatal_kind == "error"
+    queue, names = fleet(1, 1, 64)
+    run(queue, names, lambda *_: "error")
+    assert queue.progress().fatal_kind == "error"
 
 
 def test_workers_that_start_are_waited_for_and_not_for_ever():
     clock = Clock()
-    ledger = Ledger([key(t) for t in range(20)], clock=clock)
-    for lane in ("n0", "n1", "n2"):
-        ledger.expect(lane, 1)
-    ledger.register("n0/0", "n0", 0)
-    run(ledger, ["n0/0"], lambda *_: "error", rounds=50)
-    assert ledger.progress().fatal is None  # the other two may be good
-    assert "waits" in ledger.progress().notices[0]
+    queue = TrialQueue([key(t) for t in range(20)], clock=clock)
+    for worker_group in ("n0", "n1", "n2"):
+        queue.expect(worker_group, 1)
+    queue.register("n0/0", "n0", 0)
+    run(queue, ["n0/0"], lambda *_: "error", rounds=50)
+    assert queue.progress().fatal is None  # the other two may be good
+    assert "waits" in queue.progress().notices[0]
     clock.now += rules.START_SECONDS
-    run(ledger, ["n0/0"], lambda *_: "error", rounds=50)
-    assert ledger.progress().fatal == "error of n0/0"
+    run(queue, ["n0/0"], lambda *_: "error", rounds=50)
+    assert queue.progress().fatal == "error of n0/0"
 
 
 def test_the_only_large_node_may_be_bad():
     """Eight of ten workers fail, all on one of three nodes."""
-    ledger = Ledger([key(t) for t in range(60)], clock=Clock())
+    queue = TrialQueue([key(t) for t in range(60)], clock=Clock())
     names = [*(f"n0/{rank}" for rank in range(8)), "n1/0", "n2/0"]
     for name in names:
-        ledger.register(name, name[:2], int(name[-1]))
-    committed = run(ledger, names, lambda name, *_: "error" if "n0" in name else "committed")
+        queue.register(name, name[:2], int(name[-1]))
+    committed = run(queue, names, lambda name, *_: "error" if "n0" in name else "committed")
     assert committed == dict.fromkeys(range(60), 1)
-    assert ledger.progress().retired_nodes == ("n0",)
+    assert queue.progress().retired_nodes == ("n0",)
 
 
 def test_a_store_that_nobody_reaches_any_more_ends_the_fleet():
-    ledger, names = fleet(200, 4, 2)
+    queue, names = fleet(200, 4, 2)
     for name in names:
-        ledger.finish(name, ledger.lease(name).key, "committed")
+        queue.finish(name, queue.lease(name).key, "committed")
     failures = []
-    run(ledger, names, lambda name, *_: failures.append(name) or "store")
+    run(queue, names, lambda name, *_: failures.append(name) or "store")
     assert len(failures) == 5
-    assert ledger.progress().fatal_kind == "store"
+    assert queue.progress().fatal_kind == "store"
 
 
 def test_a_fault_of_all_workers_later_ends_the_fleet_after_twenty_failures():
-    ledger, names = fleet(200, 1, 2)
+    queue, names = fleet(200, 1, 2)
     failures = []
-    run(ledger, names, lambda name, _, n: "committed" if n < 5 else failures.append(1) or "error")
+    run(queue, names, lambda name, _, n: "committed" if n < 5 else failures.append(1) or "error")
     assert len(failures) == rules.FAILURES_IN_A_ROW
-    assert "20 trials in a row failed, the last because: error of" in ledger.progress().fatal
+    assert "20 trials in a row failed, the last because: error of" in queue.progress().fatal
 
 
 # Trials that are to blame
 
 
 def test_a_trial_that_fails_everywhere_is_given_up_and_no_worker_is_blamed():
-    ledger, names = fleet(100, 8)
+    queue, names = fleet(100, 8)
     where = []
 
     def outcome(name, trial, _):
@@ -202,20 +212,20 @@ def test_a_trial_that_fails_everywhere_is_given_up_and_no_worker_is_blamed():
             where.append(name)
         return "error" if trial == 50 else "committed"
 
-    run(ledger, names, outcome)
-    progress = ledger.progress()
+    run(queue, names, outcome)
+    progress = queue.progress()
     assert (progress.committed, progress.failed, progress.workers_retired) == (99, 1, 0)
     assert len(set(where)) == len(where) == rules.FAILURES_ALLOWED
-    (lost,) = ledger.take_lost()
+    (lost,) = queue.take_lost()
     assert (lost.key.trial, lost.cause, lost.attempt) == (50, "error", 3)
     assert lost.message.startswith("error of ")
 
 
 def test_many_bad_trials_excuse_each_worker_that_met_them():
-    ledger, names = fleet(120, 6)
+    queue, names = fleet(120, 6)
     bad = set(range(30, 120, 3))
-    committed = run(ledger, names, lambda _, trial, n: "error" if trial in bad else "committed")
-    progress = ledger.progress()
+    committed = run(queue, names, lambda _, trial, n: "error" if trial in bad else "committed")
+    progress = queue.progress()
     assert (progress.workers_retired, progress.fatal) == (0, None)
     assert (progress.committed, progress.failed) == (90, 30)
     assert committed.keys() == set(range(120)) - bad
@@ -223,21 +233,21 @@ def test_many_bad_trials_excuse_each_worker_that_met_them():
 
 def test_a_bad_first_trial_does_not_end_a_fleet_of_idle_workers():
     """Before the first commit, one trial must not make most workers fail."""
-    ledger, names = fleet(4, 12)
-    busy = {ledger.lease(name).key.trial: name for name in names[:4]}
-    ledger.finish(busy[0], key(0), "error", "bad trial")
+    queue, names = fleet(4, 12)
+    busy = {queue.lease(name).key.trial: name for name in names[:4]}
+    queue.finish(busy[0], key(0), "error", "bad trial")
     tried = []
     for name in names * 5:
-        lease = ledger.lease(name) if name not in list(busy.values())[1:] else None
+        lease = queue.lease(name) if name not in list(busy.values())[1:] else None
         if lease is not None and lease.key is not None:
             tried.append(name)
-            ledger.finish(name, lease.key, "error", "bad trial")
+            queue.finish(name, lease.key, "error", "bad trial")
     assert len(set(tried) | {busy[0]}) == rules.FAILURES_ALLOWED
-    assert ledger.progress().fatal is None
+    assert queue.progress().fatal is None
     for trial in (1, 2, 3):
-        ledger.finish(busy[trial], key(trial), "committed")
-    run(ledger, names, lambda *_: "error")
-    progress = ledger.progress()
+        queue.finish(busy[trial], key(trial), "committed")
+    run(queue, names, lambda *_: "error")
+    progress = queue.progress()
     assert (progress.committed, progress.failed, progress.fatal) == (3, 1, None)
 
 
@@ -246,101 +256,101 @@ def test_failures_of_a_retired_worker_are_not_held_against_a_trial():
     from raymem.store import Failure
 
     past = [Failure(key=key(0), attempt=n, cause="diverged") for n in (1, 2)]
-    ledger = Ledger([key(t) for t in range(30)], failures=past, clock=Clock())
-    for lane in ("bad", "a", "b"):
-        ledger.register(lane, lane, 0)
-    run(ledger, ["bad", "a", "b"], lambda name, *_: "diverged" if name == "bad" else "committed")
-    progress = ledger.progress()
+    queue = TrialQueue([key(t) for t in range(30)], failures=past, clock=Clock())
+    for worker_group in ("bad", "a", "b"):
+        queue.register(worker_group, worker_group, 0)
+    run(queue, ["bad", "a", "b"], lambda name, *_: "diverged" if name == "bad" else "committed")
+    progress = queue.progress()
     assert (progress.committed, progress.failed, progress.workers_retired) == (30, 0, 1)
 
 
 def test_a_trial_that_was_given_up_goes_back_when_a_worker_is_retired():
-    ledger, names = fleet(40, 4)
+    queue, names = fleet(40, 4)
     bad, good = names[:2], names[2:]
     for name in names:
-        ledger.finish(name, ledger.lease(name).key, "committed")
+        queue.finish(name, queue.lease(name).key, "committed")
     # Trial 4 fails on both workers that have gone bad, and once on a good one.
     for name, outcome in ((bad[0], "error"), (bad[1], "error"), (good[0], "error")):
-        lease = ledger.lease(name)
+        lease = queue.lease(name)
         assert lease.key == key(4)
-        ledger.finish(name, lease.key, outcome, "why")
-    assert ledger.progress().failed == 1
-    committed = run(ledger, names, lambda n, *_: "error" if n == bad[0] else "committed")
-    assert ledger.progress().workers_retired == 1
+        queue.finish(name, lease.key, outcome, "why")
+    assert queue.progress().failed == 1
+    committed = run(queue, names, lambda n, *_: "error" if n == bad[0] else "committed")
+    assert queue.progress().workers_retired == 1
     assert committed[4] == 1
-    assert ledger.progress().failed == 0
+    assert queue.progress().failed == 0
 
 
 # Second chances
 
 
 def test_a_restarted_worker_has_one_more_chance_and_then_its_node_is_retired():
-    """A node with one worker: its lane ends, another starts there."""
-    ledger, names = fleet(100, 4)
+    """A node with one worker: its worker group ends, another starts there."""
+    queue, names = fleet(100, 4)
     outcome = lambda name, *_: "error" if name.startswith("n0") else "committed"  # noqa: E731
-    run(ledger, names, outcome, rounds=8)
-    assert ledger.lease("n0/0") is None
-    assert ledger.is_broken("n0")
-    ledger.release_lane("n0")
-    home = Home(node="n0", host="n0", seat="GPU 0")
-    ledger.register("n0 again", "lane-2", 0, home)
-    assert ledger.progress().retired_nodes == ()
-    run(ledger, ["n0 again", *names[1:]], outcome)
-    progress = ledger.progress()
+    run(queue, names, outcome, rounds=8)
+    assert queue.lease("n0/0") is None
+    assert queue.is_broken("n0")
+    queue.release_worker_group("n0")
+    home = Location(node="n0", host="n0", slot="GPU 0")
+    queue.register("n0 again", "group-2", 0, home)
+    assert queue.progress().retired_nodes == ()
+    run(queue, ["n0 again", *names[1:]], outcome)
+    progress = queue.progress()
     assert progress.retired_nodes == ("n0",)
     assert progress.workers_retired == 2
     assert "failed once where" in progress.notices[-2]
-    ledger.register("n0 third", "lane-3", 0, home)
-    assert ledger.lease("n0 third") is None
+    queue.register("n0 third", "group-3", 0, home)
+    assert queue.lease("n0 third") is None
 
 
 def test_a_restarted_worker_that_commits_is_as_good_as_any():
-    ledger, names = fleet(200, 4)
-    run(ledger, names, lambda name, *_: "error" if name == "n0/0" else "committed", rounds=8)
-    ledger.release_lane("n0")
-    ledger.register("n0 again", "lane-2", 0, Home(node="n0", host="n0", seat="GPU 0"))
+    queue, names = fleet(200, 4)
+    run(queue, names, lambda name, *_: "error" if name == "n0/0" else "committed", rounds=8)
+    queue.release_worker_group("n0")
+    queue.register("n0 again", "group-2", 0, Location(node="n0", host="n0", slot="GPU 0"))
     fails = {3, 4}  # two in a row are not three
     run(
-        ledger,
+        queue,
         ["n0 again", *names[1:]],
         lambda name, _, n: "error" if name == "n0 again" and n in fails else "committed",
     )
-    progress = ledger.progress()
+    progress = queue.progress()
     assert (progress.committed, progress.workers_retired) == (200, 1)
 
 
-def test_a_retired_seat_of_a_lane_that_restarts_is_filled_once():
-    ledger, names = fleet(400, 2, 4)
+def test_a_retired_seat_of_a_worker_group_that_restarts_is_filled_once():
+    queue, names = fleet(400, 2, 4)
     outcome = lambda name, *_: "error" if "0/2" in name else "committed"  # noqa: E731
-    run(ledger, names, outcome, rounds=8)
+    run(queue, names, outcome, rounds=8)
     for again in range(3):
         names = [f"n0/{rank}{'+' * (again + 1)}" for rank in range(4)] + names[4:]
         for rank in range(4):
-            ledger.register(names[rank], "n0", rank, Home(node="n0", seat=f"GPU {rank}"))
-        run(ledger, names, outcome, rounds=8)
-    progress = ledger.progress()
+            queue.register(names[rank], "n0", rank, Location(node="n0", slot=f"GPU {rank}"))
+        run(queue, names, outcome, rounds=8)
+    progress = queue.progress()
     assert progress.workers_retired == rules.CHANCES
     assert progress.retired_nodes == ()
 
 
 def test_the_last_node_is_never_retired():
-    ledger, names = fleet(60, 1, 8)
+    queue, names = fleet(60, 1, 8)
     bad = {f"n0/{rank}" for rank in range(4)}
-    run(ledger, names, lambda name, *_: "error" if name in bad else "committed")
-    progress = ledger.progress()
+    run(queue, names, lambda name, *_: "error" if name in bad else "committed")
+    progress = queue.progress()
     assert (progress.committed, progress.workers_retired) == (60, 4)
     assert progress.retired_nodes == ()
 
 
-def test_a_lane_that_spans_nodes_blames_none_of_them():
-    ledger = Ledger([key(t) for t in range(40)], clock=Clock())
-    for lane in ("a", "b", "c"):
-        ledger.register(lane, lane, 0, Home())
-    run(ledger, ["a", "b", "c"], lambda name, *_: "error" if name == "b" else "committed")
-    progress = ledger.progress()
+def test_a_worker_group_that_spans_nodes_blames_none_of_them():
+    queue = TrialQueue([key(t) for t in range(40)], clock=Clock())
+    for worker_group in ("a", "b", "c"):
+        queue.register(worker_group, worker_group, 0, Location())
+    run(queue, ["a", "b", "c"], lambda name, *_: "error" if name == "b" else "committed")
+    progress = queue.progress()
     assert (progress.workers_retired, progress.retired_nodes) == (1, ())
-    assert ledger.is_broken("b")
-    assert not ledger.is_broken("a")
+    assert queue.is_broken("b")
+    assert not queue.is_broken("a")
     assert "worker b/0 is retired" in progress.notices[-1]
 
 
@@ -350,8 +360,8 @@ def test_a_lane_that_spans_nodes_blames_none_of_them():
 def test_who_may_train_a_trial_that_failed():
     blame = Blame(Clock())
     for rank in range(3):
-        blame.arrive("lane", rank)
-    failed, proven, new = (Place("lane", rank) for rank in range(3))
+        blame.arrive("group", rank)
+    failed, proven, new = (Place("group", rank) for rank in range(3))
     blame.committed(proven, key(9))
     blame.failed(failed, key(0), "error", "")
     table = {
@@ -373,10 +383,10 @@ def test_who_may_train_a_trial_that_failed():
 def test_two_proven_workers_are_enough_for_a_divergence():
     blame = Blame(Clock())
     for rank in range(5):
-        blame.arrive("lane", rank)
-        blame.committed(Place("lane", rank), key(10 + rank))
+        blame.arrive("group", rank)
+        blame.committed(Place("group", rank), key(10 + rank))
     for rank, hopeless in ((0, False), (0, False), (1, True)):
-        blame.failed(Place("lane", rank), key(0), "diverged", "nan")
+        blame.failed(Place("group", rank), key(0), "diverged", "nan")
         assert blame.is_hopeless(key(0)) == hopeless
 
 
@@ -385,27 +395,39 @@ OUTCOMES = ("error", "out-of-memory", "store", "diverged")
 
 @st.composite
 def fleets(draw):
-    """Lanes and workers; fewer than half of the workers fail, always or from their n-th trial on.
+    """Worker groups and workers; fewer than half of the workers fail, always or from their n-th
+    trial on.
 
     A trial is given up when it failed on three proven workers, so two may go bad after commits.
     """
-    lanes, workers = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    names = [f"n{lane}/{rank}" for lane in range(lanes) for rank in range(workers)]
+    worker_groups, workers = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    names = [
+        f"n{worker_group}/{rank}"
+        for worker_group in range(worker_groups)
+        for rank in range(workers)
+    ]
     bad = draw(st.lists(st.sampled_from(names), unique=True, max_size=(len(names) - 1) // 2))
     onset = {
         name: draw(st.integers(0, 6)) if n < min(2, len(bad) - 1) else 0
         for n, name in enumerate(bad)
     }
     outcome = {name: draw(st.sampled_from(OUTCOMES)) for name in bad}
-    return lanes, workers, onset, outcome, draw(st.integers(1, 40)), draw(st.integers(0, 10**6))
+    return (
+        worker_groups,
+        workers,
+        onset,
+        outcome,
+        draw(st.integers(1, 40)),
+        draw(st.integers(0, 10**6)),
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(fleets())
 def test_while_most_workers_are_good_every_trial_is_committed_once(given_fleet):
-    lanes, workers, onset, outcome, trials, seed = given_fleet
+    worker_groups, workers, onset, outcome, trials, seed = given_fleet
     random = Random(seed)
-    ledger, names = fleet(trials, lanes, workers)
+    queue, names = fleet(trials, worker_groups, workers)
     committed, tried, held, home = [], dict.fromkeys(names, 0), {}, set()
     for _ in range(200 * (trials + len(names))):
         if len(home) == len(names):
@@ -414,7 +436,7 @@ def test_while_most_workers_are_good_every_trial_is_committed_once(given_fleet):
         if name in home:
             continue
         if name not in held:
-            lease = ledger.lease(name)
+            lease = queue.lease(name)
             if lease is None:
                 home.add(name)
             elif lease.key is not None:
@@ -428,8 +450,8 @@ def test_while_most_workers_are_good_every_trial_is_committed_once(given_fleet):
         trial = held.pop(name)
         if not fails:
             committed.append(trial)
-        ledger.finish(name, trial, outcome[name] if fails else "committed", "as drawn")
-    progress = ledger.progress()
+        queue.finish(name, trial, outcome[name] if fails else "committed", "as drawn")
+    progress = queue.progress()
     assert progress.complete
     assert progress.fatal is None
     assert sorted(committed) == [key(t) for t in range(trials)]
@@ -445,14 +467,14 @@ def test_while_most_workers_are_good_every_trial_is_committed_once(given_fleet):
 )
 def test_whatever_fails_the_fleet_comes_to_its_end(workers, trials, odds, seed):
     random = Random(seed)
-    ledger, names = fleet(trials, workers)
+    queue, names = fleet(trials, workers)
     chance = dict(zip(names, odds, strict=False))
     run(
-        ledger,
+        queue,
         names,
         lambda name, *_: random.choice(OUTCOMES) if random.random() < chance[name] else "committed",
     )
-    progress = ledger.progress()
+    progress = queue.progress()
     assert progress.complete
     if progress.fatal is None:
         assert progress.done + progress.failed == trials

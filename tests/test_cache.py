@@ -265,7 +265,7 @@ def test_a_study_of_a_cache_is_the_study_of_its_arrays(cache, tmp_path):
         study = Study(examples=examples, recipe=recipe, store=tmp_path / name, trials=2)
         study.train(engine="serial")
         stores.append(Store(tmp_path / name))
-    assert stores[0].study()["hash"] == stores[1].study()["hash"]
+    assert stores[0].study().hash == stores[1].study().hash
     assert stores[0].examples().equals(stores[1].examples())
     for key in stores[0].done():
         assert stores[0].trial(key).equals(stores[1].trial(key))

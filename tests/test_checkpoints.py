@@ -12,7 +12,7 @@ import torch
 from test_training import same
 
 from raymem import Images, Plan, Recipe, Store, Study, TrialKey, run_trial
-from raymem.fleet.checkpoints import HURRIED_SECONDS, StoreCheckpoints
+from raymem.fleet.store_checkpoints import PREEMPTED_SECONDS, StoreCheckpoints
 
 KEY = TrialKey(math.inf, 3)
 
@@ -94,9 +94,14 @@ def store(tmp_path):
     return Store(tmp_path)
 
 
-def in_store(store, hurry=None, seconds=100.0, identity="a", clock=None):
+def in_store(store, preempted=None, seconds=100.0, identity="a", clock=None):
     return StoreCheckpoints(
-        store, KEY, {"of": identity}, seconds, hurry or threading.Event(), clock or (lambda: 0.0)
+        store,
+        KEY,
+        {"of": identity},
+        seconds,
+        preempted or threading.Event(),
+        clock or (lambda: 0.0),
     )
 
 
@@ -123,8 +128,8 @@ def test_a_damaged_checkpoint_is_left_aside(store, at):
 
 
 def test_when_checkpoints_are_due(store):
-    now, hurry = [0.0], threading.Event()
-    checkpoints = in_store(store, hurry, clock=lambda: now[0])
+    now, preempted = [0.0], threading.Event()
+    checkpoints = in_store(store, preempted, clock=lambda: now[0])
     assert not checkpoints.due()
     now[0] = 99.0
     assert not checkpoints.due()
@@ -133,11 +138,11 @@ def test_when_checkpoints_are_due(store):
     checkpoints.save(b"")
     assert not checkpoints.due()
     # The node is about to go: at once, and then more often.
-    hurry.set()
+    preempted.set()
     assert checkpoints.due()
     checkpoints.save(b"")
     assert not checkpoints.due()
-    now[0] += HURRIED_SECONDS
+    now[0] += PREEMPTED_SECONDS
     assert checkpoints.due()
 
 

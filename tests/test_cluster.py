@@ -50,8 +50,9 @@ def score_bytes(store):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("joins", [True, False])
-def test_a_lost_node_costs_its_own_lane_only(tmp_path, gate, monkeypatch, joins):
-    """Three nodes, one is killed in mid-trial: the other lanes never notice, the study ends."""
+def test_a_lost_node_costs_its_own_worker_group_only(tmp_path, gate, monkeypatch, joins):
+    """Three nodes, one is killed in mid-trial: the other worker groups never notice, the study
+    ends."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     store = tmp_path / "store"
     script = [sys.executable, str(FOLDER / "losing_a_node.py"), str(store), str(gate), str(TRIALS)]
@@ -88,7 +89,8 @@ def test_a_lost_node_costs_its_own_lane_only(tmp_path, gate, monkeypatch, joins)
 
 @pytest.mark.slow
 def test_another_ray_on_the_machine_leaves_a_fleet_alone(tmp_path, gate):
-    """Ray Train's watchdog once looked for its controller in the newest Ray, and ended the lane."""
+    """Ray Train's watchdog once looked for its controller in the newest Ray, and ended the worker
+    group."""
     job = subprocess.Popen(
         gated(tmp_path / "store", "train", "--trials", 4), stdout=subprocess.DEVNULL
     )

@@ -129,9 +129,3 @@ def test_settings_of_crops_are_checked():
         assert part in str(caught.value)
     with pytest.raises(RecipeError, match="goes with crop_scale"):
         Recipe(model="mlp-8", epochs=1, crop_size=12)
-
-
-def test_recipes_without_crops_have_the_identity_they_had():
-    plain = Recipe(model="mlp-8", epochs=1).as_dict()
-    assert not {"crop_scale", "crop_ratio", "crop_size", "compile"} & set(plain)
-    assert RECIPE.as_dict()["crop_scale"] == [0.25, 1.0]

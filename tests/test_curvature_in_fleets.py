@@ -222,7 +222,7 @@ def test_weights_of_another_run_of_a_trial_are_found(digits, tmp_path):
     key = TrialKey(math.inf, 0)
     one, other = Store(tmp_path / "a"), Store(tmp_path / "b")
     assert verify(one) == []
-    one.keep_weights(key, other.weights(key), {"study_hash": one.study()["hash"]})
+    one.keep_weights(key, other.weights(key), {"study_hash": one.study().hash})
     (problem,) = verify(one)
     assert (problem.kind, problem.key) == ("damaged", key.weights_key)
     assert "another run" in problem.detail

@@ -15,9 +15,9 @@ import pytest
 from scipy import stats
 
 from raymem.links import correlations_as_dict, verdicts_on_link1
-from raymem.links.curvature import correlate
+from raymem.links.correlation import correlate
 from raymem.links.equal_loss import within_strata
-from raymem.links.halves import partial_spearman
+from raymem.links.split_half import partial_spearman
 from raymem.links.sums import Sums
 from raymem.scores import most_tied, spearman_ceiling
 from raymem.show import correlations_text

@@ -57,7 +57,7 @@ def test_killing_a_worker_and_then_the_driver_changes_nothing(tmp_path, undistur
         victim = workers_of(job.pid)[0]
         os.kill(victim.pid, signal.SIGKILL)
         before = done(store)
-        # The lane comes back by itself and goes on.
+        # The worker group comes back by itself and goes on.
         wait_until(lambda: victim.pid not in {p.pid for p in workers_of(job.pid)})
         wait_until(lambda: done(store) > before + 2)
         assert job.poll() is None

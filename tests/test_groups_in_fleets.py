@@ -14,13 +14,13 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ledger import Clock, keys
+from test_queue import Clock, keys
 from torch import nn
 
 from raymem import Recipe, Store, Study, TrialKey
 from raymem.cli.job_options import ModelsPerStep
 from raymem.fleet import Stopped
-from raymem.fleet.ledger import DEATHS_ALLOWED, LEASE_SECONDS, Ledger
+from raymem.fleet.trial_queue import DEATHS_ALLOWED, LEASE_SECONDS, TrialQueue
 from raymem.training.group import Group
 
 RECIPE = Recipe(model="mlp-16", epochs=4, batch_size=50)
@@ -39,15 +39,15 @@ def study(examples, folder, trials=7, **more):
     return Study(examples=examples, **{"recipe": RECIPE, "store": folder, "trials": trials, **more})
 
 
-# The ledger
+# The trial queue
 
 
-def ledger_with(n, workers, clock=None):
-    ledger = Ledger(keys(n), clock=clock or Clock())
-    ledger.expect("lane", workers)
+def queue_with(n, workers, clock=None):
+    queue = TrialQueue(keys(n), clock=clock or Clock())
+    queue.expect("group", workers)
     for rank in range(workers):
-        ledger.register(f"w{rank}", "lane", rank)
-    return ledger
+        queue.register(f"w{rank}", "group", rank)
+    return queue
 
 
 def numbers(leases):
@@ -55,71 +55,71 @@ def numbers(leases):
 
 
 def test_a_group_is_leased_in_order_and_each_trial_finishes_by_itself():
-    ledger = ledger_with(10, 1)
-    leases = ledger.lease_group("w0", 4)
+    queue = queue_with(10, 1)
+    leases = queue.lease_group("w0", 4)
     assert numbers(leases) == [0, 1, 2, 3]
-    assert ledger.progress().running == 4
-    ledger.finish("w0", leases[2].key, "committed")
-    ledger.finish("w0", leases[0].key, "diverged", "nan")
-    progress = ledger.progress()
+    assert queue.progress().running == 4
+    queue.finish("w0", leases[2].key, "committed")
+    queue.finish("w0", leases[0].key, "diverged", "nan")
+    progress = queue.progress()
     assert (progress.running, progress.committed) == (2, 1)
     for lease in (leases[1], leases[3]):
-        ledger.finish("w0", lease.key, "committed")
+        queue.finish("w0", lease.key, "committed")
     # The one that diverged is tried again, with the others.
-    assert {4, 5, 6, 7, 8, 9} <= set(numbers(ledger.lease_group("w0", 100))) <= {0, *range(4, 10)}
+    assert {4, 5, 6, 7, 8, 9} <= set(numbers(queue.lease_group("w0", 100))) <= {0, *range(4, 10)}
 
 
 def test_what_is_left_is_shared_so_that_no_worker_is_idle():
-    ledger = ledger_with(10, 4)
-    assert [len(ledger.lease_group(f"w{rank}", 256)) for rank in range(4)] == [3, 3, 2, 2]
+    queue = queue_with(10, 4)
+    assert [len(queue.lease_group(f"w{rank}", 256)) for rank in range(4)] == [3, 3, 2, 2]
 
 
 def test_workers_that_are_starting_get_their_share_too():
-    ledger = Ledger(keys(12), clock=Clock())
-    for lane in ("a", "b", "c"):
-        ledger.expect(lane, 1)
-    ledger.register("first", "a", 0)
-    assert len(ledger.lease_group("first", 256)) == 4
-    ledger.release_lane("b")  # never came
-    ledger.register("third", "c", 0)
-    assert len(ledger.lease_group("third", 256)) == 8
+    queue = TrialQueue(keys(12), clock=Clock())
+    for worker_group in ("a", "b", "c"):
+        queue.expect(worker_group, 1)
+    queue.register("first", "a", 0)
+    assert len(queue.lease_group("first", 256)) == 4
+    queue.release_worker_group("b")  # never came
+    queue.register("third", "c", 0)
+    assert len(queue.lease_group("third", 256)) == 8
 
 
 def test_a_group_whose_worker_is_silent_goes_back_whole_but_for_what_is_committed():
     clock = Clock()
-    ledger = ledger_with(4, 2, clock)
-    leases = ledger.lease_group("w0", 2)
-    for lease in ledger.lease_group("w1", 2):
-        ledger.finish("w1", lease.key, "committed")
-    ledger.finish("w0", leases[0].key, "committed")
+    queue = queue_with(4, 2, clock)
+    leases = queue.lease_group("w0", 2)
+    for lease in queue.lease_group("w1", 2):
+        queue.finish("w1", lease.key, "committed")
+    queue.finish("w0", leases[0].key, "committed")
     clock.now += LEASE_SECONDS + 1
-    assert numbers(ledger.lease_group("w1", 9)) == [1]
-    ledger.finish("w0", leases[1].key, "committed")  # late, and it counts
-    assert ledger.progress().complete is False  # the other still trains it
-    ledger.finish("w1", leases[1].key, "duplicate")
-    assert (ledger.progress().committed, ledger.progress().complete) == (4, True)
+    assert numbers(queue.lease_group("w1", 9)) == [1]
+    queue.finish("w0", leases[1].key, "committed")  # late, and it counts
+    assert queue.progress().complete is False  # the other still trains it
+    queue.finish("w1", leases[1].key, "duplicate")
+    assert (queue.progress().committed, queue.progress().complete) == (4, True)
 
 
 @pytest.mark.parametrize("poison", [0, 7, 15])
 def test_a_trial_that_kills_its_group_is_found_and_the_others_are_trained(poison):
-    ledger = Ledger(keys(16), clock=Clock())
+    queue = TrialQueue(keys(16), clock=Clock())
     sizes = []
     for generation in range(40):
         name = f"g{generation}"
-        ledger.register(name, "lane", 0)
-        while (leases := ledger.lease_group(name, 16)) is not None:
+        queue.register(name, "group", 0)
+        while (leases := queue.lease_group(name, 16)) is not None:
             if leases[0].key is None:
                 break
             sizes.append(len(leases))
             if poison in numbers(leases):
                 break
             for lease in leases:
-                ledger.finish(name, lease.key, "committed")
-        if ledger.progress().complete:
+                queue.finish(name, lease.key, "committed")
+        if queue.progress().complete:
             break
-    progress = ledger.progress()
+    progress = queue.progress()
     assert (progress.committed, progress.failed) == (15, 1)
-    (lost,) = ledger.take_lost()
+    (lost,) = queue.take_lost()
     assert (lost.key.trial, lost.cause) == (poison, "worker-died")
     assert progress.deaths == DEATHS_ALLOWED
     assert sizes[0] == 16
@@ -127,42 +127,42 @@ def test_a_trial_that_kills_its_group_is_found_and_the_others_are_trained(poison
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), lanes=st.integers(1, 3))
-def test_whatever_happens_every_trial_is_committed_once(seed, n, lanes):
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 40), worker_groups=st.integers(1, 3))
+def test_whatever_happens_every_trial_is_committed_once(seed, n, worker_groups):
     draw, clock = random.Random(seed), Clock()
-    ledger = Ledger(keys(n), clock=clock)
+    queue = TrialQueue(keys(n), clock=clock)
     born, workers, committed = 0, {}, set()
 
-    def start(lane, rank):
+    def start(worker_group, rank):
         nonlocal born
         born += 1
-        workers[f"w{born}"] = (lane, rank, [])
-        ledger.register(f"w{born}", lane, rank)
+        workers[f"w{born}"] = (worker_group, rank, [])
+        queue.register(f"w{born}", worker_group, rank)
 
-    for lane in range(lanes):
+    for worker_group in range(worker_groups):
         for rank in range(2):
-            start(f"lane{lane}", rank)
+            start(f"worker group{worker_group}", rank)
     for _ in range(4000):
-        if ledger.progress().complete:
+        if queue.progress().complete:
             break
         name = draw.choice(sorted(workers))
-        lane, rank, held = workers[name]
+        worker_group, rank, held = workers[name]
         clock.now += draw.choice([0, 1, LEASE_SECONDS / 3])
         if draw.random() < 0.04 and n > 2:
-            ledger.release_lane(lane)
-            for other in [w for w, (its, _, _) in workers.items() if its == lane]:
+            queue.release_worker_group(worker_group)
+            for other in [w for w, (its, _, _) in workers.items() if its == worker_group]:
                 del workers[other]
             for new in range(2):
-                start(f"{lane}'", new)
+                start(f"{worker_group}'", new)
         elif not held:
-            leases = ledger.lease_group(name, draw.choice([1, 3, 8])) or []
+            leases = queue.lease_group(name, draw.choice([1, 3, 8])) or []
             held += [lease.key for lease in leases if lease.key is not None]
             assert len(set(held)) == len(held)
         else:
             key = held.pop(draw.randrange(len(held)))
-            ledger.finish(name, key, "duplicate" if key in committed else "committed")
+            queue.finish(name, key, "duplicate" if key in committed else "committed")
             committed.add(key)
-    progress = ledger.progress()
+    progress = queue.progress()
     assert progress.complete
     assert progress.committed == n == len(committed)
     assert (progress.failed, progress.fatal, progress.running) == (0, None, 0)

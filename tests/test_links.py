@@ -19,7 +19,7 @@ from raymem.links import (
     verdicts_on_link1,
 )
 from raymem.links.binned import crossed
-from raymem.links.curvature import Coefficient, correlate
+from raymem.links.correlation import Coefficient, correlate
 from raymem.links.sums import FixedSums, Sums
 from raymem.show import correlations_text, links_text
 from raymem.store.measures import MEASURES
@@ -104,7 +104,7 @@ def test_a_bin_holds_its_lower_end_however_it_was_computed(tmp_path, monkeypatch
 
 
 def test_more_examples_than_are_needed_are_drawn_once(study, monkeypatch):
-    from raymem.links import curvature as links
+    from raymem.links import correlation as links
 
     monkeypatch.setattr(links, "MOST_EXAMPLES", 700)
     ((_, found),) = correlations(Store(study.store)).items()

@@ -61,7 +61,7 @@ def test_a_drained_node_gets_its_checkpoint_out(tmp_path, gate, monkeypatch):
     assert seen["progress"]["done"] == trials
     assert seen["done_at_loss"] == 0
     assert len(seen["saved"]) == 1
-    # The saved trial went on elsewhere; the lanes of the other nodes never noticed.
+    # The saved trial went on elsewhere; the worker groups of the other nodes never noticed.
     assert seen["resumed"] == seen["saved"]
     assert len(seen["starts"]) == trials + 1
     assert seen["starts"][-1][0] != seen["lost"]
@@ -74,7 +74,7 @@ def test_a_drained_node_gets_its_checkpoint_out(tmp_path, gate, monkeypatch):
 
 @pytest.mark.slow
 def test_two_workers_train_a_trial_together_and_one_is_killed(tmp_path, gate, monkeypatch):
-    """The lane starts anew, and the trial goes on from its checkpoint."""
+    """The worker group starts anew, and the trial goes on from its checkpoint."""
     monkeypatch.setenv("RAYMEM_TEST_BATCH_SECONDS", "0.05")
     store = tmp_path / "store"
     log = (tmp_path / "log").open("w+")

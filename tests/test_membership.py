@@ -261,7 +261,7 @@ def balanced(url, plan, trials, margins, epsilon=math.inf):
         "plan": plan.as_dict(), "recipe": {"model": {"name": "none"}},
     }  # fmt: skip
     store.open_study(study, examples)
-    about = {"study_hash": store.study()["hash"], "attempt": 1, "seeds": {}, "seconds": 0.0,
+    about = {"study_hash": store.study().hash, "attempt": 1, "seeds": {}, "seconds": 0.0,
              "device": "cpu", "arithmetic": "none", "host": ""}  # fmt: skip
     for t in trials:
         key, mask = TrialKey(epsilon, t), plan.mask(t)

@@ -424,7 +424,7 @@ def test_other_damage_is_named_too(whole, name):
 
 def test_an_edited_study_is_refused(whole):
     a, b = part(whole, range(3)), part(whole, range(3, 6))
-    body = b.study()
+    body = json.loads(b.files.read("study.json"))
     body["study"]["plan"]["seed"] = 5
     b.files.replace("study.json", json.dumps(body).encode())
     with pytest.raises(DamagedObjectError, match="edited"):

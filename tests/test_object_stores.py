@@ -51,7 +51,7 @@ from raymem.curvature.streaming.scoring_model import read_weights
 from raymem.data.shards import Transform
 from raymem.data.shards.shard_readers import read_shard
 from raymem.fleet.blame import STORE_FAILURES_IN_A_ROW
-from raymem.fleet.ledger import Ledger
+from raymem.fleet.trial_queue import TrialQueue
 from raymem.models import build_model
 from raymem.store import DriverLock, Files
 from raymem.store import files as files_module
@@ -481,7 +481,7 @@ def test_beats_survive_a_store_in_trouble_and_a_lost_lock_is_noticed(s3, url, qu
         other = DriverLock(files)._record()
 
         def taken_over():
-            files.replace("driver.json", other)  # a beat under way may put its own over it
+            files.replace("driver.json", other)  # a heartbeat under way may put its own over it
             return lock.lost.wait(0.5)
 
         wait_until(taken_over, 20)
@@ -613,19 +613,19 @@ def test_a_store_that_stays_away_stops_the_study(s3, url, quick, monkeypatch):
 
 
 def test_one_worker_without_a_network_does_not_end_a_fleet():
-    ledger = Ledger([TrialKey(INF, t) for t in range(10)])
+    queue = TrialQueue([TrialKey(INF, t) for t in range(10)])
     for worker in ("good", "bad"):
-        ledger.register(worker, worker, 0)
+        queue.register(worker, worker, 0)
     for _ in range(STORE_FAILURES_IN_A_ROW):
-        ledger.finish("bad", ledger.lease("bad").key, "store", "no answer")
-        ledger.finish("good", ledger.lease("good").key, "committed")
-    assert ledger.lease("bad") is None
-    assert ledger.progress().workers_retired == 1
+        queue.finish("bad", queue.lease("bad").key, "store", "no answer")
+        queue.finish("good", queue.lease("good").key, "committed")
+    assert queue.lease("bad") is None
+    assert queue.progress().workers_retired == 1
     # Where the only worker left cannot reach the store, nobody can.
     for _ in range(STORE_FAILURES_IN_A_ROW):
-        assert ledger.progress().fatal is None
-        ledger.finish("good", ledger.lease("good").key, "store", "no answer")
-    assert (ledger.progress().fatal, ledger.progress().fatal_kind) == ("no answer", "store")
+        assert queue.progress().fatal is None
+        queue.finish("good", queue.lease("good").key, "store", "no answer")
+    assert (queue.progress().fatal, queue.progress().fatal_kind) == ("no answer", "store")
 
 
 def test_thousands_of_trials_are_listed_in_pages(s3, url):

@@ -49,10 +49,10 @@ def test_a_dead_group_is_freed_and_no_other(monkeypatch):
         groups = [
             ray.get(controller.make.remote(selector))
             for selector in (
-                ours.selector("lane-000", node),
-                ours.selector("lane-001", ""),
-                theirs.selector("lane-000", node),
-                ours.selector("lane-002", "0" * 56),  # its node is gone
+                ours.selector("group-000", node),
+                ours.selector("group-001", ""),
+                theirs.selector("group-000", node),
+                ours.selector("group-002", "0" * 56),  # its node is gone
             )
         ]
         created = ["CREATED"] * 3 + ["PENDING"]
@@ -60,14 +60,14 @@ def test_a_dead_group_is_freed_and_no_other(monkeypatch):
         ray.kill(controller)
         time.sleep(1)
         # All are said to be alive; and by itself Ray frees none before the driver ends.
-        assert ours.free(["lane-000", "lane-001", "lane-002"]) == 0
+        assert ours.free(["group-000", "group-001", "group-002"]) == 0
         assert [state(group) for group in groups] == created
 
         with monkeypatch.context() as patch:
             # A later Ray may not say whose a group is.
             patch.setattr("raymem.fleet.placement.PlacementGroupTableData", None)
-            assert ours.free(["lane-001"]) == 0
-        assert ours.free(["lane-001"]) == 2
+            assert ours.free(["group-001"]) == 0
+        assert ours.free(["group-001"]) == 2
         freed = ["REMOVED", "CREATED", "CREATED", "REMOVED"]
         wait_until(lambda: [state(group) for group in groups] == freed, 5)
         wait_until(lambda: ray.available_resources().get("CPU") == 1, 5)

@@ -13,11 +13,11 @@ from scipy.optimize import brentq
 from raymem import Recipe, Store, Study, run_job
 from raymem.cli import main
 from raymem.scores import (
-    Look,
+    InterimResult,
     Until,
     expected_stderr,
     expected_width,
-    look,
+    interim_result,
     memorization,
     power_of_pairs,
     power_to_list,
@@ -134,7 +134,7 @@ def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):
     done = len(store.done())
     assert done % 20 == 0
     assert 40 <= done < 400
-    last = look(store, sorted(store.done()))
+    last = interim_result(store, sorted(store.done()))
     assert last.reliability >= 0.65
     (summary,) = asked.score()
     assert last.reliability == pytest.approx(summary.reliability, abs=1e-9)
@@ -171,10 +171,10 @@ def test_other_targets_are_refused(text, capsys):
 def test_looks_come_where_the_target_is_forecast():
     rule = Until.parse("reliability=0.98")
     assert rule.forecast(_seen(100, 0.95)) == math.ceil(100 * 0.98 * 0.05 / (0.95 * 0.02))
-    assert rule.next_look(_seen(100, 0.95), 20, 10_000) == 160  # half as many more, whole blocks
-    assert rule.next_look(_seen(100, 0.979), 20, 10_000) == 120
-    assert rule.next_look(_seen(100, math.nan), 20, 10_000) == 160
-    assert rule.next_look(_seen(100, 0.95), 20, 130) == 130
+    assert rule.next_interim(_seen(100, 0.95), 20, 10_000) == 160  # half as many more, whole blocks
+    assert rule.next_interim(_seen(100, 0.979), 20, 10_000) == 120
+    assert rule.next_interim(_seen(100, math.nan), 20, 10_000) == 160
+    assert rule.next_interim(_seen(100, 0.95), 20, 130) == 130
     assert not rule.reached(math.nan)
 
 
@@ -187,11 +187,11 @@ def test_widths_are_forecast_from_the_examples_that_make_them():
     for trials in (40, 100):
         assert rule.forecast(_seen(trials)) == pytest.approx(needed, rel=0.01)
     assert rule.forecast(_seen(200)) == 200  # it is reached
-    assert rule.next_look(_seen(100), 20, 1000) == math.ceil(needed / 20) * 20
+    assert rule.next_interim(_seen(100), 20, 1000) == math.ceil(needed / 20) * 20
     half = _seen(400, out=0.5)
     assert rule.forecast(half) == pytest.approx(400 * (half.width() / 0.1) ** 2, rel=0.03)
     assert Until.parse("ci-width=0.0001").forecast(_seen(40, out=0.5)) is None  # too far to say
-    unknown = Look(
+    unknown = InterimResult(
         trials=40, reliability=0.5, right=np.zeros((2, 3)), n=np.array([[40] * 3, [0] * 3])
     )
     assert math.isnan(unknown.width())
@@ -199,6 +199,6 @@ def test_widths_are_forecast_from_the_examples_that_make_them():
     assert not rule.reached(unknown.width())
 
 
-def _seen(trials: int, reliability: float = 0.5, out: float = 0.0) -> Look:
+def _seen(trials: int, reliability: float = 0.5, out: float = 0.0) -> InterimResult:
     n = np.array([[0.7 * trials] * 9, [0.3 * trials] * 9])
-    return Look(trials=trials, reliability=reliability, right=n * [[1], [out]], n=n)
+    return InterimResult(trials=trials, reliability=reliability, right=n * [[1], [out]], n=n)

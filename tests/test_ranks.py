@@ -64,7 +64,7 @@ def one_of(rank, world, port, recipe, folder, checkpointing=False):
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
     )
     ranks = Ranks.of_process_group()
-    shared = ranks.share({"from": rank})
+    shared = ranks.broadcast({"from": rank})
     assert shared == {"from": 0}
     result = run_trial(
         images(), PLAN.mask(0), recipe, PLAN.seeds(0), ranks=ranks,

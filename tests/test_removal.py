@@ -263,7 +263,7 @@ def test_the_ranking_is_that_of_the_scores(tmp_path):
     assert list(of.ranking) == [row["index"] for row in order]
     assert list(of.memorization) == [row["memorization"] for row in order]
     assert of.scored_trials == "0-19"
-    assert of.scored_study == Store(study.store).study()["hash"]
+    assert of.scored_study == Store(study.store).study().hash
 
 
 def test_stopped_experiments_go_on_and_read_back(tmp_path):

@@ -155,7 +155,7 @@ def test_the_story_has_the_numbers_of_the_results(study, text):
 
 
 def test_links_that_are_known_are_not_computed_again(study, monkeypatch):
-    from raymem.links import curvature as links_room
+    from raymem.links import correlation as links_room
     from raymem.show import build_report
 
     known = find_links(Store(study.store))

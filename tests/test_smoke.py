@@ -72,7 +72,7 @@ def test_the_same_chain_at_two_epsilons(tmp_path):
     assert len(store.done()) == len(store.kept()) == 40
     assert store.scores().num_rows == 320
     assert (tmp_path / "store" / "report.html").exists()
-    assert "-gn" in store.study()["study"]["recipe"]["model"]["name"]
+    assert "-gn" in store.study().model
     shutil.rmtree(Path(cache_of(done.stdout)).parent)
 
 

@@ -79,8 +79,8 @@ def test_arrays_are_scored_without_torch():
 
 
 def test_runners_and_workers_import_what_training_needs():
-    """raymem.fleet.lanes is what every process of a fleet on Ray imports."""
-    found = imported_by("import raymem.fleet.lanes")
+    """raymem.fleet.worker_groups is what every process of a fleet on Ray imports."""
+    found = imported_by("import raymem.fleet.worker_groups")
     assert not found & (HEAVY - {"torch", "ray"})
     rooms = {".".join(name.split(".")[:2]) for name in found if name.startswith("raymem.")}
     assert not rooms & {f"raymem.{name}" for name in ("cli", "interop", "links", "scores", "show")}

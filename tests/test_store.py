@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import get_args
 
 import numpy as np
 import psutil
@@ -33,6 +34,7 @@ from raymem import (
 )
 from raymem.store import DriverLock, Files
 from raymem.store import lock as lock_module
+from raymem.store.derived import Note
 from raymem.store.trials import digest, encode
 
 pytestmark = pytest.mark.alone
@@ -200,7 +202,7 @@ def test_no_study_and_a_newer_format_are_said(tmp_path):
     with pytest.raises(StoreError, match="there is no study"):
         Store(tmp_path).study()
     store = small_study(tmp_path).open_store()
-    body = store.study()
+    body = json.loads(store.files.read("study.json"))
     store.files.replace("study.json", json.dumps({**body, "format": 99}).encode())
     with pytest.raises(StoreError, match="format 99"):
         store.study()
@@ -348,6 +350,13 @@ def test_scoring_refuses_trials_of_another_study(trained, tmp_path):
         trained.score()
 
 
+def test_every_note_is_part_of_a_store(trained):
+    store = Store(trained.store)
+    for name in get_args(Note):
+        store.write_note(name, {})
+    assert problems_of(store) == set()
+
+
 def test_foreign_objects_and_leftovers_are_named(trained):
     store = Store(trained.store)
     store.files.replace("holiday.jpg", b"")
@@ -366,7 +375,7 @@ def test_a_damaged_index_and_an_edited_study_are_found(trained):
     store.files.replace("examples.parquet", flip_a_byte(index))
     assert problems_of(store) == {("damaged", "examples.parquet")}
     store.files.replace("examples.parquet", index)
-    body = store.study()
+    body = json.loads(store.files.read("study.json"))
     body["study"]["plan"]["seed"] = 5
     store.files.replace("study.json", json.dumps(body).encode())
     with pytest.raises(DamagedObjectError, match="edited"):

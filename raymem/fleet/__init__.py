@@ -11,22 +11,22 @@ from raymem.lazy import lazy_attributes
 if TYPE_CHECKING:
     from raymem.fleet.fleet import Stopped, run_fleet, stop_signals
     from raymem.fleet.forecast import estimated_trial, timed_trial
-    from raymem.fleet.ledger import Ledger, Progress
+    from raymem.fleet.progress_line import ProgressLine, duration
     from raymem.fleet.repeat import Repeat, repeat_trial
-    from raymem.fleet.report import ProgressLine, duration
     from raymem.fleet.resources import Engine, Resources
-    from raymem.fleet.work import TrialOptions
+    from raymem.fleet.trial_queue import Progress, TrialQueue
+    from raymem.fleet.worker import TrialOptions
 
 
 __all__ = [
     "Engine",
-    "Ledger",
     "Progress",
     "ProgressLine",
     "Repeat",
     "Resources",
     "Stopped",
     "TrialOptions",
+    "TrialQueue",
     "duration",
     "estimated_trial",
     "repeat_trial",

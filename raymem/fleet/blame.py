@@ -1,9 +1,9 @@
 """Who is to blame when a trial fails: the trial, its worker, its node, or the study.
 
-A plain class without Ray and without I/O. The ledger tells it which workers there are (`expect`,
-`arrive`, `leave`) and what became of each trial (`committed`, `failed`). It asks who may train what
-(`is_retired`, `is_suspended`, `may_train`), which trials to give up (`is_hopeless`), and whether
-most workers fail (`why_all_fail`).
+A plain class without Ray and without I/O. The trial queue tells it which workers there are
+(`expect`, `arrive`, `leave`) and what became of each trial (`committed`, `failed`). It asks who may
+train what (`is_retired`, `is_suspended`, `may_train`), which trials to give up (`is_hopeless`), and
+whether most workers fail (`why_all_fail`).
 
 | a worker fails                                     | then                                       |
 |----------------------------------------------------|--------------------------------------------|
@@ -14,10 +14,11 @@ most workers fail (`why_all_fail`).
 | as do most, on most nodes, before the first commit | the study is to blame: the fleet ends      |
 | as do most, FAILURES_IN_A_ROW without a commit     | the same                                   |
 
-A worker is a place in a lane: the process that takes the place of a dead one inherits its failures.
-A new process may be all that a device needs, so when its lane or another on its node starts anew, a
-retired worker has one more chance; there, one failure is enough, and then its seat stays empty. A
-node is retired when half of its workers are, two at least, or its only one for the second time.
+A worker is a place in a worker group: the process that takes the place of a dead one inherits its
+failures. A new process may be all that a device needs, so when its worker group or another on its
+node starts anew, a retired worker has one more chance; there, one failure is enough, and then its
+slot stays empty. A node is retired when half of its workers are, two at least, or its only one for
+the second time.
 """
 
 from __future__ import annotations
@@ -40,20 +41,20 @@ WORKERS_THAT_DIVERGE = 2
 # Of all workers together, without a commit in between, when most of them fail.
 FAILURES_IN_A_ROW = 20
 STORE_FAILURES_IN_A_ROW = 3
-# Times that a seat is filled.
+# Times that a slot is filled.
 CHANCES = 2
-# A lane that starts counts as working for as long as starting may take.
+# A worker group that starts counts as working for as long as starting may take.
 START_SECONDS = 300.0
 
 
 class Place(NamedTuple):
-    """A worker's place: its rank in a lane."""
+    """A worker's place: its rank in a worker group."""
 
-    lane: str
+    worker_group: str
     rank: int
 
     def __str__(self) -> str:
-        return f"{self.lane}/{self.rank}"
+        return f"{self.worker_group}/{self.rank}"
 
 
 class Need(IntEnum):
@@ -68,22 +69,27 @@ class Need(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Home:
+class Location:
     """Where a worker runs."""
 
     node: str = ""
-    """The node's id; empty for a lane that spans several, of which none can be blamed."""
+    """The node's id; empty for a worker group that spans several, of which none can be blamed."""
     host: str = ""
     """What people call the node."""
-    seat: str = ""
+    slot: str = ""
     """The device, or the slot, that the next process there will have too."""
+
+    @property
+    def name(self) -> str:
+        """The node, for people; empty if it is not known."""
+        return self.host or self.node
 
 
 @dataclass
 class _Record:
     """What is known of one worker."""
 
-    home: Home
+    location: Location
     allowed: int = WORKER_FAILURES_ALLOWED
     """Failures in a row that it may have."""
     streak: dict[TrialKey, str] = field(default_factory=dict)
@@ -109,7 +115,7 @@ class _Failure:
 
 @dataclass
 class _Node:
-    retired_seats: list[str] = field(default_factory=list)
+    retired_slots: list[str] = field(default_factory=list)
     """Of each worker that was retired there."""
     most_workers: int = 0
     """At once."""
@@ -118,8 +124,8 @@ class _Node:
     def is_bad(self) -> bool:
         """Were several of its workers retired, or its only one twice?"""
         if self.most_workers <= 1:
-            return len(self.retired_seats) >= CHANCES
-        return len(set(self.retired_seats)) >= max(2, self.most_workers / 2)
+            return len(self.retired_slots) >= CHANCES
+        return len(set(self.retired_slots)) >= max(2, self.most_workers / 2)
 
 
 def _is_failing(outcomes: list[str]) -> bool:
@@ -140,20 +146,20 @@ class Blame:
 
     >>> blame = Blame(clock=lambda: 0.0)
     >>> for rank in range(3):
-    ...     blame.arrive("lane", rank)
+    ...     blame.arrive("worker_group", rank)
     >>> trials = [TrialKey(float("inf"), number) for number in range(4)]
-    >>> blame.committed(Place("lane", 1), trials[3])
+    >>> blame.committed(Place("worker_group", 1), trials[3])
     []
     >>> for trial in trials[:3]:
-    ...     blame.failed(Place("lane", 0), trial, "error", "CUDA error")
+    ...     blame.failed(Place("worker_group", 0), trial, "error", "CUDA error")
     []
     []
     []
-    >>> blame.is_suspended(Place("lane", 0)), blame.is_retired(Place("lane", 0))
+    >>> blame.is_suspended(Place("worker_group", 0)), blame.is_retired(Place("worker_group", 0))
     (True, False)
-    >>> blame.committed(Place("lane", 1), trials[0]) == trials[1:3]
+    >>> blame.committed(Place("worker_group", 1), trials[0]) == trials[1:3]
     True
-    >>> blame.is_retired(Place("lane", 0))
+    >>> blame.is_retired(Place("worker_group", 0))
     True
     """
 
@@ -174,52 +180,58 @@ class Blame:
 
     # Which workers there are
 
-    def expect(self, lane: str, workers: int) -> None:
-        """A lane starts: until its workers arrive, they count as workers that do not fail."""
-        self._expected[lane] = (workers, self._clock() + START_SECONDS)
+    def expect(self, worker_group: str, workers: int) -> None:
+        """A worker group starts: until its workers arrive, they count as workers that do not
+        fail."""
+        self._expected[worker_group] = (workers, self._clock() + START_SECONDS)
 
-    def arrive(self, lane: str, rank: int, home: Home | None = None) -> None:
+    def arrive(self, worker_group: str, rank: int, location: Location | None = None) -> None:
         """A worker starts, maybe in the place of a dead one."""
-        place, home = Place(lane, rank), home or Home(node=lane, seat=str(rank))
+        place, location = (
+            Place(worker_group, rank),
+            location or Location(node=worker_group, slot=str(rank)),
+        )
         before = self._records.get(place)
         if before is not None and not before.retired:
             return
         self._records.pop(place, None)
-        record = _Record(home)
-        if home.node:
-            node = self._nodes[home.node]
-            chances_had = node.retired_seats.count(home.seat)
+        record = _Record(location)
+        if location.node:
+            node = self._nodes[location.node]
+            chances_had = node.retired_slots.count(location.slot)
             if chances_had:
                 record.allowed = 1
             # Where no other worker is left, a doubtful one is better than none.
             record.retired = chances_had >= CHANCES and any(self._working())
-            here = sum(other.home.node == home.node for other in self._records.values())
+            here = sum(other.location.node == location.node for other in self._records.values())
             node.most_workers = max(node.most_workers, here + 1)
         self._records[place] = record
 
-    def leave(self, lane: str) -> None:
-        """A lane is gone."""
-        self._expected.pop(lane, None)
-        for place in [place for place in self._records if place.lane == lane]:
+    def leave(self, worker_group: str) -> None:
+        """A worker group is gone."""
+        self._expected.pop(worker_group, None)
+        for place in [place for place in self._records if place.worker_group == worker_group]:
             del self._records[place]
 
     def _working(self) -> Iterator[tuple[Place, _Record]]:
         for place, record in self._records.items():
-            if not record.retired and not self._nodes[record.home.node].retired:
+            if not record.retired and not self._nodes[record.location.node].retired:
                 yield place, record
 
     def _starting(self) -> list[int]:
-        """Workers that have not arrived, of each lane that starts."""
+        """Workers that have not arrived, of each worker group that starts."""
         if not self._expected:
             return []
         now = self._clock()
-        arrived = Counter(place.lane for place in self._records)
+        arrived = Counter(place.worker_group for place in self._records)
         self._expected = {
-            lane: (workers, until)
-            for lane, (workers, until) in self._expected.items()
-            if now < until and arrived[lane] < workers
+            worker_group: (workers, until)
+            for worker_group, (workers, until) in self._expected.items()
+            if now < until and arrived[worker_group] < workers
         }
-        return [workers - arrived[lane] for lane, (workers, _) in self._expected.items()]
+        return [
+            workers - arrived[worker_group] for worker_group, (workers, _) in self._expected.items()
+        ]
 
     # What became of trials
 
@@ -260,7 +272,7 @@ class Blame:
     def is_retired(self, place: Place) -> bool:
         """Is this worker, or its node, never to get a trial again?"""
         record = self._records.get(place)
-        return record is not None and (record.retired or self._nodes[record.home.node].retired)
+        return record is not None and (record.retired or self._nodes[record.location.node].retired)
 
     def is_suspended(self, place: Place) -> bool:
         """Must this worker wait until others have tried what it failed on?"""
@@ -319,14 +331,14 @@ class Blame:
             return "error", f"{self._in_a_row} trials in a row failed, the last because: {message}"
         return None
 
-    def is_lane_retired(self, lane: str) -> bool:
-        """Has the lane workers, and are all of them retired?"""
-        places = [place for place in self._records if place.lane == lane]
+    def is_worker_group_retired(self, worker_group: str) -> bool:
+        """Has the worker group workers, and are all of them retired?"""
+        places = [place for place in self._records if place.worker_group == worker_group]
         return bool(places) and all(self.is_retired(place) for place in places)
 
     @property
     def retired_nodes(self) -> tuple[str, ...]:
-        """The nodes that get no lane any more."""
+        """The nodes that get no worker group any more."""
         return tuple(name for name, node in self._nodes.items() if node.retired)
 
     # Inside
@@ -338,7 +350,9 @@ class Blame:
         """
         nodes: defaultdict[str, list[bool]] = defaultdict(list)
         for place, record in self._working():
-            nodes[record.home.node or place.lane].append(fails(list(record.streak.values())))
+            nodes[record.location.node or place.worker_group].append(
+                fails(list(record.streak.values()))
+            )
         starting = self._starting()
         failing, there = sum(map(sum, nodes.values())), sum(map(len, nodes.values()))
         failing_nodes = sum(sum(node) >= len(node) / 2 for node in nodes.values())
@@ -385,22 +399,24 @@ class Blame:
         record.retired = True
         self.workers_retired += 1
         self._note(place, record, "is retired", "where other workers succeed")
-        gone, node = {place}, self._nodes[record.home.node]
-        if record.home.node:
-            node.retired_seats.append(record.home.seat)
-            if node.is_bad() and self._others_work(record.home.node):
+        gone, node = {place}, self._nodes[record.location.node]
+        if record.location.node:
+            node.retired_slots.append(record.location.slot)
+            if node.is_bad() and self._others_work(record.location.node):
                 node.retired = True
                 self.notices.append(
-                    f"node {record.home.host or record.home.node} is retired: workers on it failed "
-                    f"{len(node.retired_seats)} times where others succeed; check its devices, "
+                    f"node {record.location.name} is retired: workers on it failed "
+                    f"{len(node.retired_slots)} times where others succeed; check its devices, "
                     "disk and network"
                 )
-                gone |= {p for p, r in self._records.items() if r.home.node == record.home.node}
+                gone |= {
+                    p for p, r in self._records.items() if r.location.node == record.location.node
+                }
         return self._forget(gone)
 
     def _others_work(self, node: str) -> bool:
         return any(
-            record.home.node != node and not _is_failing(list(record.streak.values()))
+            record.location.node != node and not _is_failing(list(record.streak.values()))
             for _, record in self._working()
         )
 
@@ -415,10 +431,10 @@ class Blame:
         return freed
 
     def _note(self, place: Place, record: _Record, what: str, where: str) -> None:
-        seat = f" ({record.home.seat})" if record.home.seat else ""
-        host = record.home.host or record.home.node
+        slot = f" ({record.location.slot})" if record.location.slot else ""
+        host = record.location.name
         times = "once" if record.failures == 1 else f"{record.failures} times in a row"
         self.notices.append(
-            f"worker {place}{seat}{f' on node {host}' if host else ''} {what}: it failed {times} "
+            f"worker {place}{slot}{f' on node {host}' if host else ''} {what}: it failed {times} "
             f"{where}; last cause: {record.message}"
         )

@@ -21,10 +21,10 @@ from raymem.errors import (
     StoreFullError,
     StoreHeldError,
 )
-from raymem.fleet.ledger import Ledger, Lost, Progress
-from raymem.fleet.report import ProgressLine
+from raymem.fleet.progress_line import ProgressLine
 from raymem.fleet.resources import Resources
-from raymem.fleet.work import Job, TrialOptions, work
+from raymem.fleet.trial_queue import Lost, Progress, TrialQueue
+from raymem.fleet.worker import Job, TrialOptions, work
 from raymem.models import build_model
 from raymem.plan import Plan
 from raymem.privacy import check_private
@@ -93,7 +93,9 @@ def run_fleet(
         for key in store.checkpointed() & done:  # their worker died between commit and clearing up
             store.delete_checkpoint(key)
         pending = [key for key in wanted if key not in done]
-        ledger = Ledger(pending, failures=store.failures(), done_before=len(wanted) - len(pending))
+        queue = TrialQueue(
+            pending, failures=store.failures(), done_before=len(wanted) - len(pending)
+        )
         asked_to_stop, notices_said = [False], [0]
 
         def watch(watched: _Watched, progress: Progress) -> None:
@@ -121,11 +123,11 @@ def run_fleet(
                 line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
 
         try:
-            progress = ledger.progress()
+            progress = queue.progress()
             if not progress.complete:
                 job = Job.of(examples, plan, recipe, store, options, resources)
                 run = _run_serial if resources.engine == "serial" else _run_ray
-                progress = run(ledger, job, watch, resources)
+                progress = run(queue, job, watch, resources)
         finally:
             line.close()
     if progress.fatal is not None:
@@ -139,26 +141,26 @@ def run_fleet(
 
 
 def _run_serial(
-    ledger: Ledger,
+    queue: TrialQueue,
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
 ) -> Progress:
     if resources.workers_per_trial > 1:
         raise FleetError("several workers per trial need engine='ray'")
-    ledger.register("serial", "serial", 0)
+    queue.register("serial", "serial", 0)
     work(
-        ledger,
+        queue,
         job,
         torch.device("cpu") if resources.gpus_per_trial == 0 else default_device(),
         "serial",
-        after_trial=lambda: watch(ledger, ledger.progress()),
+        after_trial=lambda: watch(queue, queue.progress()),
     )
-    return ledger.progress()
+    return queue.progress()
 
 
 def _run_ray(
-    ledger: Ledger,
+    queue: TrialQueue,
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
@@ -174,11 +176,11 @@ def _run_ray(
     with connected(data_bytes=job.data_bytes, verbose=resources.verbose):
         import ray
 
-        from raymem.fleet.lanes import run_on_ray
+        from raymem.fleet.worker_groups import run_on_ray
 
         if resources.gpus_per_trial is None:
             resources = replace(resources, gpus_per_trial=_gpus_there(ray.cluster_resources()))
-        return run_on_ray(ledger, job, resources, watch=watch)
+        return run_on_ray(queue, job, resources, watch=watch)
 
 
 def _gpus_there(resources: Mapping[str, float]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymem.data import Examples
-from raymem.fleet.work import TrialOptions
+from raymem.fleet.worker import TrialOptions
 from raymem.plan import Plan
 from raymem.store import TrialKey, trial_table
 from raymem.store.trials import encode

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 from ray.util.metrics import Counter, Gauge
 
-from raymem.fleet.ledger import Progress
+from raymem.fleet.trial_queue import Progress
 
 TAG = ("study",)
 
 
 class FleetMetrics:
-    """The ledger's numbers, as metrics."""
+    """The trial queue's numbers, as metrics."""
 
     def __init__(self, study_hash: str) -> None:
         self._tags = {"study": study_hash[:12]}

@@ -13,7 +13,7 @@ import numpy as np
 
 from raymem.data import Examples
 from raymem.errors import StoreError
-from raymem.fleet.work import TrialOptions, arithmetic
+from raymem.fleet.worker import TrialOptions, arithmetic
 from raymem.plan import Plan, Seeds
 from raymem.store import Store, trial_table
 from raymem.store.trials import digest, may_differ

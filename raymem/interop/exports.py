@@ -104,7 +104,7 @@ def _npz(store: Store, path: Path, epsilon: float) -> None:
         if table.num_rows and (labels := _labels(table)) is not None:
             arrays[f"y_{name}"] = labels
         arrays[f"{name}_ids"] = np.array(table["example_id"].to_pylist(), dtype=str)
-    arrays["classes"] = np.array(store.study()["classes"], dtype=str)
+    arrays["classes"] = np.array(store.study().classes, dtype=str)
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -177,20 +177,19 @@ def _hf(store: Store, path: Path, epsilon: float) -> None:
 
 def _card(store: Store) -> str:
     """The data set's card: what was run, what the columns mean, how to load it."""
-    body = store.study()
-    data = body["study"]["data"]
+    study = store.study()
     trials = store.scores("trials").num_rows
     configs = "\n".join(
         f"- config_name: {name}\n  data_files: data/{name}.parquet" for name in TABLES
     )
     command = (store.note("command") or {}).get("command")
     return (
-        f"---\npretty_name: {_yaml(body['data_name'] + ': memorization')}\n"
+        f"---\npretty_name: {_yaml(study.data_name + ': memorization')}\n"
         "tags: [memorization, influence, data-quality, raymem]\n"
-        f"configs:\n{configs}\n---\n\n# {body['data_name']}: what was memorized\n\n"
-        f"Memorization and influence (Feldman & Zhang 2020) of {data['n_train']:,} training and "
-        f"{data['n_test']:,} test examples, from {trials:,} models on "
-        f"{store.plan()}; study `{body['hash'][:16]}`. No images are in it.\n\n"
+        f"configs:\n{configs}\n---\n\n# {study.data_name}: what was memorized\n\n"
+        f"Memorization and influence (Feldman & Zhang 2020) of {study.n_train:,} training and "
+        f"{study.n_test:,} test examples, from {trials:,} models on "
+        f"{study.plan}; study `{study.hash[:16]}`. No images are in it.\n\n"
         + (f"Made by `{command}`.\n\n" if command else "")
         + "```python\nfrom datasets import load_dataset\n\n"
         'examples = load_dataset("THIS_REPOSITORY", "examples", split="train")\n```\n\n'

@@ -22,7 +22,7 @@ from raymem.data import fingerprint_of, group_column
 from raymem.errors import ImportFileError
 from raymem.interop.safe import truths
 from raymem.plan import Plan
-from raymem.store import Store, Target, TrialKey, columns
+from raymem.store import Store, StudyRecord, Target, TrialKey, columns
 
 KEYS = (
     "masks", "correct_train", "correct_test", "margins_train", "margins_test",
@@ -62,7 +62,7 @@ def import_arrays(
     )
     opened.target = Target(trials=T)
     about = {
-        "study_hash": opened.study()["hash"],
+        "study_hash": opened.study().hash,
         "attempt": 1,
         "seeds": {},
         "seconds": 0.0,
@@ -95,7 +95,7 @@ def make_study(
     """
     N, M = sizes
     classes, index = _classes(arrays), _index(arrays, N, M)
-    study = {
+    identity = {
         "data": {
             "fingerprint": fingerprint_of(index, (0, 0, 0), classes),
             "image_shape": [0, 0, 0],
@@ -106,7 +106,8 @@ def make_study(
         "recipe": {"model": {"name": model}},
         "outcomes": outcomes,
     }
-    store.import_study(study, name, classes, index)
+    record = StudyRecord.create(identity, data_name=name, classes=classes)
+    store.import_study(record, index)
     return store, index
 
 

@@ -268,7 +268,7 @@ def _write(a: Arrays, store: Store, path: Path) -> Store:
         for name in of
     }
     table = pa.Table.from_pydict(arrays).cast(columns.schema(of))
-    about = {"study_hash": store.study()["hash"], "summary": {}}
+    about = {"study_hash": store.study().hash, "summary": {}}
     store.write_scores("examples", table, about)
     empty = columns.schema(columns.SCORES_TRIALS).empty_table()
     store.write_scores("trials", empty, about)

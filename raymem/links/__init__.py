@@ -6,12 +6,10 @@ against epsilon (Theorem 5.4), with its bounds and an audit that could refute th
 What memorized examples are worth to accuracy (Feldman & Zhang 2020, section 4): `find_removal`.
 """
 
-from raymem.links.across import correlations_across, joined
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, Plane, paper_bins
 from raymem.links.cleaning import LabelErrors, Ranking, label_errors
-from raymem.links.costs import Costs, costs
-from raymem.links.curvature import (
+from raymem.links.correlation import (
     Coefficient,
     Correlation,
     by_memorization,
@@ -19,6 +17,8 @@ from raymem.links.curvature import (
     has_curvature,
     in_paper_bins,
 )
+from raymem.links.costs import Costs, costs
+from raymem.links.cross_store import correlations_across, joined
 from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
@@ -32,7 +32,7 @@ from raymem.links.removal import (
     find_removal,
     removal_effect,
 )
-from raymem.links.together import (
+from raymem.links.result import (
     Links,
     correlations_as_dict,
     find_links,

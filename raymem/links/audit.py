@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.encoding import epsilon_name
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.epsilons import plain
-from raymem.links.rows import Floats, floats, train_at
 from raymem.links.verdicts import Verdict
 from raymem.plan import Plan
 from raymem.privacy import (
@@ -169,9 +169,9 @@ def _pool(store: Store, plan: Plan) -> tuple[NDArray[np.int64], str]:
     """The rows whose mean is told, chosen without looking at what was trained."""
     if plan.pool is not None:
         return np.array(plan.pool), "the candidates"
-    planted = store.study()["study"]["data"].get("planted")
-    if planted:
-        return np.array(planted), "training examples with flipped labels"
+    flipped = store.study().flipped
+    if flipped:
+        return np.array(flipped), "training examples with flipped labels"
     return np.arange(plan.n), "all training examples"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize
 
-from raymem.links.rows import ROUNDING, Floats
+from raymem.links.column_arrays import ROUNDING, Floats
 
 WIDTH = 0.02
 # A bin of fewer examples is no mean.

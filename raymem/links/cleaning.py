@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
-from raymem.links.rows import Floats, floats, train_at
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.store import Store
 from raymem.store.measures import MEASURES, OTHER, SOFT
 
@@ -80,7 +80,7 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     likely = np.flatnonzero((believed < UNBELIEVED) & np.isfinite(suspicion))
     likely = likely[np.argsort(-suspicion[likely], kind="stable")]
     rows = here.select([name for name in SHOWN if name in here.column_names]).take(pa.array(likely))
-    planted = np.array(store.study()["study"]["data"].get("planted", []), np.int64)
+    planted = np.array(store.study().flipped, np.int64)
     flipped = np.isin(np.arange(here.num_rows), planted)
     found = int(flipped[likely].sum())
     rankings = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymem.encoding import epsilon_name
-from raymem.links.curvature import Correlation
+from raymem.links.correlation import Correlation
 from raymem.scores import forecast_trials
 from raymem.store import Store
 from raymem.store.trials import metadata_of

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from scipy import stats
 
 from raymem.encoding import epsilon_name
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.epsilons import plain
-from raymem.links.rows import Floats, floats, train_at
 from raymem.links.twins import Twins, find_twins
 from raymem.plan import Plan
 from raymem.scores import ratio

@@ -24,8 +24,8 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from raymem.links.column_arrays import Floats
 from raymem.links.fits import Fit, Shape
-from raymem.links.rows import Floats
 from raymem.links.two_stages import CONFIDENCE, Parameter, bootstrapped, doubts, laws
 from raymem.store import Store
 
@@ -154,7 +154,7 @@ def with_unclipped(link: Link2, store: Store, unclipped: Store) -> Link2:
     """`link` of `store`, with what clipping alone changes: where `store` clipped gradients at
     epsilon inf, and `unclipped` trained the same recipe there without clipping.
     """
-    if not link.clipped_at_inf or _recipe(store) != _recipe(unclipped):
+    if not link.clipped_at_inf or store.study().recipe != unclipped.study().recipe:
         return link
     reference = _without_clipping(unclipped, link.curvature_modes)
     return dataclasses.replace(link, clipping=_clipping(link.observed, reference))
@@ -181,10 +181,6 @@ def _clipped(rows: Sequence[dict[str, Any]]) -> bool | None:
     """Were gradients clipped at epsilon inf? None without such trials."""
     norms = [row.get("max_grad_norm") for row in rows if math.isinf(row["epsilon"])]
     return all(norm is not None and math.isfinite(norm) for norm in norms) if norms else None
-
-
-def _recipe(store: Store) -> Any:
-    return store.study()["study"]["recipe"]
 
 
 def _without_clipping(store: Store, modes: Sequence[str]) -> Floats | None:

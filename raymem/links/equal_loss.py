@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from raymem.links.halves import GIVEN, Halves, partial_spearman, pearson
-from raymem.links.rows import Floats
+from raymem.links.column_arrays import Floats
+from raymem.links.split_half import GIVEN, Halves, partial_spearman, pearson
 
 STRATA = 20
 NOT_A_TEST = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from raymem.links.rows import Floats
+from raymem.links.column_arrays import Floats
 
 # Decay rates of L(eps) that are tried, per unit of epsilon.
 RATES = np.geomspace(1e-3, 30, 160)

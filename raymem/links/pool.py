@@ -42,7 +42,7 @@ def removal_by_scores(
         ranking=rows,
         memorization=memorization,
         labels=tuple(examples.y_train.tolist()),
-        scored_study=source.study()["hash"],
+        scored_study=source.study().hash,
         scored_trials=spans(key.trial for key in source.scored(math.inf)),
     )
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.errors import StoreError
+from raymem.links.column_arrays import Floats
 from raymem.links.epsilons import plain
-from raymem.links.rows import Floats
 from raymem.links.verdicts import Verdict
 from raymem.plan import ARMS, Arm, Removal
 from raymem.store import Store, TrialKey

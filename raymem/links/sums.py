@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raymem.links.rows import Floats, floats
+from raymem.links.column_arrays import Floats, floats
 from raymem.scores import ratio
 
 # Measures of training itself, and the trials that have them.

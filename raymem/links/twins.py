@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raymem.links.rows import Floats, floats, train_at
+from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.scores import hypergeometric_tail, ratio
 from raymem.store import Store, TrialKey, read_ahead
 

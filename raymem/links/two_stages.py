@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from raymem.links.column_arrays import Floats
 from raymem.links.fits import (
     CONDITION,
     RATES,
@@ -26,7 +27,6 @@ from raymem.links.fits import (
     fit_loss,
     fit_rivals,
 )
-from raymem.links.rows import Floats
 
 CONFIDENCE = 0.95
 # With fewer trials at each epsilon bootstrap intervals are too narrow (c was covered 80% with 10).

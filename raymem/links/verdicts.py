@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raymem.encoding import at_epsilon, epsilon_name
-from raymem.links.curvature import Correlation, has_curvature
+from raymem.links.correlation import Correlation, has_curvature
 from raymem.links.epsilons import Change, Link2, Observed, plain
 
 

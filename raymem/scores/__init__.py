@@ -53,9 +53,9 @@ if TYPE_CHECKING:
         trials_for,
     )
     from raymem.scores.roc import Attack, Rate, attack
-    from raymem.scores.running_sums import look
+    from raymem.scores.running_sums import interim_result
     from raymem.scores.scoring import EpsilonSummary, score
-    from raymem.scores.stopping import Look, Until
+    from raymem.scores.stopping import InterimResult, Until
     from raymem.scores.streamed_curvature import join_curvature
     from raymem.scores.vulnerability_correlation import RankCorrelation
 
@@ -67,7 +67,7 @@ __all__ = [
     "EpsilonSummary",
     "Estimate",
     "InfluencePairs",
-    "Look",
+    "InterimResult",
     "Membership",
     "Memorization",
     "PairRule",
@@ -84,10 +84,10 @@ __all__ = [
     "forecast_trials",
     "hypergeometric_tail",
     "influence",
+    "interim_result",
     "join_curvature",
     "join_pairs",
     "list_with_fdr",
-    "look",
     "mean_and_stderr",
     "membership",
     "memorization",

@@ -14,10 +14,10 @@ import numpy as np
 from raymem.scores.running_sums import Sums
 
 
-class SpooledFolds:
+class FoldBuffer:
     """Folds added one by one, and given back in their order; gone with the `with` block.
 
-    >>> with SpooledFolds() as folds:
+    >>> with FoldBuffer() as folds:
     ...     folds.add(0.5, 0, {"n_in": np.array([3, 4])})
     ...     [(epsilon, fold, sums["n_in"].tolist()) for epsilon, fold, sums in folds]
     [(0.5, 0, [3, 4])]
@@ -29,7 +29,7 @@ class SpooledFolds:
         self._file = tempfile.TemporaryFile(prefix="raymem-folds-")  # noqa: SIM115, closed on exit
         self._folds: list[tuple[float, int, list[str]]] = []
 
-    def __enter__(self) -> SpooledFolds:
+    def __enter__(self) -> FoldBuffer:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -122,7 +122,7 @@ class Membership:
 
     def write(self, store: Store) -> None:
         """Replace the store's scores/membership.parquet and membership.json."""
-        store.write_scores("membership", self.table, {"study_hash": store.study()["hash"]})
+        store.write_scores("membership", self.table, {"study_hash": store.study().hash})
         store.write_note("membership", self.as_dict())
 
 

@@ -1,6 +1,6 @@
 """Reading trials one by one into running sums, and packed bits for what sums cannot say.
 
-`look` reads no more than a stopping rule needs, without scoring.
+`interim_result` reads no more than a stopping rule needs, without scoring.
 
 Shapes: N training and M test examples, F folds. Rows of a trial are N train, then M test.
 """
@@ -22,7 +22,7 @@ from raymem.plan import Plan
 from raymem.privacy import Mechanism
 from raymem.scores.bits import Bits
 from raymem.scores.estimates import reliability
-from raymem.scores.stopping import Look
+from raymem.scores.stopping import InterimResult
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.store import Store, TrialKey, columns, read_ahead
 from raymem.store.trials import metadata_of, train_part
@@ -260,7 +260,7 @@ def _mean(values: NDArray[Any]) -> float | None:
     return mean if np.isfinite(mean) else None
 
 
-def look(store: Store, keys: Sequence[TrialKey]) -> Look:
+def interim_result(store: Store, keys: Sequence[TrialKey]) -> InterimResult:
     """Of the trials `keys` of one epsilon, in the folds that scores have too."""
     plan = store.plan()
     fold_of = folds(keys, plan)
@@ -275,4 +275,4 @@ def look(store: Store, keys: Sequence[TrialKey]) -> Look:
     known = math.nan
     if n_folds > 1:
         known = reliability(right[0], n[0], right[1], n[1])
-    return Look(trials=len(keys), reliability=float(known), right=right.sum(1), n=n.sum(1))
+    return InterimResult(trials=len(keys), reliability=float(known), right=right.sum(1), n=n.sum(1))

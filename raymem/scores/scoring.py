@@ -32,7 +32,7 @@ from raymem.scores.estimates import (
     ratio,
     reliability,
 )
-from raymem.scores.fold_buffer import SpooledFolds
+from raymem.scores.fold_buffer import FoldBuffer
 from raymem.scores.influence_pairs import InfluencePairs, PairRule
 from raymem.scores.influence_table import influence_pairs, pairs_table
 from raymem.scores.lists import list_with_fdr, probability_above
@@ -91,8 +91,8 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     `rule` says which influence pairs are kept. Raises DamagedObjectError for a trial that does not
     read back, StoreError for a removal experiment.
     """
-    body = store.study()
-    if store.plan().removal is not None:
+    study = store.study()
+    if study.plan.removal is not None:
         raise StoreError(
             f"{store.url} is a removal experiment, which has no random subsets to score; see "
             f"`raymem removal {store.url}`"
@@ -102,8 +102,8 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     epsilons = sorted({*target.epsilons, *(key.epsilon for key in done)})
     tables: dict[str, list[pa.Table]] = {"examples": [], "influence": []}
     summaries, trial_rows = [], []
-    with SpooledFolds() as folds:
-        scorer = _Scorer(store, store.plan(), index, body["hash"], rule or PairRule(), folds)
+    with FoldBuffer() as folds:
+        scorer = _Scorer(store, study.plan, index, study.hash, rule or PairRule(), folds)
         for epsilon in epsilons:
             keys = sorted(key for key in done if key.epsilon == epsilon)
             summary, rows = scorer.at(epsilon, keys, tables)
@@ -111,10 +111,10 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
             trial_rows += sorted(rows, key=lambda row: int(row["trial"]))
         trial_rows += _unfinished(store, done)
         about = {
-            "study_hash": body["hash"],
+            "study_hash": study.hash,
             "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
         }
-        private = columns.TRIALS_PRIVACY if "privacy" in body["study"] else {}
+        private = columns.TRIALS_PRIVACY if study.privacy is not None else {}
         trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
         store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
         of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
@@ -140,7 +140,7 @@ class _Scorer:
     index: pa.Table
     study_hash: str
     rule: PairRule
-    folds: SpooledFolds
+    folds: FoldBuffer
 
     def at(
         self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]

@@ -1,4 +1,4 @@
-"""When a fleet has enough trials: a target, looked at only at the ends of blocks.
+"""When a fleet has enough trials: a target, checked only at the ends of blocks.
 
 Shapes: N training examples; 2 arms, in and out.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from raymem.scores.estimates import difference_of_proportions, forecast_trials
 
-# The first look needs two blocks; between looks a fleet grows by no more than this.
+# The first interim result needs two blocks; between two of them a fleet grows by no more than this.
 GROWTH = 1.5
 # Forecasts of widths end at so many times the trials.
 FURTHEST = 1e6
@@ -21,7 +21,7 @@ Quantity = Literal["reliability", "ci-width"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Look:
+class InterimResult:
     """How well memorization (bit) is known at one moment."""
 
     trials: int
@@ -56,7 +56,7 @@ class Until:
     >>> Until.parse("reliability=0.98")
     Until(quantity='reliability', target=0.98)
     >>> n = np.full((2, 9), 200)
-    >>> seen = Look(trials=400, reliability=0.9, right=n * [[1], [0.5]], n=n)
+    >>> seen = InterimResult(trials=400, reliability=0.9, right=n * [[1], [0.5]], n=n)
     >>> round(seen.width(), 2), Until.parse("ci-width=0.1").forecast(seen)
     (0.14, 777)
     """
@@ -84,16 +84,16 @@ class Until:
     def __str__(self) -> str:
         return f"{self.quantity}={self.target:g}"
 
-    def value(self, seen: Look) -> float:
-        """Of the quantity, at a look."""
+    def value(self, seen: InterimResult) -> float:
+        """Of the quantity, at an interim result."""
         return seen.reliability if self.quantity == "reliability" else seen.width()
 
     def reached(self, value: float) -> bool:
         """By a reliability, or a width; NaN reaches nothing."""
         return value >= self.target if self.quantity == "reliability" else value <= self.target
 
-    def forecast(self, seen: Look) -> int | None:
-        """Trials at which the target will be reached; None if the look says nothing.
+    def forecast(self, seen: InterimResult) -> int | None:
+        """Trials at which the target will be reached; None if that is not known.
 
         Reliability by Spearman and Brown's formula. Width from every example's interval with more
         trials of its accuracies: those of examples that are always right narrow as 1 over trials,
@@ -105,7 +105,7 @@ class Until:
             needed = seen.trials * self._times_for_width(seen)
         return math.ceil(needed) if math.isfinite(needed) else None
 
-    def _times_for_width(self, seen: Look) -> float:
+    def _times_for_width(self, seen: InterimResult) -> float:
         """How many times the trials have the width; inf if more than FURTHEST, NaN without one."""
         now = seen.width()
         if math.isnan(now):
@@ -120,8 +120,8 @@ class Until:
             low, high = (low, middle) if self.reached(seen.width(middle)) else (middle, high)
         return high
 
-    def next_look(self, seen: Look, block: int, most: int) -> int:
-        """At how many trials to look again: where the target is forecast, but at most half as many
+    def next_interim(self, seen: InterimResult, block: int, most: int) -> int:
+        """At how many trials to ask again: where the target is forecast, but at most half as many
         more, at least a block, and never more than `most`."""
         wanted = self.forecast(seen) or seen.trials * 2
         wanted = min(max(wanted, seen.trials + 1), math.ceil(seen.trials * GROWTH))

@@ -29,10 +29,10 @@ class StreamedCurvature:
     def __init__(self, store: Store, index: pa.Table) -> None:
         """`index` is examples.parquet, train first."""
         self._store = store
-        study = store.study()["study"]
-        self._rule = study.get("curvature")
+        study = store.study()
+        self._rule = study.curvature
         self._there = set() if self._rule is None else set(store.streamed_models())
-        self._size = list(study["data"].get("image_shape", ()))[:2]
+        self._size = list(study.image_shape[:2])
         train = index.filter(pc.equal(index["split"], "train"))
         self._ids = train["example_id"].combine_chunks() if self._there else None
 

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from raymem.errors import StoreError
 from raymem.links import label_errors
-from raymem.links.curvature import MEMORIZED
-from raymem.links.rows import train_at
+from raymem.links.column_arrays import train_at
+from raymem.links.correlation import MEMORIZED
 from raymem.store import Store
 
 Row = dict[str, Any]
@@ -70,7 +70,7 @@ class Chosen:
 
 def choose(store: Store, epsilon: float) -> Chosen:
     """What to show at `epsilon`. Raises StoreError without scores."""
-    scores, classes = store.scores(), list(store.study()["classes"])
+    scores, classes = store.scores(), list(store.study().classes)
     here = train_at(scores, epsilon)
     ranked = here.filter(pc.is_valid(here["memorization"]))
     order = [("memorization", "descending"), ("memorization_soft", "descending")]

@@ -13,7 +13,7 @@ import numpy as np
 
 from raymem.encoding import epsilon_name
 from raymem.links import Links, PaperBins, Removed
-from raymem.links.rows import train_at
+from raymem.links.column_arrays import train_at
 from raymem.plan import ARMS
 from raymem.scores import Attacked
 from raymem.store import Store

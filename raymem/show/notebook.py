@@ -27,8 +27,8 @@ class Opened:
     def __init__(self, store: str | os.PathLike[str], data: Examples | str | None = None) -> None:
         self.store = Store(store)
         """The store itself."""
-        self.about: dict[str, Any] = self.store.study()
-        """study.json."""
+        self.about = self.store.study()
+        """study.json: what the study is."""
         self._data = data
 
     @property
@@ -58,16 +58,15 @@ class Opened:
         """
         if isinstance(self._data, Examples):
             return self._data
-        source = self._data or self.about.get("data_source")
+        source = self._data or self.about.data_source
         if not source:
             raise ExamplesError(
                 f"{self.store.url} does not say where its images are; give them as data= or --data"
             )
         found = load_examples(source)
-        planted = self.about["study"]["data"].get("planted")
-        if planted:
-            found = flip_labels(found, len(planted) / len(found.train_ids))
-        if found.fingerprint != self.about["study"]["data"]["fingerprint"]:
+        if self.about.flipped:
+            found = flip_labels(found, len(self.about.flipped) / len(found.train_ids))
+        if found.fingerprint != self.about.fingerprint:
             raise ExamplesError(
                 f"the images at {source} are not those of {self.store.url}: ids, labels or pixels "
                 "differ; give the right ones as data="
@@ -105,7 +104,7 @@ class Opened:
     def __repr__(self) -> str:
         done = len(self.store.done())
         return (
-            f"raymem.open({self.store.url!r}): {self.about['data_name']}, {done:,} trials, "
+            f"raymem.open({self.store.url!r}): {self.about.data_name}, {done:,} trials, "
             f"{self.store.plan()}"
         )
 

@@ -15,7 +15,6 @@ import jinja2
 
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links import Links, has_curvature
-from raymem.plan import Plan
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
 from raymem.show.figures import Figure
@@ -35,6 +34,7 @@ from raymem.show.story import Story
 from raymem.show.table import Cell, Column, Table
 from raymem.show.terminal_links import costs_text, link2_lines, paper_bins_text
 from raymem.show.terminal_membership import best_text, correlation_text
+from raymem.store import StudyRecord
 from raymem.store.measures import MEASURES, title_of, unit_of
 from raymem.version import VERSION
 
@@ -48,7 +48,7 @@ TWINS = 24
 
 
 def page(
-    about: Mapping[str, Any],
+    study: StudyRecord,
     story: Story,
     chosen: Chosen,
     links: Links,
@@ -62,13 +62,13 @@ def page(
     stale: str = "",
     sections: Sequence[str] = (),
 ) -> str:
-    """The page. `about` is study.json, `command` what ran it, `without_pictures` why some lack,
+    """The page. `study` is study.json, `command` what ran it, `without_pictures` why some lack,
     `attacked` what membership.json has, `stale` what is wrong with it. `sections` are HTML that
     follows the answers; they must be safe already."""
     show = _Cards(chosen.classes, pictures)
     values = {
-        "title": f"{about['data_name']}: what was memorized",
-        "subtitle": f"{Plan.from_dict(about['study']['plan'])}; raymem {VERSION}",
+        "title": f"{study.data_name}: what was memorized",
+        "subtitle": f"{study.plan}; raymem {VERSION}",
         "story": story,
         "nav": _nav(story, bool(links.correlations.get(chosen.epsilon)), bool(sections)),
         "without_pictures": without_pictures,
@@ -87,7 +87,7 @@ def page(
         **_privacy(links),
         **_membership(attacked, stale),
         "checks": _checks(links),
-        "settings": _settings(about, location),
+        "settings": _settings(study, location),
         "sections": sections,
         "location": location,
         "command": command,
@@ -307,19 +307,18 @@ def _checks(links: Links) -> list[tuple[str, Table]]:
     ]
 
 
-def _settings(about: Mapping[str, Any], location: str) -> list[tuple[str, str]]:
-    study = about["study"]
-    plan = Plan.from_dict(study["plan"])
-    privacy = ", ".join(f"{k} {_words(v)}" for k, v in study.get("privacy", {}).items())
+def _settings(study: StudyRecord, location: str) -> list[tuple[str, str]]:
+    plan = study.plan
+    privacy = ", ".join(f"{k} {_words(v)}" for k, v in (study.privacy or {}).items())
     return [
-        ("data", f"{about['data_name']}: {study['data']['n_train']:,} training and "
-                 f"{study['data']['n_test']:,} test examples, {len(about['classes']):,} classes"),
+        ("data", f"{study.data_name}: {study.n_train:,} training and {study.n_test:,} test "
+                 f"examples, {len(study.classes):,} classes"),
         ("plan", f"{plan}, seed {plan.seed}" if plan.is_known else str(plan)),
-        ("recipe", ", ".join(f"{k} {_words(v)}" for k, v in study["recipe"].items())),
+        ("recipe", ", ".join(f"{k} {_words(v)}" for k, v in study.recipe.items())),
         ("privacy", privacy or "none"),
-        ("curvature", "measured" if "curvature" in study else "not measured"),
+        ("curvature", "measured" if study.curvature is not None else "not measured"),
         ("store", location),
-        ("made by", f"raymem {VERSION}, study {about['hash'][:16]}"),
+        ("made by", f"raymem {VERSION}, study {study.hash[:16]}"),
     ]  # fmt: skip
 
 

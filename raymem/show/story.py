@@ -30,7 +30,7 @@ from raymem.links import (
     label_errors,
     red,
 )
-from raymem.links.rows import train_at
+from raymem.links.column_arrays import train_at
 from raymem.scores import Attacked
 from raymem.show.table import terminal_width
 from raymem.show.terminal_scores import TRIALS_FOR_LISTS

@@ -73,7 +73,7 @@ def example_text(store: Store, example_id: str, n: int) -> str:
         hint = f"; did you mean {', '.join(near[:5])}?" if near else "; see `raymem scores STORE`"
         raise TableError(f"there is no example {example_id!r} in {store.url}{hint}")
     (me,) = found
-    classes = store.study()["classes"]
+    classes = store.study().classes
     label = "none" if me["label"] is None else f"{me['label']} ({classes[me['label']]})"
     lines = [
         f"{example_id}: {me['split']} example {me['index']:,}, label {label}",

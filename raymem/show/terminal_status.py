@@ -21,11 +21,10 @@ def describe_store(store: Store) -> str:
     ]
     if streamed and not store.files.exists("study.json"):
         return "\n".join([f"{store.url}: no study, only curvature of shards", *streamed])
-    body, target, done = store.study(), store.target, store.done()
+    study, target, done = store.study(), store.target, store.done()
     wanted = set(target.wanted())
     lines = [
-        f"{store.url}: {body['data_name']}, {store.plan()}, model "
-        f"{body['study']['recipe']['model']['name']}",
+        f"{store.url}: {study.data_name}, {study.plan}, model {study.model}",
         f"trials: {len(done & wanted):,} of {len(wanted):,} done"
         + ("" if target.part is None else f" of part {target.part} of {target.trials:,} trials")
         + (f", and {len(done - wanted):,} more" if done - wanted else ""),
@@ -71,7 +70,7 @@ def _until(store: Store) -> str:
     note = store.note("until")
     if note is None:
         return ""
-    seen = note["looks"][-1]
+    seen = note["interim"][-1]
     value = "?" if seen["value"] is None else f"{seen['value']:.3f}"
     forecast = (
         "no forecast" if seen["forecast"] is None else f"forecast: {seen['forecast']:,} trials"

@@ -21,10 +21,10 @@ from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.store.files import Files, read_ahead
-    from raymem.store.identity import study_hash
     from raymem.store.lock import DriverLock, is_alive, read_driver
     from raymem.store.merge_stores import MergeSummary, merge
     from raymem.store.store import Store
+    from raymem.store.study_record import StudyRecord, study_hash
     from raymem.store.target import Failure, Part, Target
     from raymem.store.trials import TrialKey, trial_table
     from raymem.store.verify_store import Problem, verify
@@ -38,6 +38,7 @@ __all__ = [
     "Part",
     "Problem",
     "Store",
+    "StudyRecord",
     "Target",
     "TrialKey",
     "is_alive",

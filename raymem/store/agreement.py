@@ -17,15 +17,14 @@ from raymem.errors import (
     first_line,
 )
 from raymem.privacy import Mechanism
-from raymem.store.derived import SHOWN
-from raymem.store.identity import differences
 from raymem.store.store import READERS, Store
+from raymem.store.study_record import SHOWN, differences
 from raymem.store.trials import TrialKey, may_differ
 
 COMPARED = ("digest", "arithmetic", "device")
 
 
-def told(first: Store, one: object, second: Store, other: object) -> str:
+def describe_differences(first: Store, one: object, second: Store, other: object) -> str:
     """How what two stores have differs, on one line."""
     found = differences(one, other)
     shown = [f"{name}: {first.url} has {a}, {second.url} has {b}" for name, a, b in found[:SHOWN]]
@@ -132,9 +131,9 @@ class Agreement:
                 holder, before = found.setdefault(key, (store, mechanism))
                 if before != mechanism:
                     raise StudyMismatchError(
-                        f"{key} is not one mechanism ({told(holder, before, store, mechanism)}); "
-                        "its trials belong apart: merge neither, or train that epsilon again in "
-                        "one of the two"
+                        f"{key} is not one mechanism "
+                        f"({describe_differences(holder, before, store, mechanism)}); its trials "
+                        "belong apart: merge neither, or train that epsilon again in one of the two"
                     )
         return {key: store for key, (store, _) in found.items()}
 
@@ -157,8 +156,9 @@ class Agreement:
             for (one, first), (two, second) in itertools.pairwise(records.items()):
                 if first != second:
                     raise StudyMismatchError(
-                        f"curvature/{model} was made in two ways ({told(one, first, two, second)});"
-                        " move that folder out of one of the two stores, then merge again"
+                        f"curvature/{model} was made in two ways "
+                        f"({describe_differences(one, first, two, second)}); move that folder out "
+                        "of one of the two stores, then merge again"
                     )
             for store in [store for store in records if store is not self.into]:
                 shards = (f"curvature/{model}/{shard}.parquet" for shard in streamed[store][model])

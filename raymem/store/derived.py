@@ -9,14 +9,13 @@ from typing import IO, Any, Literal
 
 import pyarrow as pa
 
+from raymem.encoding import as_json
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.store import columns, trials
 from raymem.store.files import Files
+from raymem.store.study_record import SHOWN, StudyRecord
 from raymem.store.trials import TrialKey
 
-FORMAT = 1
-SHOWN = 5
-PARTS = ("format", "study", "hash", "classes", "data_name")
 Note = Literal["links", "repeat", "command", "until", "membership", "removal"]
 
 
@@ -31,30 +30,16 @@ class Derived:
         """Where it is."""
         return self.files.url
 
-    def study(self) -> dict[str, Any]:
+    def study(self) -> StudyRecord:
         """study.json. Raises StoreError if there is none or it is from a newer raymem."""
         try:
-            body: dict[str, Any] = json.loads(self.files.read("study.json"))
+            data = self.files.read("study.json")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StoreError(
                 f"there is no study in {self.url}; check the path, or run a job with --store "
                 f"{self.url}"
             ) from error
-        except ValueError as error:
-            raise DamagedObjectError(
-                f"study.json in {self.url} is damaged ({error}); restore it from a copy"
-            ) from error
-        if not isinstance(body, dict) or not {*PARTS} <= {*body}:
-            lacks = "is no object" if not isinstance(body, dict) else "lacks parts"
-            raise DamagedObjectError(
-                f"study.json in {self.url} is damaged ({lacks}); restore it from a copy"
-            )
-        if body["format"] != FORMAT:
-            raise StoreError(
-                f"{self.url} has format {body.get('format')}, this raymem reads {FORMAT}; install "
-                f"raymem {body.get('raymem')}"
-            )
-        return body
+        return StudyRecord.decode(data, self.url)
 
     def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, Any]) -> None:
         """Replace scores/NAME.parquet whole."""
@@ -154,8 +139,3 @@ class Derived:
         except (FileNotFoundError, NotADirectoryError) as error:
             self.study()  # says so if there is no store at all
             raise StoreError(f"{self.url} has no {key} yet; {advice}") from error
-
-
-def as_json(body: Mapping[str, Any]) -> bytes:
-    """As stores write it."""
-    return json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"

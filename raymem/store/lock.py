@@ -31,7 +31,7 @@ INTERVAL = 5.0
 class DriverLock:
     """Holds a store while the `with` block runs. Raises StoreHeldError if another driver lives.
 
-    `progress` is asked at each beat for what `raymem status` should show of a running fleet.
+    `progress` is asked at each heartbeat for what `raymem status` should show of a running fleet.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class DriverLock:
             # Only what was judged dead may go: another driver may have been quicker.
             if read_driver(self.files) == holder:
                 self.files.delete(KEY)
-        self._thread = threading.Thread(target=self._beat, name="raymem-driver-lock", daemon=True)
+        self._thread = threading.Thread(
+            target=self._heartbeat, name="raymem-driver-lock", daemon=True
+        )
         self._thread.start()
         return self
 
@@ -81,7 +83,17 @@ class DriverLock:
             if holder is not None and holder["token"] == self._token:
                 self.files.delete(KEY)
 
-    def _beat(self) -> None:
+    def check(self) -> None:
+        """Raises StoreHeldError if another driver took over."""
+        if self.lost.is_set():
+            holder = read_driver(self.files)
+            who = f" ({holder['host']}, process {holder['pid']})" if holder else ""
+            raise StoreHeldError(
+                f"another driver{who} took {self.files.url} over while this one stood still; leave "
+                "it to that one"
+            )
+
+    def _heartbeat(self) -> None:
         while not self._stop.wait(self.interval):
             try:
                 holder = read_driver(self.files)
@@ -90,7 +102,9 @@ class DriverLock:
                     return
                 self._counter += 1
                 self.files.replace(KEY, self._record())
-            except Exception:  # a missed beat is no harm; a store that stays away stops the workers
+            except (
+                Exception
+            ):  # a missed heartbeat is no harm; a store that stays away stops the workers
                 continue
 
     def _record(self) -> bytes:

@@ -18,12 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raymem.errors import DamagedObjectError, StoreError, StoreHeldError, StudyMismatchError
-from raymem.plan import Plan
-from raymem.store.agreement import Agreement, named, told
+from raymem.errors import DamagedObjectError, StoreError, StudyMismatchError
+from raymem.store.agreement import Agreement, describe_differences, named
 from raymem.store.files import Files
 from raymem.store.lock import DriverLock
 from raymem.store.store import Store
+from raymem.store.study_record import StudyRecord
 from raymem.store.target import Target
 from raymem.store.trials import TrialKey
 from raymem.store.verify_store import check_index, check_table, check_trial, sound_study
@@ -94,8 +94,8 @@ def merge(
         into = a
     _check_places(a, b, into)
     # And once more when nobody else can make another study in `out`.
-    body = _check_studies(a, b, into)
-    work = _Merge(a, b, into, body)
+    record = _check_studies(a, b, into)
+    work = _Merge(a, b, into, record)
     with DriverLock(into.files, progress=lambda: {"stage": "merge", "left": work.left}) as lock:
         _check_studies(a, b, into)
         return work.run(lock, progress)
@@ -119,9 +119,9 @@ def _check_places(first: Store, second: Store, out: Store) -> None:
             raise StoreError(f"{inner} is inside {outer}; choose places that are not")
 
 
-def _check_studies(first: Store, second: Store, out: Store) -> dict[str, Any]:
+def _check_studies(first: Store, second: Store, out: Store) -> StudyRecord:
     """The study of all three."""
-    body = sound_study(first)
+    record = sound_study(first)
     others = [second]
     if out is not first and out.files.exists("study.json"):
         others.append(out)
@@ -129,20 +129,20 @@ def _check_studies(first: Store, second: Store, out: Store) -> dict[str, Any]:
         raise StoreError(f"{out.url} has trials but no study.json; choose another OUT")
     for other in others:
         there = sound_study(other)
-        if there["hash"] != body["hash"]:
-            shown = told(first, body["study"], other, there["study"])
+        if there.hash != record.hash:
+            shown = describe_differences(first, record.identity, other, there.identity)
             raise StudyMismatchError(
                 f"{first.url} and {other.url} are of two studies ({shown}); merge stores of one"
             )
-    return body
+    return record
 
 
 class _Merge:
     """One merge; `out` is `first` itself, or another store."""
 
-    def __init__(self, first: Store, second: Store, out: Store, body: Mapping[str, Any]) -> None:
-        self.first, self.second, self.out, self.body = first, second, out, body
-        self.plan = Plan.from_dict(body["study"]["plan"])
+    def __init__(self, first: Store, second: Store, out: Store, record: StudyRecord) -> None:
+        self.first, self.second, self.out, self.record = first, second, out, record
+        self.plan = record.plan
         self.others = [store for store in (first, second) if store is not out]
         self.counts: Counter[str] = Counter()
         self.left = 0
@@ -158,10 +158,7 @@ class _Merge:
         steps += [partial(self._copy_shard, store, key) for store, key in curvature]
         self.left = len(steps)
         for step in steps:
-            if lock.lost.is_set():
-                raise StoreHeldError(
-                    f"another driver took {self.out.url} over; see `raymem status` for who it is"
-                )
+            lock.check()
             step()
             self.left -= 1
             progress(len(steps) - self.left, len(steps))
@@ -186,7 +183,7 @@ class _Merge:
             if not files.exists("examples.parquet") and store.files.exists("examples.parquet"):
                 data = store.files.read("examples.parquet")
                 with named(store, "examples.parquet"):
-                    check_index(data, self.body)
+                    check_index(data, self.record)
                 files.create("examples.parquet", data)
         for key, store in mechanisms.items():
             files.create(key, store.files.read(key))
@@ -216,7 +213,7 @@ class _Merge:
         for store in self.both.having(key):
             read = store.files.read(key.object_key)
             with named(store, key.object_key):
-                check_trial(read, key, self.plan, self.body["hash"])
+                check_trial(read, key, self.plan, self.record.hash)
             data = read if store is lead else data
         self._copy_weights(key, about)
         if lead is not self.out:

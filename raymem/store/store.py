@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from raymem.data import Examples, group_column
-from raymem.encoding import epsilon_name
+from raymem.encoding import as_json, epsilon_name
 from raymem.errors import (
     DamagedObjectError,
     PlanError,
@@ -23,11 +22,16 @@ from raymem.errors import (
 from raymem.plan import Plan
 from raymem.privacy import Mechanism
 from raymem.store import columns, trials
-from raymem.store.derived import FORMAT, SHOWN, Derived, as_json
-from raymem.store.identity import brief, changed_examples, differences, study_hash
+from raymem.store.derived import Derived
+from raymem.store.study_record import (
+    SHOWN,
+    StudyRecord,
+    brief,
+    changed_examples,
+    differences,
+)
 from raymem.store.target import Failure, Part, Target
 from raymem.store.trials import TrialKey
-from raymem.version import VERSION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,62 +49,51 @@ class Store(Derived):
 
     # What the study is
 
-    def open_study(self, study: Mapping[str, Any], examples: Examples) -> None:
+    def open_study(self, identity: Mapping[str, Any], examples: Examples) -> None:
         """Create the study in this store, or check that it is the one that is there.
 
-        `study` is JSON-ready data: all that makes trials comparable. Raises StudyMismatchError with
-        the differences if the store has another one.
+        `identity` is JSON-ready data: all that makes trials comparable. Raises StudyMismatchError
+        with the differences if the store has another one.
         """
+        record = StudyRecord.create(
+            identity,
+            data_name=examples.name,
+            classes=examples.classes,
+            data_source=examples.source,
+        )
         if not self.files.exists("study.json"):
-            self._create_study(study, examples.name, examples.classes, examples.source)
-        self._check_study(study, examples)
+            self.files.create("study.json", record.encode())
+        self._check_study(record, examples)
         if not self.files.exists("examples.parquet"):
             near = group_column(examples.near_duplicate_groups(), examples.n_examples)
             index = examples.index_table().append_column("near_duplicate_group", near)
-            self.create_index(index, examples.fingerprint, examples.name)
+            self.create_index(index, record)
 
-    def import_study(
-        self, study: Mapping[str, Any], name: str, classes: Sequence[str], index: pa.Table
-    ) -> None:
+    def import_study(self, record: StudyRecord, index: pa.Table) -> None:
         """The same for a fleet whose images are not at hand, only their index.
 
         Raises StudyMismatchError if the store has another study.
         """
         if not self.files.exists("study.json"):
-            self._create_study(study, name, classes)
+            self.files.create("study.json", record.encode())
         there = self.study()
-        if there["hash"] != study_hash(study):
+        if there.hash != record.hash:
             raise StudyMismatchError(
-                f"{self.url} belongs to another study ({there['data_name']}); choose another STORE"
+                f"{self.url} belongs to another study ({there.data_name}); choose another STORE"
             )
-        self.create_index(index, study["data"]["fingerprint"], name)
+        self.create_index(index, record)
 
-    def _create_study(
-        self, study: Mapping[str, Any], name: str, classes: Sequence[str], source: str = ""
-    ) -> None:
-        body = {
-            "format": FORMAT,
-            "hash": study_hash(study),
-            "study": study,
-            "data_name": name,
-            "data_source": source,
-            "classes": list(classes),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "raymem": VERSION,
-        }
-        self.files.create("study.json", as_json(body))
-
-    def create_index(self, index: pa.Table, fingerprint: str, name: str) -> None:
+    def create_index(self, index: pa.Table, record: StudyRecord) -> None:
         """Write examples.parquet, if it is not there."""
         table = index.select(list(columns.EXAMPLES)).cast(columns.schema(columns.EXAMPLES))
-        metadata = {"fingerprint": fingerprint, "name": name}
+        metadata = {"fingerprint": record.fingerprint, "name": record.data_name}
         self.files.create("examples.parquet", trials.encode(table, metadata))
 
-    def _check_study(self, study: Mapping[str, Any], examples: Examples) -> None:
+    def _check_study(self, record: StudyRecord, examples: Examples) -> None:
         there = self.study()
-        if there["hash"] == study_hash(study):
+        if there.hash == record.hash:
             return
-        found = differences(there["study"], json.loads(json.dumps(study)))
+        found = differences(there.identity, record.identity)
         if any(name.startswith("data.") for name, _, _ in found) and self.files.exists(
             "examples.parquet"
         ):
@@ -115,7 +108,7 @@ class Store(Derived):
 
     def plan(self) -> Plan:
         """The study's plan."""
-        return Plan.from_dict(self.study()["study"]["plan"])
+        return self.study().plan
 
     def examples(self) -> pa.Table:
         """The set's index, examples.parquet: train first."""
@@ -241,7 +234,7 @@ class Store(Derived):
                 + (", ".join(str(k.trial) for k in sorted(self.kept())[:SHOWN]) or "none")
             ) from error
         weights, about = decode_weights(data, key.weights_key)
-        if about["study_hash"] != self.study()["hash"]:
+        if about["study_hash"] != self.study().hash:
             raise StudyMismatchError(f"{key.weights_key} belongs to another study; remove it")
         if (
             self.files.exists(key.object_key)

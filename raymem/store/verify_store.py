@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -16,13 +16,15 @@ from raymem.data import fingerprint_of
 from raymem.errors import DamagedObjectError, RaymemError
 from raymem.plan import Plan
 from raymem.store import columns, trials
-from raymem.store.identity import study_hash
+from raymem.store.derived import Note
 from raymem.store.lock import DriverLock
 from raymem.store.store import Store
+from raymem.store.study_record import StudyRecord
 from raymem.store.trials import TrialKey
 
+NOTES = "|".join(get_args(Note))
 LAYOUT = re.compile(
-    r"(study|target|driver|command|repeat|until|membership)\.json|examples\.parquet|links\.json|report\.html"
+    rf"(study|target|driver|{NOTES})\.json|examples\.parquet|report\.html"
     r"|privacy/eps-[^/]+\.json|(scores|figures|models|checkpoints|curvature|damaged)/.+"
     r"|trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
 )
@@ -62,16 +64,16 @@ def _problems(store: Store) -> Iterator[Problem]:
     if not store.files.exists("study.json") and store.streamed_models():
         yield from _streamed_problems(store)
         return
-    body = sound_study(store)
-    plan = store.plan()
-    yield from _examples_problems(store, body)
+    record = sound_study(store)
+    plan = record.plan
+    yield from _examples_problems(store, record)
     for key in store.files.list():
         trial = TrialKey.parse(key)
         numbered = key.startswith(("trials/", "failed/", "models/", "checkpoints/"))
         if not LAYOUT.fullmatch(key) or (numbered and trial is None):
             yield Problem(kind="foreign", key=key, detail="not part of a store")
         elif trial is not None and key.startswith("trials/"):
-            yield from _damage(key, partial(_check_trial, store, trial, plan, body["hash"]))
+            yield from _damage(key, partial(_check_trial, store, trial, plan, record.hash))
         elif key.endswith(".json") and key != "driver.json" and not key.startswith("damaged/"):
             yield from _damage(key, partial(_check_json, store, key))
         elif trial is not None and key.startswith("models/"):
@@ -106,12 +108,12 @@ def _damage(key: str, check: Callable[[], object]) -> Iterator[Problem]:
         yield Problem(kind="damaged", key=key, detail=str(error))
 
 
-def _examples_problems(store: Store, body: Mapping[str, Any]) -> Iterator[Problem]:
+def _examples_problems(store: Store, record: StudyRecord) -> Iterator[Problem]:
     key = "examples.parquet"
     if not store.files.exists(key):
         yield Problem(kind="missing", key=key, detail="the next run writes it again")
     else:
-        yield from _damage(key, lambda: check_index(store.files.read(key), body))
+        yield from _damage(key, lambda: check_index(store.files.read(key), record))
 
 
 def _check_json(store: Store, key: str) -> None:
@@ -130,20 +132,20 @@ def _check_trial(store: Store, key: TrialKey, plan: Plan, study_hash: str) -> No
     check_trial(store.files.read(key.object_key), key, plan, study_hash)
 
 
-def sound_study(store: Store) -> dict[str, Any]:
-    """study.json, if its hash is that of the study in it. Raises StoreError if it is not."""
-    body = store.study()
-    if study_hash(body["study"]) != body["hash"]:
+def sound_study(store: Store) -> StudyRecord:
+    """study.json. Raises DamagedObjectError if its hash is not that of the study in it."""
+    record = store.study()
+    if not record.is_sound:
         raise DamagedObjectError(
             f"study.json in {store.url} was edited: its hash does not fit; restore it from a copy"
         )
-    return body
+    return record
 
 
-def check_index(data: bytes, body: Mapping[str, Any]) -> None:
+def check_index(data: bytes, record: StudyRecord) -> None:
     """Raises DamagedObjectError if these bytes are not the index of the study's examples."""
-    of, table = body["study"]["data"], check_table(data, "examples.parquet")
-    if fingerprint_of(table, tuple(of["image_shape"]), body["classes"]) != of["fingerprint"]:
+    table = check_table(data, "examples.parquet")
+    if fingerprint_of(table, record.image_shape, record.classes) != record.fingerprint:
         raise DamagedObjectError("is not the index of the study's data set")
 
 

@@ -253,5 +253,5 @@ def restore(state: Training, checkpoints: Checkpoints | None, ranks: Ranks) -> A
     """From rank 0's checkpoint on all ranks: another could have read a later one."""
     if checkpoints is None:
         return None
-    data = ranks.share(checkpoints.load() if ranks.rank == 0 else None)
+    data = ranks.broadcast(checkpoints.load() if ranks.rank == 0 else None)
     return None if data is None else state.restore(data, ranks.rank)

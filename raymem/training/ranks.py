@@ -61,7 +61,7 @@ class Ranks:
             return model
         return nn.parallel.DistributedDataParallel(model)
 
-    def spread(self, values: Tensor, n: int) -> Tensor:
+    def all_gather(self, values: Tensor, n: int) -> Tensor:
         """All n values on every worker, from each worker's share of them, [n of its part, ...]."""
         if self.alone:
             return values
@@ -72,7 +72,7 @@ class Ranks:
         dist.all_reduce(whole)
         return whole.to(values.dtype)
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every worker."""
         if self.alone:
             return value

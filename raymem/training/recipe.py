@@ -10,9 +10,6 @@ from typing import Any, Literal
 from raymem import models
 from raymem.errors import RecipeError
 
-# Settings that came after the first studies: those keep the hash they have.
-LATER = ("crop_scale", "crop_ratio", "crop_size", "compile")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -132,15 +129,8 @@ class Recipe:
             raise RecipeError("; ".join(wrong))
 
     def as_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-ready data, the model by its identity: what a study's hash covers.
-
-        Settings of `LATER` are left out where they are the default.
-        """
-        fields = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in LATER or getattr(self, f.name) != f.default
-        }
+        """The recipe as JSON-ready data, the model by its identity: what a study's hash covers."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
         return {**data, "model": models.identity(self.model)}
 

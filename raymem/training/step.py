@@ -138,8 +138,8 @@ class SingleStep:
         self.scaler.update()
         with torch.no_grad():
             # On all workers, so that each could write a checkpoint, and all diverge together.
-            right = ranks.spread(logits.argmax(1) == y, B)
-            self.feed.show(ranks.spread(loss.detach(), B)[None], right[None])
+            right = ranks.all_gather(logits.argmax(1) == y, B)
+            self.feed.show(ranks.all_gather(loss.detach(), B)[None], right[None])
 
 
 def losses(logits: Tensor, y: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:

@@ -180,7 +180,7 @@ def _measure(
         part=ranks.part(n),
     )
     values = {
-        name: ranks.spread(torch.from_numpy(found).to(images.device), n).cpu().numpy()
+        name: ranks.all_gather(torch.from_numpy(found).to(images.device), n).cpu().numpy()
         for name, found in measured.values.items()
     }
     return dataclasses.replace(measured, values=values)
@@ -221,8 +221,8 @@ def evaluate(
         raise DivergedError("the trained model gives logits that are not finite")
     none = y.new_zeros(0)
     return Evaluation(
-        correct=ranks.spread(torch.cat([none.bool(), *correct]), n).cpu().numpy(),
-        margin=ranks.spread(torch.cat([none.float(), *margin]), n).cpu().numpy(),
+        correct=ranks.all_gather(torch.cat([none.bool(), *correct]), n).cpu().numpy(),
+        margin=ranks.all_gather(torch.cat([none.float(), *margin]), n).cpu().numpy(),
     )
 
 

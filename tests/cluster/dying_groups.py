@@ -71,7 +71,7 @@ def main(store: str, gate: Path, trials: int) -> None:
     runner = next(
         process
         for process in psutil.Process().children(recursive=True)
-        if "LaneRunner" in " ".join(process.cmdline())
+        if "WorkerGroupRunner" in " ".join(process.cmdline())
     )
     os.kill(runner.pid, signal.SIGKILL)
     wait_until(lambda: len(started()) == 3, "a trial on the node of the killed runner")

@@ -62,7 +62,8 @@ def main(store: str, gate: Path, trials: int, replace: bool) -> None:
     at_loss = committed()
     joined = cluster.add_node(num_cpus=1).node_id if replace else ""
     if replace:
-        # Trials wait again, so that there is work left for the lane of the node that joined.
+        # Trials wait again, so that there is work left for the worker group of the node that
+        # joined.
         (gate / "open").unlink()
         wait_until(lambda: joined in {node for node, _ in started()}, "a trial on the new node")
         (gate / "open").touch()

@@ -75,8 +75,8 @@ class ScoringModel:
         Raises StoreError if its weights were not kept, RecipeError if it cannot be built again.
         """
         study = store.study()
-        weights, recipe = store.weights(key), study["study"]["recipe"]
-        H, W, C = study["study"]["data"]["image_shape"]
+        weights, recipe = store.weights(key), study.recipe
+        H, W, C = study.image_shape
         if "code" in recipe["model"] and ":" not in recipe["model"]["name"]:
             raise RecipeError(
                 f"the study's model is the function {recipe['model']['name']}, which cannot be "
@@ -90,7 +90,7 @@ class ScoringModel:
             )
         net = build_model(
             recipe["model"]["name"],
-            n_classes=len(study["classes"]),
+            n_classes=len(study.classes),
             image_shape=(H, W, C),
             mean=recipe["mean"],
             std=recipe["std"],
@@ -101,8 +101,8 @@ class ScoringModel:
             name=name or key.name,
             net=net,
             transform=PAPER if paper else transform,
-            n_classes=len(study["classes"]),
-            classes=tuple(study["classes"]),
+            n_classes=len(study.classes),
+            classes=study.classes,
             channels_last=recipe["channels_last"],
         )
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from raymem.links.rows import Floats
+from raymem.links.column_arrays import Floats
 from raymem.links.sums import Sums
 
 HALVES = 20

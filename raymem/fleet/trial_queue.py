@@ -1,9 +1,9 @@
 """Who trains which trial now. Holds leases only: the truth of what is done is the store.
 
 A plain class without Ray and without I/O; a Ray actor of it serves a fleet, the serial engine and
-simulations use it as it is. Workers call `register`, then `lease` and `finish` in turn, `beat` now
-and then; the driver calls `expect`, `progress`, `release_lane` and `stop`. Who is to blame for
-failures, `raymem.fleet.blame` decides.
+simulations use it as it is. Workers call `register`, then `lease` and `finish` in turn, `heartbeat`
+now and then; the driver calls `expect`, `progress`, `release_worker_group` and `stop`. Who is to
+blame for failures, `raymem.fleet.blame` decides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from raymem.fleet.blame import DIVERGENCES_ALLOWED, Blame, Home, Need, Place
+from raymem.fleet.blame import DIVERGENCES_ALLOWED, Blame, Location, Need, Place
 from raymem.store import Failure, TrialKey
 
 Outcome = Literal[
@@ -29,7 +29,7 @@ LEASE_SECONDS = 120.0
 DEATHS_ALLOWED = 3
 RESTARTS_WITHOUT_COMMIT = 6
 POLL_SECONDS = 0.2
-# Of all waiting workers together: a thousand of them would keep the ledger busy with nothing.
+# Of all waiting workers together: a thousand of them would keep the trial queue busy with nothing.
 POLLS_PER_SECOND = 200
 
 
@@ -103,37 +103,37 @@ class _Trial:
 
 @dataclass
 class _Worker:
-    lane: str
+    worker_group: str
     rank: int
-    last_beat: float
+    last_heartbeat: float
     keys: set[TrialKey] = field(default_factory=set)
     """The trials that it is training, several at once in a group."""
 
     @property
     def place(self) -> Place:
-        return Place(self.lane, self.rank)
+        return Place(self.worker_group, self.rank)
 
 
 @dataclass
-class _Lane:
+class _WorkerGroup:
     restarts_without_commit: int = 0
     seen: set[int] = field(default_factory=set)
     draining: bool = False
 
 
-class Ledger:
+class TrialQueue:
     """Leases the trials of `pending`, in their order, to whoever asks.
 
     `failures` are those recorded in the store: a trial that diverged too often is not tried again,
     one that failed otherwise is. `done_before` counts for progress only.
 
-    >>> ledger = Ledger([TrialKey(float("inf"), 0)])
-    >>> ledger.register("a", "lane", 0)
-    >>> lease = ledger.lease("a")
+    >>> queue = TrialQueue([TrialKey(float("inf"), 0)])
+    >>> queue.register("a", "worker_group", 0)
+    >>> lease = queue.lease("a")
     >>> lease.key.trial, lease.attempt
     (0, 1)
-    >>> ledger.finish("a", lease.key, "committed")
-    >>> ledger.lease("a") is None, ledger.progress().complete
+    >>> queue.finish("a", lease.key, "committed")
+    >>> queue.lease("a") is None, queue.progress().complete
     (True, True)
     """
 
@@ -158,7 +158,7 @@ class Ledger:
         self._blame = Blame(clock, diverged)
         self._pending = deque(key for key in self._trials if key not in self._given_up)
         self._workers: dict[str, _Worker] = {}
-        self._lanes: dict[str, _Lane] = {}
+        self._worker_groups: dict[str, _WorkerGroup] = {}
         self._expected: dict[str, int] = {}
         self._done: set[TrialKey] = set()
         self._lost: list[Lost] = []
@@ -171,40 +171,44 @@ class Ledger:
 
     # For workers
 
-    def register(self, worker: str, lane: str, rank: int, home: Home | None = None) -> None:
-        """A worker starts. Whoever had its place in the lane before is dead.
+    def register(
+        self, worker: str, worker_group: str, rank: int, location: Location | None = None
+    ) -> None:
+        """A worker starts. Whoever had its place in the worker group before is dead.
 
-        Without a `home`, the lane is a node, and the rank the seat there.
+        Without a `location`, the worker group is a node, and the rank the slot there.
         """
-        state = self._lanes.setdefault(lane, _Lane())
+        state = self._worker_groups.setdefault(worker_group, _WorkerGroup())
         if rank in state.seen:
             state.restarts_without_commit += rank == min(state.seen)
-            self._remove(lane, rank, blame=True)
+            self._remove(worker_group, rank, blame=True)
         state.seen.add(rank)
-        self._workers[worker] = _Worker(lane=lane, rank=rank, last_beat=self._clock())
-        self._blame.arrive(lane, rank, home)
+        self._workers[worker] = _Worker(
+            worker_group=worker_group, rank=rank, last_heartbeat=self._clock()
+        )
+        self._blame.arrive(worker_group, rank, location)
 
     def lease(self, worker: str) -> Lease | None:
-        """The next trial for this worker; None when it can go home.
+        """The next trial for this worker; None when it can exit.
 
-        So can a worker that is retired: others of its lane go on, and as long as they do, Ray Train
-        starts nobody in its place.
+        So can a worker that is retired: others of its worker group go on, and as long as they do,
+        Ray Train starts nobody in its place.
         """
         leases = self.lease_group(worker, 1)
         return None if leases is None else leases[0]
 
     def lease_group(self, worker: str, n: int) -> list[Lease] | None:
-        """Up to `n` trials that this worker trains together; None when it can go home.
+        """Up to `n` trials that this worker trains together; None when it can exit.
 
         A worker gets its share of what is left, so that none is idle at the end. Without a trial
         for it, there is one lease without a key.
         """
         me = self._workers.get(worker)
-        if me is None or self._stopped or self._fatal or self.is_broken(me.lane):
+        if me is None or self._stopped or self._fatal or self.is_broken(me.worker_group):
             return None
-        if self._lanes[me.lane].draining or self._blame.is_retired(me.place):
+        if self._worker_groups[me.worker_group].draining or self._blame.is_retired(me.place):
             return None
-        me.last_beat = self._clock()
+        me.last_heartbeat = self._clock()
         self._expire()
         keys = [] if self._blame.is_suspended(me.place) else self._next_group(me.place, n)
         if not keys:
@@ -213,7 +217,7 @@ class Ledger:
             return [Lease(key=None, wait=wait)] if waiting else None
         me.keys = set(keys)
         if self._first_lease is None:
-            self._first_lease = me.last_beat
+            self._first_lease = me.last_heartbeat
         return [self._leased(key) for key in keys]
 
     def _leased(self, key: TrialKey) -> Lease:
@@ -224,13 +228,13 @@ class Ledger:
         seed_attempt = max(1, self._blame.divergences(key))
         return Lease(key=key, attempt=trial.attempts, seed_attempt=seed_attempt)
 
-    def beat(self, worker: str) -> bool:
+    def heartbeat(self, worker: str) -> bool:
         """The worker lives; without this its lease runs out. True if its node is about to go."""
         me = self._workers.get(worker)
         if me is None:
             return False
-        me.last_beat = self._clock()
-        return self._lanes[me.lane].draining
+        me.last_heartbeat = self._clock()
+        return self._worker_groups[me.worker_group].draining
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """A worker is through with a trial. After its lease ran out, only a commit counts."""
@@ -238,7 +242,7 @@ class Ledger:
         in_time = me is not None and key in me.keys
         if me is not None and in_time:
             me.keys.discard(key)
-            me.last_beat = self._clock()
+            me.last_heartbeat = self._clock()
         if outcome in ("full", "mismatch"):
             self._fatal = (outcome, message)
         elif outcome in COMMITTED and key not in self._done:
@@ -252,34 +256,37 @@ class Ledger:
 
     # For the driver
 
-    def expect(self, lane: str, workers: int) -> None:
-        """A lane starts: whether most workers fail is not decided without these, and groups leave
-        trials for them."""
-        self._expected[lane] = workers
-        self._blame.expect(lane, workers)
+    def expect(self, worker_group: str, workers: int) -> None:
+        """A worker group starts: whether most workers fail is not decided without these, and groups
+        leave trials for them."""
+        self._expected[worker_group] = workers
+        self._blame.expect(worker_group, workers)
 
-    def release_lane(self, lane: str) -> None:
-        """A lane is gone, with its node: its trials go back, and are not blamed."""
-        self._remove(lane, None, blame=False)
-        self._expected.pop(lane, None)
-        self._blame.leave(lane)
+    def release_worker_group(self, worker_group: str) -> None:
+        """A worker group is gone, with its node: its trials go back, and are not blamed."""
+        self._remove(worker_group, None, blame=False)
+        self._expected.pop(worker_group, None)
+        self._blame.leave(worker_group)
 
-    def drain(self, lane: str) -> None:
-        """The lane's node is about to go: it gets no new trial, and saves what it is training."""
-        if lane in self._lanes:
-            self._lanes[lane].draining = True
+    def drain(self, worker_group: str) -> None:
+        """The worker group's node is about to go: it gets no new trial, and saves what it is
+        training."""
+        if worker_group in self._worker_groups:
+            self._worker_groups[worker_group].draining = True
 
     def stop(self) -> None:
         """Lease nothing more; what is being trained may finish."""
         self._stopped = True
 
-    def is_broken(self, lane: str) -> bool:
+    def is_broken(self, worker_group: str) -> bool:
         """Did it restart again and again without committing anything, or is nobody left there?"""
-        state = self._lanes.get(lane)
+        state = self._worker_groups.get(worker_group)
         if state is None:
             return False
         restarts = state.restarts_without_commit
-        return restarts >= RESTARTS_WITHOUT_COMMIT or self._blame.is_lane_retired(lane)
+        return restarts >= RESTARTS_WITHOUT_COMMIT or self._blame.is_worker_group_retired(
+            worker_group
+        )
 
     def take_lost(self) -> list[Lost]:
         """Trials given up since the last call, for the driver to record."""
@@ -333,11 +340,13 @@ class Ledger:
 
     def _idle(self) -> int:
         """Workers that could train, and those that were announced and are not here yet."""
-        here = Counter(worker.lane for worker in self._workers.values())
-        starting = sum(max(0, number - here[lane]) for lane, number in self._expected.items())
+        here = Counter(worker.worker_group for worker in self._workers.values())
+        starting = sum(
+            max(0, number - here[worker_group]) for worker_group, number in self._expected.items()
+        )
         return starting + sum(
             not worker.keys
-            and not self._lanes[worker.lane].draining
+            and not self._worker_groups[worker.worker_group].draining
             and not self._blame.is_retired(worker.place)
             for worker in self._workers.values()
         )
@@ -346,10 +355,11 @@ class Ledger:
         self, place: Place, needs: Iterable[Need], deaths: int | None = None
     ) -> TrialKey | None:
         """Taken from those that are pending; with so many `deaths`, if that is said."""
-        # Trials whose worker died are suspects: one group at a time per lane, so that a trial that
-        # kills its worker is told from those that only ran beside it.
+        # Trials whose worker died are suspects: one at a time per worker group, so that a trial
+        # that kills its worker is told from those that only ran beside it.
         suspect_runs = self._deaths > 0 and any(
-            w.lane == place.lane and any(self._trials[key].deaths > 0 for key in w.keys)
+            w.worker_group == place.worker_group
+            and any(self._trials[key].deaths > 0 for key in w.keys)
             for w in self._workers.values()
         )
         for need in needs:
@@ -368,7 +378,7 @@ class Ledger:
         self._drift += outcome == "drift"
         self._last_commit = self._clock()
         if worker is not None:
-            self._lanes[worker.lane].restarts_without_commit = 0
+            self._worker_groups[worker.worker_group].restarts_without_commit = 0
         self._reconsider(self._blame.committed(None if worker is None else worker.place, key))
 
     def _fail(self, place: Place, key: TrialKey, outcome: Outcome, message: str) -> None:
@@ -391,9 +401,9 @@ class Ledger:
                 self._given_up.discard(key)
                 self._pending.appendleft(key)
 
-    def _remove(self, lane: str, rank: int | None, *, blame: bool) -> None:
+    def _remove(self, worker_group: str, rank: int | None, *, blame: bool) -> None:
         for name, worker in list(self._workers.items()):
-            if worker.lane == lane and rank in (None, worker.rank):
+            if worker.worker_group == worker_group and rank in (None, worker.rank):
                 self._release(worker, blame=blame)
                 del self._workers[name]
 
@@ -423,5 +433,5 @@ class Ledger:
     def _expire(self) -> None:
         now = self._clock()
         for worker in self._workers.values():
-            if worker.keys and now - worker.last_beat > self._lease_seconds:
+            if worker.keys and now - worker.last_heartbeat > self._lease_seconds:
                 self._release(worker, blame=False)

@@ -12,17 +12,17 @@ import numpy as np
 import pyarrow as pa
 
 from raymem.encoding import epsilon_name
-from raymem.links.across import joined
 from raymem.links.audit import Audit, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, Plane
-from raymem.links.costs import Costs, costs
-from raymem.links.curvature import (
+from raymem.links.correlation import (
     Coefficient,
     Correlation,
     by_memorization,
     correlations,
     in_paper_bins,
 )
+from raymem.links.costs import Costs, costs
+from raymem.links.cross_store import joined
 from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain, with_unclipped
 from raymem.links.equal_loss import EqualLoss

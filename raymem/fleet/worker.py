@@ -26,9 +26,9 @@ from raymem.errors import (
     StoreFullError,
     TrialError,
 )
-from raymem.fleet.checkpoints import StoreCheckpoints
-from raymem.fleet.ledger import COMMITTED, Lease, Outcome
 from raymem.fleet.resources import Resources
+from raymem.fleet.store_checkpoints import StoreCheckpoints
+from raymem.fleet.trial_queue import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
@@ -131,7 +131,7 @@ class Job:
         """The job of a study."""
         return cls(
             store_url=store.url,
-            study_hash=store.study()["hash"],
+            study_hash=store.study().hash,
             plan=plan,
             recipe=recipe,
             threads=resources.cpus_per_trial,
@@ -175,46 +175,46 @@ def source_of(examples: Examples) -> Source:
     )
 
 
-class LedgerClient(Protocol):
-    """The ledger as a worker sees it: the object itself, or a Ray actor behind it."""
+class QueueClient(Protocol):
+    """The trial queue as a worker sees it: the object itself, or a Ray actor behind it."""
 
     def lease_group(self, worker: str, n: int) -> list[Lease] | None:
-        """See Ledger.lease_group."""
+        """See TrialQueue.lease_group."""
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
-        """See Ledger.finish."""
+        """See TrialQueue.finish."""
 
 
 def work(
-    ledger: LedgerClient,
+    queue: QueueClient,
     job: Job,
     device: torch.device,
     worker: str,
     *,
     ranks: Ranks = ALONE,
-    hurry: threading.Event | None = None,
+    preempted: threading.Event | None = None,
     count_images: Callable[[int], None] = lambda images: None,
     after_trial: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train trials until the ledger has none left.
+    """Train trials until the trial queue has none left.
 
     Of several `ranks` that train each trial together, rank 0 leases and commits, all with the name
-    of its `worker`. `hurry` is set when the node is about to go. Raises FleetError if one of
+    of its `worker`. `preempted` is set when the node is about to go. Raises FleetError if one of
     several failed: the others may be waiting for it, and only starting all of them anew helps.
     """
     images, store = job.images(device), Store(job.store_url)
-    attempt = Attempt(job, images, store, ranks, hurry or threading.Event(), count_images)
+    attempt = Attempt(job, images, store, ranks, preempted or threading.Event(), count_images)
     at_once = job.models_at_once(images) if ranks.alone else 1
 
     def lease() -> list[Lease] | None:
-        return ledger.lease_group(worker, at_once) if ranks.rank == 0 else None
+        return queue.lease_group(worker, at_once) if ranks.rank == 0 else None
 
     def finished(lease: Lease, outcome: Outcome, message: str) -> None:
         assert lease.key is not None
-        ledger.finish(worker, lease.key, outcome, message)
+        queue.finish(worker, lease.key, outcome, message)
         after_trial()
 
-    while (leases := ranks.share(lease())) is not None:
+    while (leases := ranks.broadcast(lease())) is not None:
         if leases[0].key is None:
             time.sleep(leases[0].wait)
         elif len(leases) > 1:
@@ -222,21 +222,21 @@ def work(
         elif ranks.alone:
             finished(leases[0], *attempt(leases[0]))
         else:
-            _with_others(ledger, worker, attempt, leases[0])
+            _with_others(queue, worker, attempt, leases[0])
             after_trial()
 
 
-def _with_others(ledger: LedgerClient, worker: str, attempt: Attempt, lease: Lease) -> None:
+def _with_others(queue: QueueClient, worker: str, attempt: Attempt, lease: Lease) -> None:
     """A trial that several ranks train together."""
     ranks, key = attempt.ranks, lease.key
     assert key is not None
     outcome, message = attempt(lease)
     failed = FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
     if outcome == "peer":
-        # Another of them failed, and says so; or it died, which the ledger finds out.
+        # Another of them failed, and says so; or it died, which the trial queue finds out.
         raise failed
     if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
-        ledger.finish(worker, key, outcome, message)
+        queue.finish(worker, key, outcome, message)
     if outcome not in (*COMMITTED, "diverged"):
         raise failed
 
@@ -249,7 +249,7 @@ class Attempt:
     images: Images
     store: Store
     ranks: Ranks
-    hurry: threading.Event
+    preempted: threading.Event
     count_images: Callable[[int], None]
 
     def __call__(self, lease: Lease) -> tuple[Any, str]:
@@ -314,7 +314,7 @@ class Attempt:
             return error.cause, str(error)
         except StoreError as error:  # tried again for as long as that makes sense
             return "store", str(error)
-        except Exception as error:  # the user's model can raise anything; the ledger decides
+        except Exception as error:  # the user's model can raise anything; the trial queue decides
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename}:{where.lineno}"
             outcome = "peer" if self.ranks.lost_a_peer(error) else "error"
@@ -382,7 +382,7 @@ class _Trial:
             mask=job.plan.mask(key.trial),
             seeds=seeds,
             checkpoints=StoreCheckpoints(
-                attempt.store, key, identity, seconds, attempt.hurry, share=share
+                attempt.store, key, identity, seconds, attempt.preempted, share=share
             ),
         )
 

@@ -1,10 +1,10 @@
-"""The fleet on Ray: lanes of Ray Train workers, a ledger actor, and the loop that watches them.
+"""The fleet on Ray: groups of Ray Train workers, a trial queue actor, a loop that watches them.
 
-A lane is one long-lived `TorchTrainer.fit()` inside a runner actor that sits on the lane's node,
-with one worker for each slot of that node. Workers lease trials from the ledger and commit them
-to the store by themselves. Where several workers train each model together, a lane is these, and
-the first of them leases. When a worker dies, Ray Train restarts its lane; a lost node costs its
-lane. Lanes share nothing but the ledger.
+A worker group is one long-lived `TorchTrainer.fit()` inside a runner actor on the node of the
+group, with one worker for each slot of that node. Workers lease trials from the trial queue and
+commit them to the store by themselves. Where several workers train each model together, a worker
+group is these, and the first of them leases. When a worker dies, Ray Train restarts its worker
+group; a lost node costs its worker group. Worker groups share nothing but the trial queue.
 """
 
 from __future__ import annotations
@@ -25,78 +25,86 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from raymem.errors import FleetError
-from raymem.fleet.blame import Home
+from raymem.fleet.blame import Location
 from raymem.fleet.cluster import draining_nodes, is_private, on_head
 from raymem.fleet.demand import NODE_LABEL, Demand
-from raymem.fleet.ledger import Ledger, Progress
 from raymem.fleet.metrics import FleetMetrics, image_counter
 from raymem.fleet.placement import RUNNER_ENVIRONMENT, GroupTrainer, Placements
-from raymem.fleet.remote import RemoteLedger
+from raymem.fleet.remote_queue import RemoteQueue
 from raymem.fleet.resources import Resources
-from raymem.fleet.work import Job, work
+from raymem.fleet.trial_queue import Progress, TrialQueue
+from raymem.fleet.worker import Job, work
 from raymem.training import ALONE, Ranks
 
-BEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0
 POLL_SECONDS = 0.5
 # fit() that does not come back when all is done is ended after this.
-GRACE_SECONDS = 15.0
+GRACE_PERIOD = 15.0
 # Spot GPUs may be long in coming.
-PATIENCE_SECONDS = 1800.0
+AUTOSCALER_TIMEOUT = 1800.0
 RUNNER_DEATHS_ALLOWED = 3
 
 
-def lane_worker(config: dict[str, Any]) -> None:
-    """The loop of one Ray Train worker: lives as long as its lane, trains trial after trial.
+def run_worker(config: dict[str, Any]) -> None:
+    """The loop of one Ray Train worker: lives as long as its worker group, trains trial after
+    trial.
 
-    Never calls ray.train.report(): it waits for all ranks, and the ranks of a lane are independent.
+    Never calls ray.train.report(): it waits for all ranks, and the ranks of a group are
+    independent.
     """
-    ledger = RemoteLedger(config["ledger"])
+    queue = RemoteQueue(config["queue"])
     rank = ray.train.get_context().get_world_rank()
-    worker = f"{config['lane']}/{rank}/{uuid.uuid4().hex[:8]}"
+    worker = f"{config['worker_group']}/{rank}/{uuid.uuid4().hex[:8]}"
     ranks = Ranks.of_process_group() if config["together"] else ALONE
     if ranks.rank == 0:
-        ledger.register(worker, config["lane"], rank, _home(config, rank))
+        queue.register(worker, config["worker_group"], rank, _location(config, rank))
     device = ray.train.torch.get_device() if config["gpu"] else torch.device("cpu")
     job: Job = ray.get(config["job"][0])
     # Any rank may have to say what went wrong, in the name of the first.
-    worker = ranks.share(worker)
-    hurry = threading.Event()
-    with _beating(ledger, worker, hurry) if ranks.rank == 0 else contextlib.nullcontext():
+    worker = ranks.broadcast(worker)
+    preempted = threading.Event()
+    with (
+        _sending_heartbeats(queue, worker, preempted)
+        if ranks.rank == 0
+        else contextlib.nullcontext()
+    ):
         work(
-            ledger,
+            queue,
             job,
             device,
             worker,
             ranks=ranks,
-            hurry=hurry,
+            preempted=preempted,
             count_images=image_counter(job.study_hash),
         )
 
 
-def _home(config: dict[str, Any], rank: int) -> Home:
-    """Where this worker runs, as the ledger blames nodes and devices."""
+def _location(config: dict[str, Any], rank: int) -> Location:
+    """Where this worker runs, as the trial queue blames nodes and devices."""
     devices = ray.get_gpu_ids()
-    # Lanes of several workers have no fixed slot on their node's CPUs.
-    slot = config["lane"] if config["together"] else f"slot {rank}"
+    # Worker groups of several workers have no fixed slot on their node's CPUs.
+    slot = config["worker_group"] if config["together"] else f"slot {rank}"
     node = ray.get_runtime_context().get_node_id()
-    return Home(
+    return Location(
         node="" if config["spans"] else node,
         host=f"{socket.gethostname()} ({node[:8]})",
-        seat=f"GPU {devices[0]}" if devices else slot,
+        slot=f"GPU {devices[0]}" if devices else slot,
     )
 
 
 @contextlib.contextmanager
-def _beating(ledger: RemoteLedger, worker: str, hurry: threading.Event) -> Iterator[None]:
+def _sending_heartbeats(
+    queue: RemoteQueue, worker: str, preempted: threading.Event
+) -> Iterator[None]:
     """Says that the worker lives, and hears that its node is about to go."""
     done = threading.Event()
 
-    def beat() -> None:
-        while not done.wait(BEAT_SECONDS):
-            if ledger.beat(worker):
-                hurry.set()
+    def heartbeat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            if queue.heartbeat(worker):
+                preempted.set()
 
-    thread = threading.Thread(target=beat, name="raymem-beat", daemon=True)
+    thread = threading.Thread(target=heartbeat, name="raymem-heartbeat", daemon=True)
     thread.start()
     try:
         yield
@@ -105,19 +113,19 @@ def _beating(ledger: RemoteLedger, worker: str, hurry: threading.Event) -> Itera
         thread.join()
 
 
-class LaneRunner:
-    """Hosts one lane's fit(); its node's death is the lane's."""
+class WorkerGroupRunner:
+    """Hosts one worker group's fit(); its node's death is the worker group's."""
 
     def run(
         self, config: dict[str, Any], selector: dict[str, str], workers: int, resources: Resources
     ) -> None:
         """Returns when all workers have exited; they are on nodes that `selector` selects."""
-        # A notice that some node will go would restart lanes on nodes that stay.
+        # A notice that some node will go would restart worker groups on nodes that stay.
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-        with tempfile.TemporaryDirectory(prefix="raymem-lane-") as folder:
+        with tempfile.TemporaryDirectory(prefix="raymem-group-") as folder:
             GroupTrainer(
-                lane_worker,
+                run_worker,
                 train_loop_config=config,
                 scaling_config=ScalingConfig(
                     num_workers=workers,
@@ -126,17 +134,17 @@ class LaneRunner:
                     label_selector=selector,
                 ),
                 run_config=RunConfig(
-                    name=config["lane"],
+                    name=config["worker_group"],
                     storage_path=folder,
-                    # Deaths are the ledger's business: it knows which trials kill, and which lanes
-                    # restart without committing anything.
+                    # Deaths are the trial queue's business: it knows which trials kill, and which
+                    # worker groups restart without committing anything.
                     failure_config=FailureConfig(max_failures=-1),
                 ),
             ).fit()
 
 
 @dataclass
-class _Lane:
+class _WorkerGroup:
     name: str
     node_id: str
     workers: int
@@ -144,36 +152,38 @@ class _Lane:
     future: Any
 
 
-class Lanes:
-    """The lanes of one fleet: starts them on nodes that have room, and notices those that end."""
+class WorkerGroups:
+    """The worker groups of one fleet: starts them on nodes that have room, and notices those that
+    end."""
 
-    def __init__(self, ledger: RemoteLedger, actor: Any, job: Job, resources: Resources) -> None:
-        self._ledger, self._resources = ledger, resources
+    def __init__(self, queue: RemoteQueue, actor: Any, job: Job, resources: Resources) -> None:
+        self._queue, self._resources = queue, resources
         # The driver owns the job's arrays; each node maps them once from its object store.
         self._config = {
-            "ledger": actor,
+            "queue": actor,
             "job": [ray.put(job)],
             "gpu": bool(resources.gpus_per_trial),
             "together": resources.workers_per_trial > 1,
         }
         self._demand = None if is_private() else Demand(resources.bundle)
         self._placements = Placements()
-        self._lanes: list[_Lane] = []
+        self._worker_groups: list[_WorkerGroup] = []
         self._deaths: dict[str, int] = {}
         self._started = 0
         self._waiting_since = time.monotonic()
 
     def tend(self, progress: Progress) -> None:
-        """Drop lanes that ended, start lanes where there is room and work, ask for nodes.
+        """Drop worker groups that ended, start worker groups where there is room and work, ask for
+        nodes.
 
-        Raises FleetError if no lane can run.
+        Raises FleetError if no worker group can run.
         """
         self._drop_ended()
-        self._placements.free([lane.name for lane in self._lanes])
+        self._placements.free([worker_group.name for worker_group in self._worker_groups])
         going = draining_nodes()
-        for lane in self._lanes:
-            if lane.node_id in going or (going and not lane.node_id):
-                self._ledger.drain(lane.name)
+        for worker_group in self._worker_groups:
+            if worker_group.node_id in going or (going and not worker_group.node_id):
+                self._queue.drain(worker_group.name)
         wanted = self._wanted(progress)
         alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = {
@@ -183,7 +193,7 @@ class Lanes:
         }
         for node_id, fit in nodes.items():
             dead_too_often = self._deaths.get(node_id, 0) >= RUNNER_DEATHS_ALLOWED
-            left = wanted - sum(lane.workers for lane in self._lanes)
+            left = wanted - sum(worker_group.workers for worker_group in self._worker_groups)
             if not dead_too_often and left > 0:
                 self._fill(node_id, fit, left)
         self._span(nodes, wanted)
@@ -191,7 +201,7 @@ class Lanes:
             at_work = self._room(nodes)
             known = [node["NodeID"] for node in alive]
             self._demand.ask(max(0, wanted - at_work), known=known, at_work=at_work)
-        self._check_patience(progress)
+        self._check_autoscaler_timeout(progress)
 
     def _wanted(self, progress: Progress) -> int:
         """Workers that could be at work now."""
@@ -201,9 +211,11 @@ class Lanes:
         return min(left, self._resources.max_workers or left)
 
     def _fill(self, node_id: str, fit: int, left: int) -> None:
-        """Lanes on a node that has room for `fit` workers."""
+        """Worker groups on a node that has room for `fit` workers."""
         each = self._resources.workers_per_trial
-        here = [lane for lane in self._lanes if lane.node_id == node_id]
+        here = [
+            worker_group for worker_group in self._worker_groups if worker_group.node_id == node_id
+        ]
         if each == 1:
             if not here and fit > 0:
                 self._start(node_id, min(fit, left))
@@ -212,33 +224,34 @@ class Lanes:
             self._start(node_id, each)
 
     def _span(self, nodes: dict[str, int], wanted: int) -> None:
-        """Lanes over several nodes, where no node has room for all workers of a trial."""
+        """Worker groups over several nodes, where no node has room for all workers of a trial."""
         each = self._resources.workers_per_trial
         if each == 1 or not nodes or max(nodes.values()) >= each:
             return
         if self._deaths.get("", 0) >= RUNNER_DEATHS_ALLOWED:
             return
         fit = min(sum(nodes.values()), wanted) // each
-        for _ in range(fit - len(self._lanes)):
+        for _ in range(fit - len(self._worker_groups)):
             self._start("", each)
 
     def _room(self, nodes: dict[str, int]) -> int:
-        """Workers that lanes have room for, or will have together with nodes that are to come."""
-        at_work = sum(lane.workers for lane in self._lanes)
+        """Workers that worker groups have room for, or will have together with nodes that are to
+        come."""
+        at_work = sum(worker_group.workers for worker_group in self._worker_groups)
         each = self._resources.workers_per_trial
         if each > 1 and nodes and max(nodes.values()) < each:
             return max(at_work, sum(nodes.values()))
         return at_work
 
-    def _check_patience(self, progress: Progress) -> None:
-        if self._lanes or progress.complete:
+    def _check_autoscaler_timeout(self, progress: Progress) -> None:
+        if self._worker_groups or progress.complete:
             self._waiting_since = time.monotonic()
         elif self._deaths and max(self._deaths.values()) >= RUNNER_DEATHS_ALLOWED:
             raise FleetError(
-                "lanes restart again and again without finishing a trial; run one trial with "
-                "--engine serial to see why"
+                "worker groups restart again and again without finishing a trial; run one trial "
+                "with --engine serial to see why"
             )
-        elif time.monotonic() - self._waiting_since > self._patience():
+        elif time.monotonic() - self._waiting_since > self._autoscaler_timeout():
             if progress.retired_nodes:
                 raise FleetError(
                     f"{len(progress.retired_nodes)} nodes are retired, and no other has room: "
@@ -250,96 +263,102 @@ class Lanes:
                 need = f"{needs.workers_per_trial} times {need}"
             raise FleetError(f"no node has {need} for a trial; ask for less, or add nodes")
 
-    def _patience(self) -> float:
+    def _autoscaler_timeout(self) -> float:
         # A laptop's only node does not grow; a cluster's autoscaler may be bringing one.
-        return 5.0 if is_private() else PATIENCE_SECONDS
+        return 5.0 if is_private() else AUTOSCALER_TIMEOUT
 
     def _start(self, node_id: str, workers: int) -> None:
-        name = f"lane-{self._started:03d}"
+        name = f"group-{self._started:03d}"
         self._started += 1
         where = {"env_vars": RUNNER_ENVIRONMENT}
         place = {"label_selector": {NODE_LABEL: node_id}} if node_id else on_head()
-        runner = ray.remote(LaneRunner).options(num_cpus=0, runtime_env=where, **place).remote()
-        config = {**self._config, "lane": name, "spans": not node_id}
+        runner = (
+            ray.remote(WorkerGroupRunner).options(num_cpus=0, runtime_env=where, **place).remote()
+        )
+        config = {**self._config, "worker_group": name, "spans": not node_id}
         selector = self._placements.selector(name, node_id)
-        self._ledger.expect(name, 1 if config["together"] else workers)
+        self._queue.expect(name, 1 if config["together"] else workers)
         future = runner.run.remote(config, selector, workers, self._resources)
-        self._lanes.append(_Lane(name, node_id, workers, runner, future))
+        self._worker_groups.append(_WorkerGroup(name, node_id, workers, runner, future))
 
     def _drop_ended(self) -> None:
-        if not self._lanes:
+        if not self._worker_groups:
             return
-        ended, _ = ray.wait([lane.future for lane in self._lanes], num_returns=1, timeout=0)
-        for lane in [lane for lane in self._lanes if lane.future in ended]:
-            self._lanes.remove(lane)
+        ended, _ = ray.wait(
+            [worker_group.future for worker_group in self._worker_groups], num_returns=1, timeout=0
+        )
+        for worker_group in [
+            worker_group for worker_group in self._worker_groups if worker_group.future in ended
+        ]:
+            self._worker_groups.remove(worker_group)
             died = False
             try:
-                ray.get(lane.future)
+                ray.get(worker_group.future)
             except ray.exceptions.RayError:
                 died = True
-            if died or self._ledger.is_broken(lane.name):
-                self._deaths[lane.node_id] = self._deaths.get(lane.node_id, 0) + 1
-            self._ledger.release_lane(lane.name)
-            ray.kill(lane.runner)
+            if died or self._queue.is_broken(worker_group.name):
+                self._deaths[worker_group.node_id] = self._deaths.get(worker_group.node_id, 0) + 1
+            self._queue.release_worker_group(worker_group.name)
+            ray.kill(worker_group.runner)
 
     def close(self, patience: float) -> None:
-        """Wait `patience` seconds for lanes to end by themselves, then end them.
+        """Wait `patience` seconds for worker groups to end by themselves, then end them.
 
         Controller and workers die with their runner: fit() never hangs a finished fleet.
         """
-        if self._lanes and patience > 0:
-            futures = [lane.future for lane in self._lanes]
+        if self._worker_groups and patience > 0:
+            futures = [worker_group.future for worker_group in self._worker_groups]
             ray.wait(futures, num_returns=len(futures), timeout=patience)
-        for lane in self._lanes:
-            ray.kill(lane.runner)
-        self._lanes = []
+        for worker_group in self._worker_groups:
+            ray.kill(worker_group.runner)
+        self._worker_groups = []
         if self._demand is not None:
             self._demand.ask(0, known=())
             self._placements.close()
 
 
 def run_on_ray(
-    ledger: Ledger,
+    queue: TrialQueue,
     job: Job,
     resources: Resources,
     *,
-    watch: Callable[[RemoteLedger, Progress], None],
+    watch: Callable[[RemoteQueue, Progress], None],
 ) -> Progress:
-    """Run a fleet on the connected Ray cluster until the ledger is complete.
+    """Run a fleet on the connected Ray cluster until the trial queue is complete.
 
-    `watch` is called every half second with the ledger and where it is; it may raise to end the
-    fleet at once.
+    `watch` is called every half second with the trial queue and where it is; it may raise to end
+    the fleet at once.
     """
-    # On the head node: a ledger on a node that is lost would take the fleet with it.
-    actor = ray.remote(_LedgerActor).options(num_cpus=0, **on_head()).remote(ledger, job.study_hash)
-    remote = RemoteLedger(actor)
-    lanes = Lanes(remote, actor, job, resources)
+    # On the head node: a trial queue on a node that is lost would take the fleet with it.
+    actor = ray.remote(_QueueActor).options(num_cpus=0, **on_head()).remote(queue, job.study_hash)
+    remote = RemoteQueue(actor)
+    worker_groups = WorkerGroups(remote, actor, job, resources)
     patience = 0.0
     try:
-        if not ledger.progress().complete:
-            # Lanes start beside the ledger's actor, not after it.
-            lanes.tend(ledger.progress())
+        if not queue.progress().complete:
+            # Worker groups start beside the trial queue's actor, not after it.
+            worker_groups.tend(queue.progress())
         while not (progress := remote.progress()).complete:
             watch(remote, progress)
-            lanes.tend(progress)
+            worker_groups.tend(progress)
             time.sleep(POLL_SECONDS)
         watch(remote, progress)
-        patience = GRACE_SECONDS
+        patience = GRACE_PERIOD
     finally:
-        lanes.close(patience)
+        worker_groups.close(patience)
         ray.kill(actor)
     return progress
 
 
-class _LedgerActor(Ledger):
-    """A ledger made elsewhere, as an actor."""
+class _QueueActor(TrialQueue):
+    """A trial queue made elsewhere, as an actor."""
 
-    def __init__(self, ledger: Ledger, study_hash: str) -> None:
-        vars(self).update(vars(ledger))
+    def __init__(self, queue: TrialQueue, study_hash: str) -> None:
+        vars(self).update(vars(queue))
         self._metrics = FleetMetrics(study_hash)
 
     def progress(self) -> Progress:
-        """See Ledger.progress."""
+        """See TrialQueue.progress."""
         progress = super().progress()
         self._metrics.show(progress)
         return progress

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.errors import StoreError
-from raymem.links.curvature import Correlation, correlate
-from raymem.links.rows import floats, train_at
+from raymem.links.column_arrays import floats, train_at
+from raymem.links.correlation import Correlation, correlate
 from raymem.links.sums import FixedSums, JoinedSums, Sums
 from raymem.store import Store
 from raymem.store.measures import OTHER, known_measures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from raymem.fleet.ledger import Progress
+from raymem.fleet.trial_queue import Progress
 
 LOG_SECONDS = 30.0
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
+from raymem.links.column_arrays import ROUNDING, Floats, floats, train_at
 from raymem.links.equal_loss import EqualLoss, at_equal_loss
-from raymem.links.halves import in_halves, pearson
-from raymem.links.rows import ROUNDING, Floats, floats, train_at
+from raymem.links.split_half import in_halves, pearson
 from raymem.links.sums import Sums
 from raymem.scores import correlation_interval, most_tied, spearman_ceiling
 from raymem.store import Store

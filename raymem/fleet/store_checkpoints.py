@@ -17,7 +17,7 @@ from typing import Any
 from raymem.store import Store, TrialKey
 
 # Once its node is about to go, a trial is saved so often.
-HURRIED_SECONDS = 20.0
+PREEMPTED_SECONDS = 20.0
 
 
 class StoreCheckpoints:
@@ -29,12 +29,12 @@ class StoreCheckpoints:
         key: TrialKey,
         identity: dict[str, Any],
         seconds: float,
-        hurry: threading.Event,
+        preempted: threading.Event,
         clock: Callable[[], float] = time.monotonic,
         *,
         share: float = 1.0,
     ) -> None:
-        self.store, self.key, self.seconds, self.hurry = store, key, seconds, hurry
+        self.store, self.key, self.seconds, self.preempted = store, key, seconds, preempted
         self.identity = json.loads(json.dumps(identity))
         self.seconds_before = 0.0
         """What earlier workers spent on the trial, up to the checkpoint that was loaded. Of a group
@@ -45,7 +45,7 @@ class StoreCheckpoints:
         """Was one saved?"""
         self._clock, self._share = clock, share
         self._start = self._last = clock()
-        self._hurried = False
+        self._saved_when_preempted = False
 
     def load(self) -> bytes | None:
         """The last one of this attempt, or None."""
@@ -66,14 +66,14 @@ class StoreCheckpoints:
 
     def due(self) -> bool:
         """After `seconds`; at once when the node is about to go, and then every 20 s."""
-        if self.hurry.is_set() and not self._hurried:
+        if self.preempted.is_set() and not self._saved_when_preempted:
             return True
-        wait = min(self.seconds, HURRIED_SECONDS) if self._hurried else self.seconds
+        wait = min(self.seconds, PREEMPTED_SECONDS) if self._saved_when_preempted else self.seconds
         return self._clock() - self._last >= wait
 
     def save(self, data: bytes) -> None:
         """Put it in place of the last one. Raises StoreFullError."""
-        self._hurried = self.hurry.is_set()
+        self._saved_when_preempted = self.preempted.is_set()
         self._last = self._clock()
         about = {
             "identity": self.identity,

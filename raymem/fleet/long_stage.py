@@ -1,0 +1,159 @@
+"""What every long stage does while others work: show progress, obey Ctrl-C, notice a takeover.
+
+    with DriverLock(files, progress=...) as lock, LongStage(lock) as stage:
+        stage.collect(results, take, progress)
+
+`collect` is the whole loop of a stage that takes results as they come (ingest, curvature). A stage
+with its own loop (the fleet) calls `show` in it, and asks `stop_asked`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Self, TypeVar
+
+from raymem.errors import RaymemError
+from raymem.fleet.progress_line import ProgressLine, duration
+from raymem.store import DriverLock
+
+Result = TypeVar("Result")
+
+
+class Stopped(RaymemError):
+    """The user stopped a long stage; what is committed is kept."""
+
+
+class _StopNow(BaseException):
+    """Raised by the signal, wherever the process is. Whatever a trial catches, it is not this."""
+
+
+@dataclass(kw_only=True)
+class StageProgress:
+    """How far a stage is that goes through units of images, such as shards."""
+
+    unit: str
+    """What is counted, in the plural."""
+    total: int
+    done_before: int = 0
+    """Units that were done before this run."""
+    done: int = 0
+    """Units done by this run."""
+    images: int = 0
+    """Images done by this run."""
+    bad: int = 0
+    """Images that could not be read or scored."""
+    started: float = field(default_factory=time.monotonic)
+    first: tuple[float, int] | None = None
+    """When this run's first units were done, and how many they were: workers started before."""
+
+    @property
+    def left(self) -> int:
+        """Units that are not done."""
+        return self.total - self.done_before - self.done
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run so far."""
+        return time.monotonic() - self.started
+
+    def add(self, *, done: int, images: int, bad: int) -> None:
+        """Count what was done since the last call."""
+        self.done += done
+        self.images += images
+        self.bad += bad
+        if self.first is None and self.done:
+            self.first = time.monotonic(), self.done
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate since the first unit was done; None before the second is."""
+        if self.first is None or self.done == self.first[1]:
+            return None
+        each = (time.monotonic() - self.first[0]) / (self.done - self.first[1])
+        return each * self.left
+
+    def __str__(self) -> str:
+        """One line: units, images, rate, time left."""
+        parts = [
+            f"{self.unit} {self.done_before + self.done:,}/{self.total:,}",
+            f"{self.images:,} images",
+        ]
+        if self.bad:
+            parts.append(f"{self.bad:,} BAD")
+        if self.images and self.seconds > 0:
+            parts.append(f"{self.images / self.seconds:,.1f} images/s")
+        if self.left and self.seconds_left is not None:
+            parts.append(f"{duration(self.seconds_left)} left")
+        return ", ".join(parts)
+
+
+class LongStage:
+    """A stage under way. Ctrl-C is counted while the `with` block runs.
+
+    The second one, and SIGTERM, end the block at once. Raises Stopped then.
+    """
+
+    def __init__(self, lock: DriverLock) -> None:
+        self.lock, self.line = lock, ProgressLine()
+        self._asked = 0
+
+    def __enter__(self) -> Self:
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other thread can do this
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._count)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.line.close()
+        if isinstance(error, _StopNow):
+            raise Stopped("stopped at once; run the same command again to go on") from None
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self._asked += 2 if number == signal.SIGTERM else 1
+        if self._asked > 1:
+            raise _StopNow
+
+    @property
+    def stop_asked(self) -> bool:
+        """Did the user ask to stop?"""
+        return self._asked > 0
+
+    def show(self, text: str, *, last: bool) -> None:
+        """Show where the stage is. Raises StoreHeldError if another driver took over."""
+        self.line.show_text(text, last=last)
+        self.lock.check()
+
+    def collect(
+        self,
+        results: Generator[Result],
+        take: Callable[[Result], None],
+        progress: StageProgress,
+    ) -> None:
+        """`take` every result as it comes, until there are no more or the user asks to stop.
+
+        `take` adds to `progress`. Raises Stopped, StoreHeldError, and what `results` and `take` do.
+        """
+        # Closed at once, whatever happens, so that workers end with the run.
+        with contextlib.closing(results) as found:
+            for result in found:
+                take(result)
+                self.show(str(progress), last=progress.left == 0)
+                if self.stop_asked and progress.left:
+                    raise Stopped(
+                        f"stopped after {progress.total - progress.left:,} of {progress.total:,} "
+                        f"{progress.unit}; run the same command again to go on"
+                    )
