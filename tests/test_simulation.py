@@ -21,7 +21,7 @@ def simulate(queue=TrialQueue, **settings):
 
 EVERYTHING = {
     "workers": 12,
-    "group": 3,
+    "worker_group": 3,
     "trials": 30,
     "node_hours": 2.0,
     "crash_hours": 40.0,
@@ -62,7 +62,7 @@ def test_without_faults_nothing_is_lost_and_workers_are_busy():
 
 
 def test_checkpoints_keep_what_lost_nodes_had_done():
-    spot = {"workers": 16, "group": 4, "trials": 64, "hours": 1.0, "node_hours": 2.0}
+    spot = {"workers": 16, "worker_group": 4, "trials": 64, "hours": 1.0, "node_hours": 2.0}
     whole = simulate(**spot)["lost_share"]
     kept = simulate(checkpoint_minutes=10, **spot)["lost_share"]
     noticed = simulate(checkpoint_minutes=10, notice=True, **spot)["lost_share"]
@@ -79,7 +79,7 @@ def test_idle_workers_do_not_keep_the_queue_busy():
     assert report["calls_a_second"] < 300
 
 
-BAD_NODE = {"workers": 64, "group": 8, "trials": 320, "hours": 0.1}
+BAD_NODE = {"workers": 64, "worker_group": 8, "trials": 320, "hours": 0.1}
 
 
 def test_a_bad_node_of_eight_costs_its_share_of_the_fleet():
