@@ -238,7 +238,7 @@ def run_stages(study: Study, stage: str, way: Way, private: Study | None = None)
     links = _run(study, stage, way)
     private_links = None
     if private is not None:
-        click.echo("\nThe same examples under differential privacy")
+        heading("The same examples under differential privacy")
         private_links = _run(private, stage, dataclasses.replace(way, until=None))
     if stage in ("all", "report"):
         _report(study, links, private, private_links)
@@ -259,7 +259,8 @@ def _report(
         where = write_report(private.store, private.examples, links=private_links)
         links = with_private(links, private_links, store, other)
     report = write_report(study.store, study.examples, links=links)
-    click.echo(f"\nWhat was found\n\n{story_text(tell(store, links))}\n")
+    heading("What was found")
+    click.echo(f"{story_text(tell(store, links))}\n")
     click.echo(f"report:  {report}")
     if private is not None:
         click.echo(f"private: {where}")
@@ -274,16 +275,29 @@ def _run(study: Study, stage: str, way: Way) -> Links | None:
         return None
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
+        heading(f"Training of {study.trials:,} models{_at_epsilons(study)}")
         _train(study, way)
     if stage in ("all", "repeat"):
         _repeat(study, machine, asked=stage == "repeat")
     if stage in ("all", "curvature"):
         _measure(study, machine, asked=stage == "curvature")
     if stage in ("all", "score"):
+        heading("Scores")
         score_and_print(study, way.rule, detailed=detailed)
     if stage in ("all", "links"):
         return links_and_print(study, detailed=detailed)
     return None
+
+
+def heading(text: str) -> None:
+    """The name of a stage; bold on a terminal."""
+    click.secho(f"\n{text}", bold=True)
+
+
+def _at_epsilons(study: Study) -> str:
+    if study.privacy is None:
+        return ""
+    return f" at each epsilon of {', '.join(map(epsilon_name, study.epsilons))}"
 
 
 def _train(study: Study, way: Way) -> None:
@@ -351,6 +365,7 @@ def links_and_print(study: Study, *, detailed: bool = True) -> Links | None:
     store = study.open_store()
     if study.curvature is None and study.privacy is None:
         return None
+    heading("Links between memorization, curvature and privacy")
     # Not at the top: training would start seconds later.
     from raymem.links import find_links
     from raymem.show import links_text
