@@ -6,7 +6,7 @@ import math
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raymem.fleet import blame as rules
@@ -398,7 +398,8 @@ def fleets(draw):
     """Worker groups and workers; fewer than half of the workers fail, always or from their n-th
     trial on.
 
-    A trial is given up when it failed on three proven workers, so two may go bad after commits.
+    A trial is given up when it failed on three proven workers, or diverged on two, so two may go
+    bad after commits, one of them by diverging.
     """
     worker_groups, workers = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     names = [
@@ -412,6 +413,8 @@ def fleets(draw):
         for n, name in enumerate(bad)
     }
     outcome = {name: draw(st.sampled_from(OUTCOMES)) for name in bad}
+    if len(bad) > 1 and outcome[bad[0]] == outcome[bad[1]] == "diverged":
+        outcome[bad[1]] = draw(st.sampled_from(OUTCOMES[:-1]))
     return (
         worker_groups,
         workers,
@@ -423,6 +426,12 @@ def fleets(draw):
 
 
 @settings(max_examples=60, deadline=None)
+@example(
+    given_fleet=(
+        2, 4, {"n0/1": 4, "n0/0": 1, "n0/2": 0},
+        {"n0/1": "diverged", "n0/0": "error", "n0/2": "error"}, 18, 4326,
+    )
+)  # fmt: skip
 @given(fleets())
 def test_while_most_workers_are_good_every_trial_is_committed_once(given_fleet):
     worker_groups, workers, onset, outcome, trials, seed = given_fleet

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_queue import Clock, keys
+from test_trial_queue import Clock, keys
 from torch import nn
 
 from raymem import Recipe, Store, Study, TrialKey
@@ -310,3 +310,33 @@ def test_a_stop_in_mid_trial_is_no_failure_of_the_trial(examples, tmp_path, mode
         fleet.train(engine="serial", models_per_step=models_per_step)
     assert Store(tmp_path / "store").failures() == []
     assert fleet.train(engine="serial", models_per_step=models_per_step).done == 3
+
+
+class RunsOutOfTime(StopsItself):
+    """Hears in its first forward pass that time is nearly up, and is ended in its ninth."""
+
+    def forward(self, x):
+        StopsItself.passes += self.training
+        if self.training and StopsItself.passes in (1, 9):
+            signal.raise_signal(signal.SIGUSR1 if StopsItself.passes == 1 else signal.SIGTERM)
+        return self.layer(x.flatten(1))
+
+
+def runs_out_of_time(n_classes, image_shape):
+    return RunsOutOfTime(image_shape[0] * image_shape[1] * image_shape[2], n_classes)
+
+
+def test_a_trial_is_saved_before_time_is_up_and_goes_on_from_there(examples, tmp_path):
+    recipe = Recipe(model=runs_out_of_time, epochs=12, batch_size=20)
+    StopsItself.passes = 10
+    study(examples, tmp_path / "calm", 1, recipe=recipe).train(engine="serial")
+    fleet = study(examples, tmp_path / "store", 1, recipe=recipe)
+    StopsItself.passes = 0
+    with pytest.raises(Stopped, match="run the same command again"):
+        fleet.train(engine="serial")
+    assert len(Store(tmp_path / "store").checkpointed()) == 1
+    assert fleet.train(engine="serial").done == 1
+    key = TrialKey(math.inf, 0)
+    about, calm = (Store(tmp_path / name).provenance(key) for name in ("store", "calm"))
+    assert about["resumed"]
+    assert about["digest"] == calm["digest"]

@@ -141,11 +141,11 @@ def test_the_story_has_the_numbers_of_the_results(study, text):
     listed = sum(bool(row["memorized"]) for row in study.scores().to_pylist())
     assert story.memorization.startswith(f"{listed} of 60 training examples")
     mean = f"{100 * pool.value:.1f} [{100 * pool.low:.1f}, {100 * pool.high:.1f}]"
-    assert f"on average a model is right {mean} percentage points more often" in story.memorization
+    assert f"models are right {mean} percentage points more often" in story.memorization
     strong = [row for row in study.scores("influence").to_pylist() if row["strong"]]
     assert (f"({len(strong):,} of " in story.influence) == bool(strong)
     row = next(r for r in links.correlations[math.inf] if r.measure == "curvature_out")
-    assert f"with probability {row.auc.format(2)}" in story.curvature
+    assert f"with probability {row.auc.format(3)}" in story.curvature
     assert "cannot be told from these data" in story.curvature
     assert len(story.sentences) == 3
     for sentence in story.sentences:

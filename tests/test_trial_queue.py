@@ -223,6 +223,17 @@ def test_stopping_lets_running_trials_finish():
     assert queue.progress().complete
 
 
+def test_when_all_nodes_are_about_to_go_running_trials_are_saved_and_no_new_one_begins():
+    queue = queue_with(5, 2)
+    lease = queue.lease("w0")
+    assert not queue.heartbeat("w0")
+    queue.preempt()
+    assert queue.heartbeat("w0")
+    assert queue.lease("w1") is None
+    queue.finish("w0", lease.key, "committed")
+    assert queue.progress().complete
+
+
 def test_a_worker_group_that_only_restarts_is_broken_and_another_is_not():
     queue = queue_with(50, 2)
     queue.register("good", "group-2", 0)

@@ -316,8 +316,13 @@ class Blame:
             return False
         there = sum(1 for _ in self._working()) + sum(self._starting())
         proven = {failure.place for failure in failures if failure.by_proven}
-        enough = min(WORKERS_THAT_DIVERGE if diverges else FAILURES_ALLOWED, there)
-        return len(proven) >= enough or len({failure.place for failure in failures}) > there / 2
+        # What failed otherwise on another worker says nothing of divergence.
+        where = {f.place for f in failures if f.by_proven and f.outcome == "diverged"}
+        return (
+            (diverges and len(where) >= min(WORKERS_THAT_DIVERGE, there))
+            or len(proven) >= min(FAILURES_ALLOWED, there)
+            or len({failure.place for failure in failures}) > there / 2
+        )
 
     def why_all_fail(self, outcome: str, message: str) -> tuple[str, str] | None:
         """Kind and message of what ends the fleet, after a failure; None while it can go on."""

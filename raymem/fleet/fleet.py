@@ -33,6 +33,7 @@ from raymem.training import Recipe, check_private_recipe, default_device
 
 # In driver.json, for `raymem status`.
 NOTICES_SHOWN = 10
+PREEMPTED = signal.SIGUSR1
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
@@ -42,7 +43,9 @@ FATAL: dict[str, type[RaymemError]] = {
 
 
 class Stopped(RaymemError):
-    """The user stopped the fleet; what is committed is kept."""
+    """A signal stopped it before the end; what is committed is kept."""
+
+    exit_code = 5
 
 
 class _StopNow(BaseException):
@@ -51,6 +54,7 @@ class _StopNow(BaseException):
 
 class _Watched(Protocol):
     def stop(self) -> None: ...
+    def preempt(self) -> None: ...
     def take_lost(self) -> list[Lost]: ...
 
 
@@ -96,7 +100,8 @@ def run_fleet(
         queue = TrialQueue(
             pending, failures=store.failures(), done_before=len(wanted) - len(pending)
         )
-        asked_to_stop, notices_said = [False], [0]
+        notices_said = [0]
+        stopping: list[str | None] = [None]
 
         def watch(watched: _Watched, progress: Progress) -> None:
             latest.update(
@@ -117,8 +122,12 @@ def run_fleet(
                 raise StoreHeldError(
                     f"another driver took {store.url} over; see `raymem status` for who it is"
                 )
-            if stops.count == 1 and not asked_to_stop[0]:
-                asked_to_stop[0] = True
+            if stops.preempted.is_set() and stopping[0] != "preempted":
+                stopping[0] = "preempted"
+                watched.preempt()
+                line.say("time is nearly up: no new trials; those that are training are saved")
+            elif stops.count == 1 and stopping[0] is None:
+                stopping[0] = "stopped"
                 watched.stop()
                 line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
 
@@ -127,12 +136,12 @@ def run_fleet(
             if not progress.complete:
                 job = Job.of(examples, plan, recipe, store, options, resources)
                 run = _run_serial if resources.engine == "serial" else _run_ray
-                progress = run(queue, job, watch, resources)
+                progress = run(queue, job, watch, resources, stops)
         finally:
             line.close()
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
-    if asked_to_stop[0] and progress.done + progress.failed < progress.total:
+    if stopping[0] is not None and progress.done + progress.failed < progress.total:
         raise Stopped(
             f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
             "again to go on"
@@ -145,6 +154,7 @@ def _run_serial(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
+    stops: Stops,
 ) -> Progress:
     if resources.workers_per_trial > 1:
         raise FleetError("several workers per trial need engine='ray'")
@@ -154,6 +164,7 @@ def _run_serial(
         job,
         torch.device("cpu") if resources.gpus_per_trial == 0 else default_device(),
         "serial",
+        preempted=stops.preempted,
         after_trial=lambda: watch(queue, queue.progress()),
     )
     return queue.progress()
@@ -164,6 +175,7 @@ def _run_ray(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
+    stops: Stops,
 ) -> Progress:
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import connected
@@ -193,25 +205,40 @@ def _gpus_there(resources: Mapping[str, float]) -> float:
 
 
 class Stops:
-    """How often the user asked to stop."""
+    """What the process was asked by signals."""
 
-    count = 0
+    def __init__(self) -> None:
+        self.count = 0
+        """How often to stop: once, when what is running is finished; more often, now."""
+        self.preempted = threading.Event()
+        """Set if its machines are about to go, so that what is running is saved too."""
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stops]:
-    """Counts Ctrl-C, the second ends at once, as SIGTERM does. Only the main thread can do this."""
+    """Counts Ctrl-C, the second ends at once, as SIGTERM does. SIGUSR1, which schedulers of batch
+    jobs send before time is up, stops as the first does and sets `preempted`.
+
+    Only the main thread can do this.
+    """
     stops = Stops()
     if threading.current_thread() is not threading.main_thread():
         yield stops
         return
 
     def count(number: int, frame: FrameType | None) -> None:
+        if number == PREEMPTED:
+            stops.preempted.set()
+            stops.count = max(1, stops.count)
+            return
         stops.count += 2 if number == signal.SIGTERM else 1
         if stops.count > 1:
             raise _StopNow
 
-    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, count)
+        for number in (signal.SIGINT, signal.SIGTERM, PREEMPTED)
+    }
     try:
         yield stops
     except _StopNow:

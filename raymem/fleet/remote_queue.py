@@ -70,3 +70,7 @@ class RemoteQueue:
     def stop(self) -> None:
         """See TrialQueue.stop."""
         ray.get(self._actor.stop.remote())
+
+    def preempt(self) -> None:
+        """See TrialQueue.preempt."""
+        ray.get(self._actor.preempt.remote())

@@ -166,7 +166,7 @@ class TrialQueue:
         self._drift = self._deaths = 0
         self._first_lease: float | None = None
         self._last_commit = clock()
-        self._stopped = False
+        self._stopped = self._preempted = False
         self._fatal: tuple[str, str] | None = None
 
     # For workers
@@ -234,7 +234,7 @@ class TrialQueue:
         if me is None:
             return False
         me.last_heartbeat = self._clock()
-        return self._worker_groups[me.worker_group].draining
+        return self._preempted or self._worker_groups[me.worker_group].draining
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
         """A worker is through with a trial. After its lease ran out, only a commit counts."""
@@ -277,6 +277,10 @@ class TrialQueue:
     def stop(self) -> None:
         """Lease nothing more; what is being trained may finish."""
         self._stopped = True
+
+    def preempt(self) -> None:
+        """All nodes are about to go: lease nothing more, and save what is being trained."""
+        self._stopped = self._preempted = True
 
     def is_broken(self, worker_group: str) -> bool:
         """Did it restart again and again without committing anything, or is nobody left there?"""

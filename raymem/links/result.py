@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from raymem.encoding import epsilon_name
-from raymem.links.audit import Audit, link3, verdict
+from raymem.links.audit import Audit, PoolMean, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, Plane
 from raymem.links.correlation import (
     Coefficient,
@@ -52,6 +52,8 @@ class Links:
     """Whether to trust the run, by epsilon."""
     twins: dict[float, Twins]
     """Memorized examples that another one explains, by epsilon."""
+    mean_memorization: dict[float, PoolMean] = field(default_factory=dict)
+    """Of this store's own trials, by epsilon, whatever store link 3 is from."""
     private_store: str | None = None
     """Where links 2 and 3 are from, if not from the same store."""
     private_diagnostics: dict[float, list[Finding]] = field(default_factory=dict)
@@ -130,14 +132,15 @@ def privacy_links(store: Store, *, seed: int = 0) -> Links:
 
     Raises StoreError without scores.
     """
-    twins = find_twins(store)
+    twins, audits = find_twins(store), link3(store)
     return Links(
         correlations={},
         bins={},
         paper={},
         costs={},
         curvature=link2(store, seed=seed),
-        memorization=link3(store),
+        memorization=audits,
+        mean_memorization={a.epsilon: a.pool for a in audits if a.pool is not None},
         diagnostics=diagnostics(store, twins),
         twins=twins,
     )

@@ -14,7 +14,8 @@ from typing import Any
 import jinja2
 
 from raymem.encoding import at_epsilon, epsilon_name
-from raymem.links import Links, has_curvature
+from raymem.links import Links
+from raymem.links.verdicts import verdict_on_link1
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
 from raymem.show.figures import Figure
@@ -259,10 +260,9 @@ def _curvature(links: Links, epsilon: float) -> dict[str, Any]:
         "compared_examples": f"{rows[0].examples:,}" if rows else "",
         "at": at_epsilon(epsilon),
         "measures": [MEASURES[row.measure] for row in rows],
-        "links_verdicts": links.verdicts,
+        "link1": verdict_on_link1(epsilon, rows),
         "more_tables": tables,
         "more_lines": lines,
-        "has_curvature": has_curvature(rows),
     }
 
 
@@ -276,6 +276,7 @@ def _privacy(links: Links) -> dict[str, Any]:
         "private_store": links.private_store,
         "privacy_tables": tables if private else [],
         "privacy_lines": link2_lines(links.curvature),
+        "privacy_verdicts": links.verdicts[-2:],
     }
 
 

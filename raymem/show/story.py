@@ -91,11 +91,10 @@ def tell(
     epsilon = main_epsilon(scores) if epsilon is None else epsilon
     summary = metadata_of(scores, "scores/examples.parquet").get("summary", {})
     here = summary.get(f"eps-{epsilon_name(epsilon)}", {})
-    audit = next((a for a in links.memorization if a.epsilon == epsilon), None)
     found = links.private_diagnostics
     return Story(
         epsilon=epsilon,
-        memorization=_memorization(store, epsilon, here, audit),
+        memorization=_memorization(store, epsilon, here, links.mean_memorization.get(epsilon)),
         influence=_influence(store, epsilon, here),
         label_errors=_label_errors(store, epsilon),
         curvature=_curvature(links.correlations.get(epsilon, ())),
@@ -134,7 +133,7 @@ def main_epsilon(scores: pa.Table) -> float:
 
 
 def _memorization(
-    store: Store, epsilon: float, summary: Mapping[str, Any], audit: Audit | None
+    store: Store, epsilon: float, summary: Mapping[str, Any], mean: PoolMean | None
 ) -> str:
     table = train_at(store.scores(), epsilon)
     known = table.num_rows - table["memorization"].null_count
@@ -153,11 +152,11 @@ def _memorization(
         f"{listed:,} of {known:,} training examples ({100 * listed / known:.1f}%) are memorized "
         f"(score above 0.25 over {trials:,} models; {rate})"
     )
-    if audit is None or audit.pool is None:
+    if mean is None:
         return f"{text}."
     return (
-        f"{text}; on average a model is right {_points(audit.pool)} percentage points more often "
-        f"on {audit.pool.what} that it trained on than on those that it did not."
+        f"{text}; averaged over {mean.what}, models are right {_points(mean)} percentage points "
+        "more often on an example that they trained on."
     )
 
 
@@ -229,7 +228,7 @@ def _curvature(rows: Sequence[Correlation]) -> str:
 
 
 def _auc(found: Coefficient) -> str:
-    return found.format(2)
+    return found.format(3)
 
 
 def _privacy(audits: Sequence[Audit]) -> str:
@@ -244,11 +243,15 @@ def _privacy(audits: Sequence[Audit]) -> str:
         )
     shown = private if len(private) <= 3 else [private[0], private[-1]]
     what = next(a.pool.what for a in private if a.pool)
-    means = " and ".join(
+    means = ", ".join(
         f"{_points(a.pool)} at epsilon {epsilon_name(a.epsilon)}" for a in shown if a.pool
     )
     free = next((a for a in audits if math.isinf(a.epsilon) and a.pool), None)
-    against = "" if free is None or free.pool is None else f", against {_points(free.pool)} without"
+    against = (
+        ""
+        if free is None or free.pool is None
+        else f", against {_points(free.pool)} without privacy"
+    )
     return (
         f"With differential privacy the mean memorization of {what} is {means}{against} "
         "(percentage points of accuracy); no example is significantly above a bound that the "
