@@ -46,6 +46,8 @@ COLUMNS = (
 )  # fmt: skip
 MEDIA = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 TWINS = 24
+# An interval stays on one line of a card.
+NO_BREAK = "\u00a0"
 
 
 def page(
@@ -195,7 +197,11 @@ class _Cards:
 
 def _memorization(row: Row) -> str:
     found = memorization_of(row)
-    return "memorization not known" if found is None else f"memorization {found.text('.2f')}"
+    return (
+        "memorization not known"
+        if found is None
+        else f"memorization {found.text('.2f')}".replace(" ", NO_BREAK)
+    )
 
 
 def _chart(chart: Figure) -> dict[str, str]:

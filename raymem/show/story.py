@@ -190,7 +190,8 @@ def _influence(store: Store, epsilon: float, summary: Mapping[str, Any]) -> str:
         f"on a single memorized example ({strong.num_rows:,} of {considered:,} pairs have "
         f"influence of 0.15 or more, p at most {level}); the strongest: models that trained on "
         f"{first['train_id']} are right on {first['test_id']} {100 * first['influence']:.0f} "
-        f"[{100 * low:.0f}, {100 * high:.0f}] percentage points more often."
+        f"[{100 * low:.0f}, {100 * high:.0f}] percentage points more often (95%, simultaneous over "
+        "all pairs)."
     )
 
 
