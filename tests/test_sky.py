@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -24,6 +25,18 @@ def test_a_spot_node_that_is_lost_starts_the_job_anew_and_a_failing_job_does_not
 def test_what_only_the_user_knows_must_be_given():
     assert TASK["envs"]["STORE"] is None
     assert TASK["secrets"] == {"RAY_AUTH_TOKEN": None}
+
+
+@pytest.mark.slow
+def test_skypilot_accepts_the_file_and_asks_for_the_store():
+    """Where SkyPilot is installed: it is no dependency, and has many of its own."""
+    task = pytest.importorskip("sky.task").Task
+    ours = {"STORE": "s3://bucket/study"}
+    read = task.from_yaml_config(copy.deepcopy(TASK), env_overrides=ours)
+    assert {tuple(one.accelerators.values()) for one in read.resources} == {(1,)}
+    assert len(read.resources) == len(TASK["resources"]["accelerators"])
+    with pytest.raises(ValueError, match="STORE"):
+        task.from_yaml_config(copy.deepcopy(TASK))
 
 
 def test_the_job_file_and_the_recipe_exist():
