@@ -8,7 +8,7 @@ run_curvature_job   curvature of shards under given models
 
 from typing import TYPE_CHECKING
 
-from raymem.cli import exchange, read
+from raymem.cli import exchange, explore, read
 from raymem.cli.base import absolute_store, command_errors, main
 from raymem.lazy import lazy_attributes
 
@@ -28,6 +28,7 @@ __all__ = [
     "absolute_store",
     "command_errors",
     "exchange",
+    "explore",
     "main",
     "read",
     "run_curvature_job",

@@ -12,6 +12,7 @@ from raymem.data import Examples
 from raymem.links import Links, find_links, privacy_links, with_private
 from raymem.scores import read_membership
 from raymem.show.choose import choose
+from raymem.show.explorer import explorer_section
 from raymem.show.figures import figures
 from raymem.show.notebook import Opened
 from raymem.show.page import TWINS, page
@@ -69,6 +70,7 @@ def write_report(
         without_pictures=without,
         attacked=attacked,
         stale=stale_text(attacked, {e: len(store_.scored(e)) for e in epsilons}),
+        sections=[explorer_section(opened, ids)],
     )
     store_.files.replace("report.html", text.encode())
     return store_.files.path("report.html")

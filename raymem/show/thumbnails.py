@@ -29,7 +29,7 @@ def thumbnails(opened: Opened, ids: Iterable[str]) -> tuple[dict[str, bytes], st
 
     Kept in the store: where the images are no longer at hand, the pictures of before are shown.
     """
-    kept = _kept(opened.store)
+    kept = kept_thumbnails(opened.store)
     wanted = list(ids)
     missing = [example_id for example_id in wanted if example_id not in kept]
     if not missing:
@@ -69,7 +69,8 @@ def encoded(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def _kept(store: Store) -> dict[str, bytes]:
+def kept_thumbnails(store: Store) -> dict[str, bytes]:
+    """The pictures that the store has, by example id; none if they are damaged."""
     try:
         table = decode(store.files.read(KEY), KEY)
         return dict(zip(table["example_id"].to_pylist(), table["image"].to_pylist(), strict=True))

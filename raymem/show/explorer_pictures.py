@@ -1,0 +1,35 @@
+"""Pictures of the explorer: small ones for a page, whole ones for the server."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+
+from raymem.show.notebook import Opened
+from raymem.show.thumbnails import thumbnails
+
+# A coloured PNG of more bytes is smaller as WebP; small grey ones are not.
+LARGE_PNG = 500
+QUALITY = 75
+
+
+def small_pictures(opened: Opened, ids: Sequence[str]) -> tuple[list[bytes], str]:
+    """Thumbnails by id, in order, empty where there is none; and why some are missing.
+
+    They are kept in the store, as the report's are.
+    """
+    kept, missing = thumbnails(opened, ids)
+    return [_smaller(kept[i]) if i in kept else b"" for i in ids], missing
+
+
+def _smaller(data: bytes) -> bytes:
+    if len(data) <= LARGE_PNG:
+        return data
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in ("RGB", "L"):
+            return data
+        image.save(out, "WEBP", quality=QUALITY)
+    return min(data, out.getvalue(), key=len)
