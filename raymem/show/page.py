@@ -153,14 +153,14 @@ class _Cards:
             "alt": f"{what} {example_id}, labelled {self.label(label)}",
         }
 
-    def card(self, row: Row, lines: Sequence[str]) -> dict[str, Any]:
-        """An example, with the test example that it helps most beside it."""
+    def card(self, row: Row, lines: Sequence[str], helps: str = "most helps") -> dict[str, Any]:
+        """An example, with a test example that it `helps` beside it."""
         shown = [self.picture(row["example_id"], row["label"], "training example")]
         lines = list(lines)
         if helped := row.get("relation"):
             shown.append(self.picture(helped["test_id"], helped["test_label"], "test example"))
             lines.append(
-                f"most helps {helped['test_id']} ({self.label(helped['test_label'])}): influence "
+                f"{helps} {helped['test_id']} ({self.label(helped['test_label'])}): influence "
                 f"{helped['influence']:.2f}"
             )
         return {
@@ -181,7 +181,7 @@ class _Cards:
     def pair(self, pair: Row) -> dict[str, Any]:
         """A pair of high influence."""
         row = {"example_id": pair["train_id"], "label": pair["train_label"], "relation": pair}
-        return self.card(row, [f"memorization {pair['memorization']:.2f}"])
+        return self.card(row, [f"memorization {pair['memorization']:.2f}"], "helps")
 
     def suspicious(self, row: Row) -> dict[str, Any]:
         """A probable label error."""

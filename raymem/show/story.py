@@ -150,7 +150,7 @@ def _memorization(
     )
     text = (
         f"{listed:,} of {known:,} training examples ({100 * listed / known:.1f}%) are memorized "
-        f"(score above 0.25 over {trials:,} models; {rate})"
+        f"(score very likely above 0.25, over {trials:,} models; {rate})"
     )
     if mean is None:
         return f"{text}."
