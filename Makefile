@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench gpu-check docs clean
+.PHONY: demo test test-all check bench gpu-check docs figures clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
@@ -28,10 +28,15 @@ bench: .venv/installed-dev
 gpu-check: .venv/installed-dev
 	$(BIN)/python -m benchmarks.gpu $(if $(DATA),--data $(DATA))
 
-# Remakes the pages and pictures that come from code, from the demo's store, and from
-# jobs/feldman_mnist.py --data fashion-mnist --store runs/fashion_mnist --trials 240.
+# The documentation as a website in site/, which opens from disk; fails on a broken link.
 docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Remakes the pages and figures that come from code: from a fleet that is trained here, from the
+# demo's store, and from jobs/feldman_mnist.py --data fashion-mnist --store runs/fashion_mnist --trials 240.
+figures: .venv/installed-dev
 	$(BIN)/python -c "from raymem.store.columns import as_markdown as m; print(m(), end='')" > docs/columns.md
+	$(BIN)/python docs/make_figures.py
 	$(BIN)/python docs/make_picture.py runs/feldman_digits docs/most_memorized.png
 	$(BIN)/python docs/make_pairs_picture.py runs/fashion_mnist fashion-mnist docs/strong_pairs.png
 
@@ -42,8 +47,8 @@ docs: .venv/installed-dev
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
