@@ -341,16 +341,11 @@ def _examples(chosen: Chosen) -> dict[str, Any]:
     rows: list[list[Cell]] = [
         [_cell(row, name, chosen.classes) for name in names] for row in chosen.table
     ]
-    columns = [Column(key=name, title=title_of(name), unit=_unit(name)) for name in names]
+    columns = [Column(key=name, title=title_of(name), unit=unit_of(name)) for name in names]
     table = Table(columns=columns, rows=rows)
     data = json.dumps(table.as_dict(), allow_nan=False, separators=(",", ":"))
     # A script element ends at the first "</", whatever is in it.
     return {"examples": table, "examples_json": data.replace("<", chr(92) + "u003c")}
-
-
-def _unit(name: str) -> str:
-    unit = unit_of(name)
-    return "" if ".." in unit else unit
 
 
 def _cell(row: Row, name: str, classes: Sequence[str]) -> Cell:

@@ -203,7 +203,7 @@ def curvature_by_epsilon_table(link: Link2) -> Table:
     }
     measured = [n for n in arms if any(getattr(o, n) is not None for o in link.observed)]
     return Table(
-        title="Curvature and epsilon: means over training examples and the trials that all "
+        title="Link 2, curvature and epsilon: means over training examples and the trials that all "
         "epsilons have (+- standard error over trials)",
         columns=[
             EPSILON,
@@ -241,7 +241,7 @@ def memorization_by_epsilon_table(audits: Sequence[Audit]) -> Table:
     pool = next((audit.pool for audit in audits if audit.pool is not None), None)
     over = "" if pool is None else f" of {pool.examples:,} examples ({pool.what})"
     return Table(
-        title=f"Memorization and epsilon: mean{over} with its 95% interval over runs, and upper "
+        title=f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs, and upper "
         "bounds",
         columns=[
             EPSILON,

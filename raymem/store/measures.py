@@ -40,8 +40,8 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        """As documented of the column; empty if it has none."""
-        return {**SCORES_EXAMPLES, **SCORES_CURVATURE}[self.column].unit
+        """As documented of the column; empty for counts and shares."""
+        return unit_of(self.column)
 
     def values(self, table: pa.Table) -> Floats | None:
         """[N] of rows of scores/examples.parquet; None if the study did not measure it, or no
@@ -157,15 +157,13 @@ def title_of(column: str) -> str:
 
 
 def unit_of(column: str) -> str:
-    """The unit of a column of scores/examples.parquet or of a measure; empty if it has none.
+    """The unit of a column of scores/examples.parquet; empty if it has none, as counts and shares.
 
-    >>> unit_of("curvature_out"), unit_of("loss_out"), unit_of("example_id")
+    >>> unit_of("curvature_out"), unit_of("loss_out"), unit_of("memorization")
     ('nats/pixel^2', 'nats', '')
     """
-    if column in MEASURES:
-        return MEASURES[column].unit
     found = {**SCORES_EXAMPLES, **SCORES_CURVATURE}.get(column)
-    return found.unit if found else ""
+    return found.unit if found and ".." not in found.unit else ""
 
 
 def known_measures(table: pa.Table) -> dict[str, Floats]:
