@@ -241,8 +241,8 @@ def memorization_by_epsilon_table(audits: Sequence[Audit]) -> Table:
     pool = next((audit.pool for audit in audits if audit.pool is not None), None)
     over = "" if pool is None else f" of {pool.examples:,} examples ({pool.what})"
     return Table(
-        title=f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs, and upper "
-        "bounds",
+        title=f"Link 3, memorization and epsilon: mean{over} with its 95% interval over runs, and "
+        "upper bounds",
         columns=[
             EPSILON,
             Column(key="trials", title="models"),
