@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     curvature,
     estimators,
+    explorer,
     fleets,
     private,
     scoring_at_scale,
@@ -41,6 +42,7 @@ PARTS = {
 }
 # Minutes each, at the size of large studies: only if named.
 AT_SCALE = {
+    "explorer": explorer.in_a_browser,
     "scoring-at-scale": scoring_at_scale.scoring,
     "influence-at-scale": scoring_at_scale.influence,
     "ten-thousand": ten_thousand.measure,

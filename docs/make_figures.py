@@ -156,7 +156,7 @@ def privacy(axis: Any, colors: Colors) -> None:
     axis.set_xticks(epsilon, [f"{e:g}" for e in epsilon])
     axis.set_xlabel("epsilon")
     axis.set_ylabel("memorization")
-    axis.legend(frameon=False, fontsize=9, loc="center right")
+    axis.legend(frameon=False, fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.47, 1))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import runpy
@@ -72,6 +73,7 @@ def command_line() -> str:
     return "\n".join(parts)
 
 
+@functools.cache
 def job(path: Path) -> click.Command:
     """The command of a job file, which would run it."""
     found: list[click.Command] = []
@@ -243,5 +245,8 @@ def python() -> str:
     ]
     for room in [*ROOMS, *(set(names) - set(ROOMS))]:
         parts.append(f"## {ROOMS.get(room, room)}\n")
-        parts.extend(f"::: raymem.{name}\n" for name in sorted(names.get(room, []), key=str.lower))
+        for name in sorted(names.get(room, []), key=str.lower):
+            parts.append(f"::: raymem.{name}\n")
+            if (ROOT / "raymem" / name).is_dir():  # a package that can be called: its function
+                parts.append(f"    options:\n      members: [{name}]\n")
     return "\n".join(parts)

@@ -18,9 +18,10 @@ import urllib.request
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from explored import EVIL, tables_only, trained
+from explored import EVIL, trained
 
 import raymem
+from benchmarks.explorer import large_page, tables_only
 from raymem import Store
 from raymem.cli import main
 from raymem.errors import StoreError
@@ -206,11 +207,14 @@ def test_a_store_without_images_or_trials_has_an_explorer(tmp_path):
 
 @pytest.mark.slow
 def test_sixty_thousand_examples_fit_a_page(tmp_path):
-    store = tables_only(tmp_path / "store", trials=100)
-    text = explorer_section(raymem.open(store.url))
-    assert told_of(text)["n"] == 60_000
-    # Room for 2.4 MB of pictures, which this store lacks, and for the rest of the report.
-    assert len(text) + explorer.PICTURE_BYTES * 4 / 3 < 12e6
+    path = large_page(tmp_path, trials=100)
+    text = path.read_text()
+    told = told_of(text)
+    assert told["n"] == 60_000
+    assert told["pictures"]
+    assert len(array_of(text, "detail", "<i4")) >= 3000
+    # 15 MB with the rest of the report.
+    assert len(text) < 12e6
 
 
 def test_no_scores_say_what_to_run(tmp_path, study):

@@ -431,6 +431,7 @@ def test_a_notebook_opens_a_store(study):
     shown = opened._repr_html_()
     assert EVIL not in shown
     assert shown.count("<tr>") == 11
+    assert shown.count('<img src="data:image/png;base64,') == 10
     with pytest.raises(StoreError, match="there is no example 'nobody'"):
         opened.image("nobody")
 

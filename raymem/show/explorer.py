@@ -13,6 +13,7 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -30,25 +31,26 @@ MOST_EXAMPLES = 60_000
 MOST_DETAILS = 4_000
 MOST_PAIRS = 100_000
 # Bytes before base64, which adds a third; a page of 15 MB has room for the report beside them.
-COLUMN_BYTES, PICTURE_BYTES, OUTCOME_BYTES = 3_200_000, 2_400_000, 800_000
+COLUMN_BYTES, PICTURE_BYTES, OUTCOME_BYTES = 4_000_000, 2_400_000, 800_000
 SCRIPTS = ("explorer_source.js", "explorer_plot.js", "explorer.js")
 VEGA = ("vega.min.js", "vega-lite.min.js")
 
 Blobs = dict[str, bytes]
 
 
-def explorer_section(opened: Opened, first: Iterable[str] = ()) -> str:
+def explorer_section(opened: Opened, first: Iterable[str] = (), *, keep: bool = True) -> str:
     """The explorer of a store as HTML, at most about 9 MB; text of the data is escaped.
 
     Of more than 60,000 examples it has the most memorized and an even sample. Pictures are for at
-    most 4,000: those of `first`, the most memorized, then others. Raises StoreError without scores.
+    most 4,000: those of `first`, the most memorized, then others; they are kept in the store, if
+    `keep`. Raises StoreError without scores.
     """
     tables = ExplorerTables(opened.store)
     rows = thinned(tables.column(tables.shown, "memorization"), tables.n_examples, MOST_EXAMPLES)
     page = _Page(tables, rows)
     page.add_columns()
     page.add_pairs()
-    page.add_details(opened, first)
+    page.add_details(opened, first, keep)
     return section_html(page.about, page.blobs)
 
 
@@ -97,8 +99,8 @@ class _Page:
                     self.blobs[f"m/{epsilon_name(epsilon)}/{name}"] = data
         if left:
             self._say(
-                f"{left} measures at some epsilon do not fit this page; `raymem explore STORE` "
-                "has them."
+                f"Some measures at some epsilons ({left}) do not fit this page; `raymem explore "
+                "STORE` has them."
             )
 
     def add_pairs(self) -> None:
@@ -122,10 +124,11 @@ class _Page:
                 self.about["pairs"].append(name)
                 self.blobs |= pair_blobs(name, train[here], test[here], pairs["influence"][here])
 
-    def add_details(self, opened: Opened, first: Iterable[str]) -> None:
+    def add_details(self, opened: Opened, first: Iterable[str], keep: bool) -> None:
         """Pictures, and the outcome of each model, of some examples."""
         chosen = self._with_details(first)
-        images, missing = small_pictures(opened, [self.tables.ids[self.rows[r]] for r in chosen])
+        ids = [self.tables.ids[self.rows[row]] for row in chosen]
+        images, missing = small_pictures(opened, ids, keep=keep)
         sizes = np.cumsum([len(image) for image in images])
         fit = int(np.searchsorted(sizes, PICTURE_BYTES, side="right"))
         chosen, images = chosen[:fit], images[:fit]
@@ -239,6 +242,30 @@ def section_html(about: dict[str, Any], blobs: Blobs) -> str:
         f'<script type="application/json" id="explorer-about">{told}</script>\n{data}'
         f'</section>\n<script>\n(function () {{\n"use strict";\n{scripts}}})();\n</script>\n'
     )
+
+
+@dataclass(frozen=True)
+class ExplorerFrame:
+    """An explorer that a notebook shows inline; see `Opened.explore`."""
+
+    html: str
+    """The whole page: needs no network, and opens from disk once it is written there."""
+    height: int
+    """Pixels."""
+
+    def _repr_html_(self) -> str:
+        # Its own origin: names and scripts of the page reach nothing of the notebook's.
+        return (
+            f'<iframe srcdoc="{html.escape(self.html)}" title="Explorer" width="100%" '
+            f'height="{self.height}" style="border: 0" sandbox="allow-scripts allow-downloads" '
+            'allow="clipboard-write"></iframe>'
+        )
+
+
+def explorer_frame(opened: Opened, height: int) -> ExplorerFrame:
+    """The explorer of an opened store for a notebook; nothing is written to the store."""
+    title = f"{opened.about.data_name}: explorer"
+    return ExplorerFrame(explorer_page(explorer_section(opened, keep=False), title), height)
 
 
 def explorer_page(section: str, title: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of the explorer: small ones for a page, whole ones for the server."""
+"""Small pictures of the explorer, as few bytes as they can be."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LARGE_PNG = 500
 QUALITY = 75
 
 
-def small_pictures(opened: Opened, ids: Sequence[str]) -> tuple[list[bytes], str]:
+def small_pictures(opened: Opened, ids: Sequence[str], *, keep: bool) -> tuple[list[bytes], str]:
     """Thumbnails by id, in order, empty where there is none; and why some are missing.
 
-    They are kept in the store, as the report's are.
+    They are kept in the store, as the report's are, if `keep`.
     """
-    kept, missing = thumbnails(opened, ids)
+    kept, missing = thumbnails(opened, ids, keep=keep)
     return [_smaller(kept[i]) if i in kept else b"" for i in ids], missing
 
 

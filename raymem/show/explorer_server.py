@@ -26,7 +26,7 @@ from raymem.show.explorer import about, explorer_page, pair_blobs, section_html,
 from raymem.show.explorer_data import ExplorerTables, Measure, packed, packed_text
 from raymem.show.explorer_spec import ExplorerError
 from raymem.show.notebook import Opened, as_image
-from raymem.show.thumbnails import kept_thumbnails
+from raymem.show.thumbnails import kept_thumbnails, media_type
 
 try:
     import uvicorn
@@ -186,6 +186,7 @@ def explorer_app(opened: Opened, *, token: str, port: int) -> ASGIApp:
     """The server's application: answers at /TOKEN/ to requests for 127.0.0.1:PORT."""
     answers = Answers(opened)
 
+    # Without a media type: that of the image.
     def route(path: str, media: str, answer: Callable[..., Any]) -> Route:
         # Not a coroutine: it reads and packs in a thread, so that others are not kept waiting.
         def respond(request: Request) -> Response:
@@ -195,7 +196,7 @@ def explorer_app(opened: Opened, *, token: str, port: int) -> ASGIApp:
                 return PlainTextResponse("there is no such thing here", 404, HEADERS)
             except RaymemError as error:
                 return PlainTextResponse(str(error), 500, HEADERS)
-            return Response(body, media_type=media, headers=HEADERS)
+            return Response(body, media_type=media or media_type(body), headers=HEADERS)
 
         return Route(f"/{token}/{path}", respond)
 
@@ -205,7 +206,7 @@ def explorer_app(opened: Opened, *, token: str, port: int) -> ASGIApp:
     routes = [
         route("", "text/html", answers.page),
         route("blob/{name:path}", "application/octet-stream", answers.blob),
-        route("picture/{row}", "image/png", answers.picture),
+        route("picture/{row}", "", answers.picture),
         route("example/{epsilon}/{row}", "application/json", example),
     ]
     return Guard(Starlette(routes=routes), token=token, port=port)

@@ -33,12 +33,12 @@ SCATTER: dict[str, Any] = {
     "mark": {"type": "point", "filled": True, "size": 20, "opacity": 0.6},
     "encoding": {
         "x": {
-            "field": "x", "type": "quantitative", "scale": {"zero": False, "padding": 8},
-            "axis": {"tickCount": 8},
+            "field": "x", "type": "quantitative", "axis": {"tickCount": 8},
+            "scale": {"zero": False, "nice": False, "padding": 8},
         },
         "y": {
-            "field": "y", "type": "quantitative", "scale": {"zero": False, "padding": 8},
-            "axis": {"tickCount": 6},
+            "field": "y", "type": "quantitative", "axis": {"tickCount": 6},
+            "scale": {"zero": False, "nice": False, "padding": 8},
         },
         "color": {
             "field": "split", "type": "nominal", "legend": None,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import html
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from raymem.data import Examples, flip_labels, load_examples
-from raymem.errors import ExamplesError, StoreError
+from raymem.errors import ExamplesError, RaymemError, StoreError
 from raymem.links import Links, find_links
 from raymem.store import Store
+
+if TYPE_CHECKING:
+    from raymem.show.explorer import ExplorerFrame
 
 # So many rows of a table are shown in a notebook.
 SHOWN = 10
@@ -108,6 +113,16 @@ class Opened:
             f"{self.store.plan()}"
         )
 
+    def explore(self, height: int = 900) -> ExplorerFrame:
+        """The explorer of the report, shown inline by notebooks, `height` pixels high: point at an
+        example, open it, select some. Its `.html` is a page that opens from disk.
+
+        Nothing is written. Raises StoreError without scores.
+        """
+        from raymem.show.explorer import explorer_frame
+
+        return explorer_frame(self, height)
+
     def _repr_html_(self) -> str:
         text = f"<p>{html.escape(repr(self))}</p>"
         try:
@@ -116,14 +131,34 @@ class Opened:
             return f"{text}<p>{html.escape(str(error))}</p>"
         names = ["example_id", "label", "epsilon", "memorization", "memorization_low",
                  "memorization_high", "n_in", "n_out"]  # fmt: skip
-        rows = pc.sort_indices(table, [("memorization", "descending")])[:SHOWN]
+        order = pc.sort_indices(table, [("memorization", "descending")])[:SHOWN]
+        rows = table.take(order).to_pylist()
+        pictures = self._pictures([row["example_id"] for row in rows])
         head = "".join(f"<th>{name}</th>" for name in names)
         body = "".join(
-            "<tr>" + "".join(f"<td>{_cell(row[name])}</td>" for name in names) + "</tr>"
-            for row in table.take(rows).to_pylist()
+            f"<tr><td>{pictures.get(row['example_id'], '')}</td>"
+            + "".join(f"<td>{_cell(row[name])}</td>" for name in names)
+            + "</tr>"
+            for row in rows
         )
-        more = f"<p>{table.num_rows:,} rows; .examples.to_pandas() has all</p>"
-        return f"{text}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+        return (
+            f"{text}<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<p>{table.num_rows:,} rows; .examples.to_pandas() has all, .explore() shows all</p>"
+        )
+
+    def _pictures(self, ids: list[str]) -> dict[str, str]:
+        """Image elements of those whose pictures are at hand: in the store, or in memory."""
+        from raymem.show.thumbnails import encoded, kept_thumbnails, media_type
+
+        found = {k: v for k, v in kept_thumbnails(self.store).items() if k in ids}
+        if isinstance(self._data, Examples):
+            with contextlib.suppress(RaymemError):  # other images; `image` says so
+                found |= {i: encoded(self.image(i)) for i in ids if i not in found}
+        return {
+            i: f'<img src="data:{media_type(data)};base64,{base64.b64encode(data).decode()}" '
+            f'alt="{html.escape(i)}" width="48" style="image-rendering: pixelated">'
+            for i, data in found.items()
+        }
 
 
 def _cell(value: Any) -> str:
@@ -138,7 +173,8 @@ def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def open_store(store: str | os.PathLike[str], data: Examples | str | None = None) -> Opened:
-    """A store for reading: `.examples`, `.pairs`, `.trials`, `.links()`, `.image(example_id)`.
+    """A store for reading: `.examples`, `.pairs`, `.trials`, `.links()`, `.image(example_id)`,
+    `.explore()`. Notebooks show its most memorized examples.
 
     `data` is where the images are, if they are not where the study had them: what `load_examples`
     takes, or Examples. Raises StoreError if there is no study.

@@ -24,10 +24,13 @@ SCHEMA = pa.schema(
 )
 
 
-def thumbnails(opened: Opened, ids: Iterable[str]) -> tuple[dict[str, bytes], str]:
+def thumbnails(
+    opened: Opened, ids: Iterable[str], *, keep: bool = True
+) -> tuple[dict[str, bytes], str]:
     """Pictures by example id, and why some are missing (empty: none is).
 
-    Kept in the store: where the images are no longer at hand, the pictures of before are shown.
+    Kept in the store, if `keep`: where the images are no longer at hand, the pictures of before
+    are shown.
     """
     kept = kept_thumbnails(opened.store)
     wanted = list(ids)
@@ -45,6 +48,8 @@ def thumbnails(opened: Opened, ids: Iterable[str]) -> tuple[dict[str, bytes], st
             split, row = place[example_id]
             pixels = (data.x_train if split == "train" else data.x_test)[row]
             kept[example_id] = encoded(as_image(pixels))
+    if not keep:
+        return kept, ""
     hashes = dict(zip((*data.train_ids, *data.test_ids), data.content_hashes, strict=True))
     table = pa.table(
         {
@@ -67,6 +72,15 @@ def encoded(image: Image.Image) -> bytes:
     else:
         image.save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+def media_type(data: bytes) -> str:
+    """Of a thumbnail.
+
+    >>> media_type(b"\x89PNG...")
+    'image/png'
+    """
+    return "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
 
 
 def kept_thumbnails(store: Store) -> dict[str, bytes]:
