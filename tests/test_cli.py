@@ -168,7 +168,7 @@ def test_a_job_runs_all_stages_or_one(tmp_path, capsys):
     assert "over 25 models" in " ".join(text.split())
     assert f"report:  {tmp_path / 'report.html'}" in text
     assert "models in/out" not in text
-    assert len(text.splitlines()) < 40
+    assert len(text.splitlines()) < 60
     job("--store", tmp_path, "--engine", "serial", "--trials", 25, "--verbose")
     text = capsys.readouterr().out
     assert "25 trials; mean accuracy" in text

@@ -89,7 +89,7 @@ def tell(
     """
     scores = store.scores()
     epsilon = main_epsilon(scores) if epsilon is None else epsilon
-    summary = metadata_of(scores, "scores/examples.parquet").get("summary", {})
+    summary = metadata_of(scores, "scores/examples.parquet").get("summary") or {}
     here = summary.get(f"eps-{epsilon_name(epsilon)}", {})
     found = links.private_diagnostics
     return Story(
