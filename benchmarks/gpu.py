@@ -10,25 +10,41 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import io
+import runpy
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from raymem import Images, Plan, Recipe, TrialResult, run_trial
+from raymem import CurvatureRule, Images, Plan, Recipe, TrialResult, run_trial
+from raymem.curvature.input_checks import float32_products
+from raymem.curvature.lower_precision import relative_difference
 from raymem.models import build_model
-from raymem.training import Member, Steps, default_device, run_group, train
+from raymem.training import (
+    Member,
+    Meter,
+    Steps,
+    as_input,
+    default_device,
+    evaluate,
+    run_group,
+    train,
+)
 from raymem.training.calibrate import models_per_step
 from raymem.training.group import Group
 from raymem.training.loop import longest, start
-from raymem.training.precision import float32_products
 from raymem.training.ranks import ALONE
 from raymem.training.step import Feed, SingleStep
 from raymem.training.trial import fresh_model
@@ -50,6 +66,8 @@ class Bench:
 
     images: Images
     toy: bool
+    data: str | None = None
+    """The .npz that images are from."""
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -276,13 +294,16 @@ def plain(bench: Bench, recipe: Recipe) -> float:
     return n / (time.perf_counter() - began)
 
 
-def rate_of_epochs(bench: Bench, recipe: Recipe, run: Callable[[Callable[[int], None]], Any]):
-    """Images per second and model after the first epoch, and seconds in all."""
+def rate_of_epochs(
+    bench: Bench, recipe: Recipe, run: Callable[[Callable[[int], None]], Any], size: int = 0
+):
+    """Images per second and model after the first epoch, and seconds in all; of subsets of `size`,
+    the plan's by itself."""
     ends: list[float] = []
     began = time.perf_counter()
     run(lambda epoch: ends.append(time.perf_counter()))
     seconds = time.perf_counter() - began
-    steps = Steps.of(recipe, bench.plan.subset_size)
+    steps = Steps.of(recipe, size or bench.plan.subset_size)
     images = (steps.total - steps.end(1)) * steps.batch
     return images / (ends[-1] - ends[0]), seconds
 
@@ -348,6 +369,111 @@ def large_rates(bench: Bench) -> None:
     rates_of(bench, RESNET18, (), epochs=3)
 
 
+def curvature_rates(bench: Bench) -> None:
+    """The exact trace of 10 classes, in the precision that the model allows, and the usual loop."""
+    recipe = bench.recipe(RESNET18, epochs=1)
+    images, n = bench.images, min(2_048, len(bench.images.y_train))
+    model = fresh_model(images, recipe)
+    train(model, images, bench.plan.mask(0), recipe, bench.plan.seeds(0))
+    model = model.to(memory_format=torch.contiguous_format).eval()
+    x, y = images.x_train[:n], images.y_train[:n]
+    usual, _ = per_second(images.device, n, lambda: usual_loop(model, x, y))
+    show(f"{recipe.model}, curvature, two gradients a probe, ten probes",
+         f"{usual:,.0f} examples/s")  # fmt: skip
+    traces, rates = {}, {}
+    for precision in ("float32", "tf32", "bfloat16", "auto"):
+        rule = CurvatureRule(precision=precision, paper=None)
+        meter = Meter(model, x, y, rule)
+        size = meter.batch_size(x, y)
+        size = min(size, max(8, n // 8))  # enough whole batches to warm up, capture and replay
+        measuring = functools.partial(meter.all, x, y, size)
+        rates[precision], found = per_second(images.device, n, measuring)
+        traces[precision] = torch.from_numpy(found["curvature"])
+        chosen = meter.precision
+        show(
+            f"{recipe.model}, exact trace, {precision}: {chosen.precision} {chosen.differences}",
+            f"{rates[precision]:,.0f} examples/s in batches of {size}",
+        )
+    off = relative_difference(traces["auto"], traces["float32"])
+    what = f"{recipe.model}: the trace is within 0.001 of float32's"
+    bench.check(what, off <= 1e-3, f"{off:.1e}")
+    meter = Meter(model, x, y, CurvatureRule(precision="float32"))
+    eager = meter(x[:64], y[:64])["curvature"].cpu()
+    again = relative_difference(traces["float32"][:64], eager)
+    what = f"{recipe.model}: replayed passes give what eager ones do"
+    bench.check(what, again < 1e-4, f"{again:.1e}")
+    if images.device.type == "cuda":
+        ratio = rates["auto"] / usual
+        bench.check(f"{recipe.model}: five times the usual loop", ratio >= 5, f"{ratio:.1f} times")
+
+
+def per_second(device: torch.device, n: int, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Examples per second of the second run, and what it gives."""
+    work()
+    wait(device)
+    began = time.perf_counter()
+    found = work()
+    wait(device)
+    return n / (time.perf_counter() - began), found
+
+
+def usual_loop(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """As published scripts do it: both gradients in each of ten probes, TF32 as torch has it."""
+    for at in range(0, len(x), 256):
+        images = as_input(x[at : at + 256], torch.contiguous_format)
+        labels = y[at : at + 256]
+        for _ in range(10):
+            v = torch.randint(0, 2, images.shape, device=images.device) * 2e-3 - 1e-3
+            gradients = []
+            for moved in (images + v, images):
+                moved = moved.clone().requires_grad_()
+                loss = nn.functional.cross_entropy(model(moved), labels)
+                gradients.append(torch.autograd.grad(loss, moved)[0])
+            (gradients[0] - gradients[1]).flatten(1).norm(dim=1)
+
+
+def whole_recipe(bench: Bench) -> None:
+    """`--recipe gpu` of jobs/feldman_cifar.py, trained once on every training image of --data."""
+    recipe, images = bench.recipe(recipe_of_job()), bench.images
+    if bench.data is not None:
+        images = Images.from_arrays(*arrays(bench.data), images.n_classes, images.device)
+    everything = np.ones(len(images.y_train), bool)
+    model = fresh_model(images, recipe)
+    rate, seconds = rate_of_epochs(
+        bench,
+        recipe,
+        lambda on_epoch: train(
+            model, images, everything, recipe, bench.plan.seeds(0), on_epoch=on_epoch
+        ),
+        size=len(everything),
+    )
+    test = evaluate(model, images.x_test, images.y_test).correct
+    whole = len(everything) == 50_000 and len(test) == 10_000
+    accuracy = f"{test.mean():.2%} of {len(test):,} test images right"
+    show(
+        f"{recipe.model}, {recipe.precision}, {recipe.epochs} epochs of {len(everything):,} images",
+        f"{accuracy}; {rate:,.0f} images/s after the first epoch, {seconds:.1f} s in all",
+    )
+    if whole:
+        bench.check("recipe gpu reaches 93% on CIFAR-10", bool(test.mean() >= 0.93), accuracy)
+
+
+def recipe_of_job() -> Recipe:
+    path = Path(__file__).parents[1] / "jobs" / "feldman_cifar.py"
+    recipe: Recipe = runpy.run_path(str(path))["RECIPES"]["gpu"]
+    return recipe
+
+
+def resnet9_rates(bench: Bench) -> None:
+    """A few in one step: models that large fill the device sooner."""
+    recipe = bench.recipe(recipe_of_job(), epochs=2)
+    for G in bench.sizes(2, 4):
+        show(
+            f"{recipe.model}, {recipe.precision}, {G} models in a step",
+            group_rate(bench, recipe, G),
+        )
+
+
 def chosen_sizes(bench: Bench) -> None:
     """What `--models-per-step auto` takes, and how long it tries."""
     for recipe in (MLP, TINY, RESNET18):
@@ -365,6 +491,9 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "tiny": (tiny_rates, 60),
     "large": (large_rates, 45),
     "cpu": (device_against_cpu, 45),
+    "curvature": (curvature_rates, 60),
+    "accuracy": (whole_recipe, 90),
+    "resnet9": (resnet9_rates, 60),
     "auto": (chosen_sizes, 60),
     "tf32": (tf32_rates, 60),
 }
@@ -394,8 +523,7 @@ def pictures(path: str | None, n: int, device: torch.device, side: int = 32) -> 
     """n training images and a tenth as many for testing: those of an .npz, or random ones."""
     m = max(1, n // 10)
     if path is not None:
-        with np.load(path) as file:
-            x, y = file["x_train"], file["y_train"].astype(np.int64)
+        x, y, _, _ = arrays(path)
         x, y = x[: n + m], y[: n + m]
     else:
         generator = np.random.default_rng(0)
@@ -404,6 +532,29 @@ def pictures(path: str | None, n: int, device: torch.device, side: int = 32) -> 
         noise = generator.integers(0, 156, (n + m, side, side, 3), dtype=np.uint8)
         x = noise + generator.integers(0, 100, (10, 1, 1, 3), dtype=np.uint8)[y]
     return Images.from_arrays(x[:n], y[:n], x[n:], y[n:], int(y.max()) + 1, device)
+
+
+Set = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+@functools.cache
+def arrays(path: str) -> Set:
+    """x_train, y_train, x_test, y_test of an .npz that has them, or JPEG bytes (`jpeg`, `offset`,
+    `label`, and `split`, which is train or test)."""
+    with np.load(path) as file:
+        if "jpeg" not in file:
+            x, y = file["x_train"], file["y_train"].astype(np.int64)
+            return x, y, file["x_test"], file["y_test"].astype(np.int64)
+        jpeg, offset = file["jpeg"], file["offset"]
+        y, train = file["label"].astype(np.int64), file["split"] == "train"
+
+    def decoded(i: int) -> np.ndarray:
+        whole = Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]].tobytes()))
+        return np.asarray(whole.convert("RGB"))
+
+    with ThreadPoolExecutor() as pool:
+        x = np.stack(list(pool.map(decoded, range(len(y)))))
+    return x[train], y[train], x[~train], y[~train]
 
 
 def run(bench: Bench, only: list[str] | None = None) -> bool:
@@ -431,7 +582,7 @@ def run(bench: Bench, only: list[str] | None = None) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="an .npz with x_train (uint8) and y_train")
+    parser.add_argument("--data", help="an .npz with x_train (uint8), y_train, ..., or with JPEGs")
     parser.add_argument("--toy", action="store_true", help="small sizes, also on a CPU")
     parser.add_argument("--only", choices=PARTS, action="append")
     arguments = parser.parse_args()
@@ -443,7 +594,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     size = {"n": 60, "side": 8} if arguments.toy else {"n": 10_000}
     images = pictures(arguments.data, device=device, **size)
-    sys.exit(0 if run(Bench(images, arguments.toy), arguments.only) else 1)
+    bench = Bench(images, arguments.toy, arguments.data)
+    sys.exit(0 if run(bench, arguments.only) else 1)
 
 
 if __name__ == "__main__":

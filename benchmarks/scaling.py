@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --write    puts them into docs/scaling.md
 
 Operations are counted, sizes and times at scale are read from benchmarks/measured/, and what is
-assumed is said to be. Nothing here was measured on a GPU.
+assumed is said to be. Of a GPU only the rates of the table of one card were measured.
 """
 
 from __future__ import annotations
@@ -119,6 +119,35 @@ def hours(cost: Cost) -> Table:
     return rows
 
 
+def on_a_card() -> Table:
+    """Feldman & Zhang's two studies, and one between them, at the rates measured on one card."""
+    rates = kept("gpu")["images_per_second"]
+    rows: Table = [("2,000 models of", "arithmetic", f"hours of one {kept('gpu')['card']}", "kind")]
+    for what, n, epochs, name in (
+        ("mlp-512-256 on MNIST, 10 epochs, 256 in one step", 60_000, 10, "mlp-512-256"),
+        ("resnet9 on CIFAR-10, 16 epochs", 50_000, 16, "resnet9"),
+        (f"ResNet-50 on ImageNet at {PIXELS} px, {EPOCHS[0]} epochs", N, EPOCHS[0], "resnet50"),
+    ):
+        images, rate = TRIALS * RATIO * n * epochs, rates[name]
+        if rate is None:
+            rows.append((what, f"{images:.3g} images in training", "", "rate not measured"))
+            continue
+        value = (
+            f"{images / rate / 3600:,.2g}"
+            if images / rate < 36_000
+            else (f"{images / rate / 3600:,.0f}")
+        )
+        rows.append(
+            (
+                what,
+                f"{TRIALS:,} x {RATIO} x {n:,} x {epochs} images / {rate:,} a second",
+                value,
+                "computed",
+            )
+        )
+    return rows
+
+
 def disk_and_network() -> Table:
     scoring, cache = kept("scoring"), (N + M) * PIXELS**2 * 3
     trial, weights = scoring["trial_bytes"], 4 * parameters()
@@ -210,7 +239,7 @@ def simulated() -> Table:
 
 
 def where() -> Iterator[str]:
-    for name in ("scoring", "influence", "ten_thousand", "simulation"):
+    for name in ("scoring", "influence", "ten_thousand", "simulation", "gpu"):
         numbers = kept(name)
         size = f", {numbers['trials']:,} trials" if name == "ten_thousand" else ""
         yield f"- {name}: {numbers['measured']}, {numbers['on']}{size}"
@@ -227,6 +256,7 @@ def tables() -> dict[str, str]:
     return {
         "training": as_markdown(training(cost)),
         "hours": as_markdown(hours(cost)),
+        "card": as_markdown(on_a_card()),
         "disk": as_markdown(disk_and_network()),
         "scores": as_markdown(scores()),
         "fleet": as_markdown(fleet()),

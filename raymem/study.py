@@ -192,6 +192,17 @@ class Study:
                 "curvature after training reads shards or a cache, and the images are in memory; "
                 "give curvature_data, or measure it in the trials (curvature_at='trial')"
             )
+        every = None if self.curvature is None else self.curvature.every_epochs
+        if every is not None and self.curvature_at == "stage":
+            raise PlanError(
+                "curvature over training is measured while a model trains, not after it; take "
+                "curvature_at='trial', or leave every_epochs out"
+            )
+        if every is not None and every >= self.recipe.epochs:
+            raise PlanError(
+                f"curvature is to be measured every {every} epochs, but the recipe has "
+                f"{self.recipe.epochs}; take a smaller every_epochs"
+            )
         limit, block = self.curvature_trials, self.plan.block
         if limit is None:
             return

@@ -32,7 +32,7 @@ M, N = 597, 1200
 
 
 def study_of(digits, store, **settings):
-    defaults = {"trials": 40, "curvature": CurvatureRule(), "recipe": RECIPE}
+    defaults = {"trials": 40, "curvature": CurvatureRule(every_epochs=2), "recipe": RECIPE}
     return Study(examples=digits, store=store, **{**defaults, **settings})
 
 
@@ -109,6 +109,8 @@ def test_the_words_of_curvature_are_in_the_tables(done):
     about = Store(done.store).provenance(TrialKey(math.inf, 3))["curvature"]
     assert about["mode"] == "gauss-newton"
     assert about["rule"]["paper"]["step"] == 1e-3
+    assert about["over_training"]["epochs"] == 2
+    assert about["over_training"]["seconds"] > 0
     assert verify(Store(done.store)) == []
 
 
@@ -250,6 +252,6 @@ def test_a_model_that_cannot_be_measured_is_an_error_with_its_cause(digits, tmp_
     from raymem import FleetError
 
     recipe = Recipe(model="learners:no_second_derivative", epochs=1)
-    study = study_of(digits, tmp_path, trials=1, recipe=recipe)
+    study = study_of(digits, tmp_path, trials=1, recipe=recipe, curvature=CurvatureRule())
     with pytest.raises((FleetError, CurvatureError), match="gauss-newton"):
         study.train(engine="serial")

@@ -19,8 +19,8 @@ from raymem.training import Member, Steps, run_group
 from raymem.training.group import Group
 from raymem.training.loop import start
 from raymem.training.precision import fast_arithmetic
+from raymem.training.replay import say_once
 from raymem.training.stack import StackedStep
-from raymem.training.step import say_once
 from raymem.training.trial import fresh_model
 
 N = 300

@@ -32,7 +32,7 @@ def study(digits, tmp_path_factory):
         recipe=Recipe(model="mlp-32", epochs=6, learning_rate=0.1),
         store=tmp_path_factory.mktemp("links"),
         trials=60,
-        curvature=CurvatureRule(),
+        curvature=CurvatureRule(every_epochs=3),
     )
     study.train(engine="serial")
     study.score()
@@ -341,6 +341,49 @@ def test_costs_are_those_of_the_trials(study):
     assert found.ratio == pytest.approx(training / (training + measuring))
     assert found.ratio_without_training == pytest.approx(training / measuring)
     assert found.ratio_at_target > 0
+    in_epochs = sum(row["curvature_epochs_seconds"] for row in rows)
+    assert {row["curvature_epochs"] for row in rows} == {2}
+    assert in_epochs > 0
+    assert found.epochs_seconds == pytest.approx(in_epochs)
+    assert found.epochs_ratio == pytest.approx(training / (training + measuring + in_epochs))
+    assert found.epochs_ratio_at_target > 0
+
+
+def test_one_models_measures_against_memorization_of_the_others(study):
+    """By hand, from the trial files: memorization of the folds that the model is not in."""
+    from raymem import TrialKey
+    from raymem.links import of_one_model
+
+    store = Store(study.store)
+    rows = {row.measure: row for row in of_one_model(store, [math.inf])[math.inf]}
+    assert list(rows) == [
+        "curvature", "curvature_over_training", "curvature_paper", "gradient_norm", "loss",
+        "cumulative_loss",
+    ]  # fmt: skip
+    tables = [store.trial(TrialKey(math.inf, t)).slice(0, 1200) for t in range(60)]
+    inside, right, value = (
+        np.array([t[name].to_numpy(zero_copy_only=False) for t in tables])
+        for name in ("in_subset", "correct", "curvature_over_training")
+    )
+    inside = inside.astype(bool)
+    others, rho = np.arange(60) >= 20, []  # the first 20 trials are one block, and one fold
+    for t in range(20):
+        n_in, n_out = inside[others].sum(0), (~inside)[others].sum(0)
+        mem = (right & inside)[others].sum(0) / n_in - (right & ~inside)[others].sum(0) / n_out
+        rho.append(stats.spearmanr(mem[inside[t]], value[t][inside[t]])[0])
+    found = rows["curvature_over_training"]
+    assert found.models == 20
+    assert found.spearman == pytest.approx(np.mean(rho))
+    assert (found.spearman_low, found.spearman_high) == pytest.approx((min(rho), max(rho)))
+    trial = store.scores("trials").to_pylist()[:20]
+    seconds = [r["seconds"] + r["curvature_seconds"] + r["curvature_epochs_seconds"] for r in trial]
+    assert found.seconds == pytest.approx(np.mean(seconds))
+    assert rows["loss"].seconds == pytest.approx(np.mean([r["seconds"] for r in trial]))
+    assert 0 < rows["curvature"].agreement < 1
+    text = links_text(find_links(store))
+    assert "measure of one model" in text
+    assert "averaged over training" in text
+    assert "three orders of magnitude" in text
 
 
 def test_two_stores_are_joined_by_what_they_hold(study, digits, tmp_path):
@@ -373,8 +416,8 @@ def test_two_stores_are_joined_by_what_they_hold(study, digits, tmp_path):
     # Other models, the same examples: nearly as in one study, and far from 0.
     ((_, own),) = correlations(first).items()
     by_name = {c.measure: c.spearman.value for c in own}
-    # The other study has no paper's score.
-    assert len(found) == len(MEASURES) - 2 + 1
+    # The other study has neither the paper's score nor curvature over training.
+    assert len(found) == len(MEASURES) - 4 + 1
     assert found[-1].measure == "memorization"
     for c in found[:-1]:
         # wrong_out is memorization itself in one study, with the noise of both.

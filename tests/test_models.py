@@ -18,6 +18,9 @@ from raymem.models import build_model, identity
         ("mlp-16", (8, 8, 1)),
         ("small-resnet", (8, 8, 1)),
         ("small-resnet", (32, 32, 3)),
+        ("resnet9", (8, 8, 1)),
+        ("resnet9", (28, 28, 1)),
+        ("resnet9-gn", (32, 32, 3)),
         ("cifar-resnet18", (32, 32, 3)),
         ("cifar-resnet50", (32, 32, 3)),
         ("resnet10t", (64, 64, 3)),
@@ -33,6 +36,18 @@ def test_feldmans_mlp_has_its_layers():
     net = build_model("mlp-512-256", n_classes=10, image_shape=(28, 28, 1))
     shapes = [tuple(p.shape) for p in net.parameters() if p.ndim == 2]
     assert shapes == [(512, 784), (256, 512), (10, 256)]
+
+
+def test_resnet9_is_as_large_as_published():
+    """6,573,120 parameters (Page 2018, 10 classes); convolutions at 32, 16, 8 and 4 pixels."""
+    net = build_model("resnet9", n_classes=10, image_shape=(32, 32, 3))
+    assert sum(p.numel() for p in net.parameters()) == 6_573_120
+    sides = []
+    for module in net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, x, out: sides.append(out.shape[-1]))
+    net(torch.rand(2, 3, 32, 32))
+    assert sides == [32, 32, 16, 16, 16, 8, 4, 4]
 
 
 def test_small_image_stems_keep_the_resolution():

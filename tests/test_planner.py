@@ -100,6 +100,21 @@ def test_a_plan_says_what_it_costs_elsewhere(study):
     assert "not made yet" in text
 
 
+def test_the_pilot_is_a_group_where_trials_are_trained_in_groups(study):
+    text = planned(study(), Cluster(at_once=1), models_per_step=5)
+    (pilot,) = [line for line in text.splitlines() if line.startswith("pilot: ")]
+    assert "its share of one group of 5 that took" in pilot
+    # No more than there are trials.
+    assert "one group of 3 that" in planned(study(trials=3), models_per_step=5)
+
+
+def test_a_group_costs_a_trial_its_share(study, monkeypatch):
+    monkeypatch.setattr(dry_run, "timed_group", lambda *_, models, **__: (3600.0 / models, 5000))
+    text = planned(study(), Cluster(at_once=1), models_per_step=20)
+    assert "pilot: a trial took 3 min 0 s" in text
+    assert "would take 2 h 0 min, half a minute to start" in text
+
+
 def test_the_price_is_that_of_all_machines_for_the_time_it_takes(study, monkeypatch):
     """40 trials of 8 hours here: an hour each there, 40 at once, on 10 machines at 3 an hour."""
     monkeypatch.setattr(dry_run, "timed_trial", lambda *_, **__: (8 * 3600.0, 5000))

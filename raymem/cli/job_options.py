@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import click
 
-from raymem.curvature import CurvatureRule, PaperRule
+from raymem.curvature import PRECISIONS, CurvatureRule, PaperRule
 from raymem.data import NAMED, Examples, flip_labels, load_examples
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, TrialOptions
@@ -285,6 +285,20 @@ def recipe_option(recipes: Mapping[str, Recipe]) -> Decorator:
     )
 
 
+class EveryEpochs(click.ParamType[int]):
+    """A number, or every: 1."""
+
+    name = "every|N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Raises click.BadParameter for what is neither."""
+        if value == "every":
+            return 1
+        if not (str(value).isdecimal() and int(value) >= 1):
+            self.fail(f"{value!r} is neither every nor a number from 1 on", param, ctx)
+        return int(value)
+
+
 def curvature_options(*, on: bool, at: Literal["trial", "stage"], trials: int | None) -> Decorator:
     """If, when, and in how many trials curvature is measured."""
     return together(
@@ -315,6 +329,19 @@ def curvature_options(*, on: bool, at: Literal["trial", "stage"], trials: int | 
             type=click.Choice(["auto", "gauss-newton", "hessian"]),
             default="auto",
             help="How the trace is computed.",
+        ),
+        click.option(
+            "--curvature-precision",
+            type=click.Choice(["auto", *PRECISIONS]),
+            default="auto",
+            help="Of its backward passes, where the trace keeps to 0.001 of float32's on examples "
+            "of the set, else float32. auto: on NVIDIA GPUs the fastest, elsewhere float32.",
+        ),
+        click.option(
+            "--curvature-epochs",
+            type=EveryEpochs(),
+            help="Also average curvature over training: every epoch, or every Nth, the last among "
+            "them.  [default: the trained model's only]",
         ),
         click.option(
             "--paper-step",

@@ -189,8 +189,18 @@ def private_option(private: PrivateStudy | None) -> Callable[[Any], Any]:
 
 def _options(settings: dict[str, Any], recipes: Mapping[str, Recipe]) -> JobOptions:
     mode, step = settings.pop("curvature_mode"), settings.pop("paper_step")
-    on = settings.pop("curvature")
-    rule = CurvatureRule(mode=cast(Any, mode), paper=PaperRule(step=step)) if on else None
+    on, every = settings.pop("curvature"), settings.pop("curvature_epochs")
+    precision = settings.pop("curvature_precision")
+    if every is not None and not on:
+        raise click.UsageError("--curvature-epochs needs --curvature")
+    rule = None
+    if on:
+        rule = CurvatureRule(
+            mode=cast(Any, mode),
+            precision=precision,
+            paper=PaperRule(step=step),
+            every_epochs=every,
+        )
     recipe = settings.pop("recipe", None)
     pool_from, pool_size = settings.pop("pool_from", None), settings.pop("pool_size", None)
     if pool_from is not None:
@@ -271,7 +281,14 @@ def _run(study: Study, stage: str, way: Way) -> Links | None:
     """A study's stages but the report; its links, if they were computed."""
     machine, detailed = way.machine, way.machine.verbose or stage != "all"
     if stage == "plan":
-        click.echo(planned(study, way.cluster, threads=machine.cpus_per_trial))
+        click.echo(
+            planned(
+                study,
+                way.cluster,
+                threads=machine.cpus_per_trial,
+                models_per_step=machine.models_per_step,
+            )
+        )
         return None
     click.echo(study.examples.describe())
     if stage in ("all", "train"):

@@ -17,18 +17,31 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from raymem.curvature.lower_precision import COMPARED, PrecisionChoice, pick_precision
 from raymem.curvature.paper import PaperRule, paper_score
-from raymem.curvature.trace import CHECKED, Curvature, CurvatureRule, Mode, curvature, pick_mode
+from raymem.curvature.trace import (
+    CHECKED,
+    PRECISIONS,
+    Curvature,
+    CurvatureRule,
+    Mode,
+    curvature,
+    pick_mode,
+)
 
 __all__ = [
     "CHECKED",
+    "COMPARED",
+    "PRECISIONS",
     "Curvature",
     "CurvatureRule",
     "Mode",
     "PaperRule",
+    "PrecisionChoice",
     "curvature",
     "paper_score",
     "pick_mode",
+    "pick_precision",
 ]
 
 

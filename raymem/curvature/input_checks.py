@@ -56,7 +56,9 @@ def check_logits(logits: Tensor, y: Tensor) -> None:
             "[B, K] of two or more classes"
         )
     K = logits.shape[1]
-    if len(y) and not bool(((y >= 0) & (y < K)).all()):
+    # A CUDA graph cannot ask; it is captured after batches that could.
+    captured = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+    if len(y) and not captured and not bool(((y >= 0) & (y < K)).all()):
         raise CurvatureError(
             f"labels go from {int(y.min())} to {int(y.max())}, but the model has {K} classes"
         )
@@ -86,20 +88,35 @@ def plain_arithmetic(model: nn.Module, x: Tensor) -> Iterator[None]:
     TF32 convolutions, on by default on Ampere and later, ruin differences of gradients.
     """
     wanted = [p for p in model.parameters() if p.requires_grad]
-    tf32, precision = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     for parameter in wanted:
         parameter.requires_grad_(False)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
     try:
         with (
+            float32_products(tf32=False),
             torch.inference_mode(False),
             torch.autocast(x.device.type, enabled=False),
             torch.enable_grad(),
         ):
             yield
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
-        torch.set_float32_matmul_precision(precision)
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Matrix products and convolutions of float32 in full, or in TF32 on GPUs that have it.
+
+    torch by itself lets cuDNN's convolutions use TF32, and matrix products not.
+    """
+    products, convolutions = (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+    )
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -24,6 +24,8 @@ Shapes: B batch, K classes, q exact columns, s logit probes, n input probes, d v
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -34,13 +36,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raymem.curvature.input_checks import check_inputs, differentiable, plain_arithmetic
+from raymem.curvature.input_checks import (
+    check_inputs,
+    differentiable,
+    float32_products,
+    plain_arithmetic,
+)
 from raymem.curvature.paper import PaperRule
 from raymem.curvature.probes import image_signs, keys_of, signs
 from raymem.errors import CurvatureError, first_line
 from raymem.models import margins
 
 Mode = Literal["gauss-newton", "hessian"]
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+# Slowest first, on GPUs that have all.
+PRECISIONS = ("float32", "tf32", "bfloat16")
 # |Rv| / |Hv| is exactly 0 on BatchNorm-ReLU nets, 0.56 on GroupNorm-ReLU, 0.74 on GELU.
 RESIDUAL_IS_NOISE = 1e-3
 CHECKED = 32
@@ -71,6 +81,13 @@ class CurvatureRule:
     """Hessian mode: Rademacher probes of the part that Gauss-Newton misses; two or more."""
     paper: PaperRule | None = field(default_factory=PaperRule)
     """The paper's score, beside; None: not."""
+    precision: Precision = "auto"
+    """Of the Gauss-Newton passes, where the model's own examples show that the trace keeps to
+    0.001 of float32's, see `pick_precision`: tf32 and bfloat16 are float32 where it does not; auto
+    is the fastest that does on CUDA, float32 elsewhere. Not part of a study's identity."""
+    every_epochs: int | None = None
+    """Average the trace over training too (Garg et al. 2024): measured at the end of every so many
+    epochs, counted back from the last; None: not."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "gauss-newton", "hessian"):
@@ -80,10 +97,23 @@ class CurvatureRule:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise CurvatureError(f"{name} must be an integer of {least} or more, got {value}")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise CurvatureError(
+                f"no precision {self.precision!r}; take auto, {', '.join(PRECISIONS)}"
+            )
+        if self.every_epochs is not None and self.every_epochs < 1:
+            raise CurvatureError(f"every_epochs must be 1 or more, got {self.every_epochs}")
 
     def as_dict(self) -> dict[str, Any]:
-        """The rule as JSON-ready data: what a study's hash covers."""
-        return dataclasses.asdict(self)
+        """The rule as JSON-ready data: what a study's hash covers.
+
+        `every_epochs` is left out where it is None: such studies keep the identity they had.
+        """
+        data = dataclasses.asdict(self)
+        del data["precision"]
+        if self.every_epochs is None:
+            del data["every_epochs"]
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +136,70 @@ class Curvature:
     """Vector-Jacobian products that were needed; one in each Hessian-vector product."""
 
 
+class _Backward:
+    """Vector-Jacobian products of the logits in the pixels, from one forward pass."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, precision: str) -> None:
+        self._tf32 = precision == "tf32"
+        half = precision == "bfloat16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            self._output, self._at = differentiable(model, x, y)
+        if half:
+            # What multiplies the products is the softmax of these.
+            with torch.no_grad():
+                self.logits = model(x.detach().clone())
+        else:
+            self.logits = self._output.detach()
+
+    def __call__(self, ups: Tensor) -> Tensor:
+        """J'up of each of m directions, [m, B, K] -> [m, B, d]; the graph stays for others."""
+        ups = ups.to(self._output.dtype)
+        with float32_products(tf32=self._tf32):
+            if len(ups) > 1 and batches_passes(ups):
+                found = self._batched(ups)
+                if found is not None:
+                    return found.flatten(2)
+            return torch.stack([self._grad(up) for up in ups]).flatten(2)
+
+    def one(self, up: Tensor) -> Tensor:
+        """J'up, [B, K] -> [B, d]."""
+        return self(up[None])[0]
+
+    def _grad(self, up: Tensor, *, batched: bool = False) -> Tensor:
+        (found,) = torch.autograd.grad(
+            self._output, self._at, up, retain_graph=True, is_grads_batched=batched
+        )
+        return found
+
+    def _batched(self, ups: Tensor) -> Tensor | None:
+        """All at once; None if a layer has no such backward pass."""
+        try:
+            return self._grad(ups, batched=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # whatever vmap cannot do
+            _say_once(f"backward passes are taken one by one: {first_line(error)}")
+            return None
+
+
+def batches_passes(values: Tensor) -> bool:
+    """Are backward passes taken together? On CPUs it brings nothing, and takes memory."""
+    return values.is_cuda
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.getLogger("raymem").warning(text)
+
+
 class _GaussNewton(NamedTuple):
     trace: Tensor
     variance: Tensor
     squared: Tensor
     gradient: Tensor
     logits: Tensor
-    at: Tensor
-    """The images that `logits`, with their graph, came from."""
+    """[B, K], without their graph."""
+    back: _Backward
     passes: int
     root: Tensor | None
     """[B, K-1, d] with root'root = J'SJ, if all columns were computed."""
@@ -161,7 +247,7 @@ def curvature(
         squared=squared,
         gradient_norm=gn.gradient.flatten(1).norm(dim=1),
         # log1p of the odds against: cross_entropy gives 0 where they are below rounding.
-        loss=F.softplus(-margins(gn.logits.detach(), y)),
+        loss=F.softplus(-margins(gn.logits, y)),
         mode=mode,
         backward_passes=passes,
     )
@@ -179,12 +265,12 @@ def pick_mode(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Mode:
     x, y = x[:CHECKED].detach(), y[:CHECKED]
     with plain_arithmetic(model, x):
         v = image_signs(keys_of(x, seed), CHECK_STREAM, x)
-        logits, at = differentiable(model, x, y)
-        spread = logits.detach().std(dim=1, keepdim=True).clamp(min=1)
-        cooled = logits.detach() / spread
+        back = _Backward(model, x, y, "float32")
+        spread = back.logits.std(dim=1, keepdim=True).clamp(min=1)
+        cooled = back.logits / spread
         second = _second_part(model, x, _missed(cooled, y) / spread, v)
         moved = second.logits_tangent / spread
-        gn_vector = _vjp(logits, at, _softmax_hessian(cooled, moved) / spread)
+        gn_vector = back.one(_softmax_hessian(cooled, moved) / spread).view_as(x)
     total, residual = float((second.vector + gn_vector).norm()), float(second.vector.norm())
     if not math.isfinite(total + residual):
         raise CurvatureError(
@@ -197,24 +283,22 @@ def pick_mode(model: nn.Module, x: Tensor, y: Tensor, *, seed: int = 0) -> Mode:
 def _gauss_newton(
     model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, rule: CurvatureRule
 ) -> _GaussNewton:
-    logits, at = differentiable(model, x, y)
-    p = logits.detach().softmax(1)
+    back = _Backward(model, x, y, rule.precision)
+    p = back.logits.softmax(1)
     order = p.argsort(dim=1, descending=True, stable=True)
-    if logits.shape[1] <= rule.exact_classes:
-        return _all_columns(logits, at, y, p, order)
-    return _some_columns(logits, at, y, p, order, keys, rule)
+    if p.shape[1] <= rule.exact_classes:
+        return _all_columns(back, y, p, order)
+    return _some_columns(back, y, p, order, keys, rule)
 
 
-def _all_columns(logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor) -> _GaussNewton:
+def _all_columns(back: _Backward, y: Tensor, p: Tensor, order: Tensor) -> _GaussNewton:
     """All K-1 rows D_k; the gradient comes with them, as J'(p - y) = sum_k (p_k - y_k) D_k."""
-    K = logits.shape[1]
     likeliest, others = order[:, :1], order[:, 1:]
-    rows = []
-    for j in range(K - 1):
-        up = torch.zeros_like(p).scatter_(1, others[:, j : j + 1], 1.0)
-        up.scatter_(1, likeliest, -1.0)
-        rows.append(_vjp(logits, at, up).flatten(1))
-    D = torch.stack(rows, 1)
+    ups = [
+        torch.zeros_like(p).scatter_(1, other[:, None], 1.0).scatter_(1, likeliest, -1.0)
+        for other in others.unbind(1)
+    ]
+    D = back(torch.stack(ups)).transpose(0, 1)
     q = p.gather(1, others)
     beta = 1 / (1 + p.gather(1, likeliest).sqrt())
     mixed = D - beta[:, :, None] * (q[:, None] @ D)
@@ -226,23 +310,22 @@ def _all_columns(logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor
         variance=torch.zeros_like(q[:, 0]),
         squared=M.square().sum((1, 2)),
         gradient=(missed[:, None] @ D)[:, 0],
-        logits=logits,
-        at=at,
-        passes=K - 1,
+        logits=back.logits,
+        back=back,
+        passes=p.shape[1] - 1,
         root=root,
     )
 
 
 def _some_columns(
-    logits: Tensor, at: Tensor, y: Tensor, p: Tensor, order: Tensor, keys: Tensor,
-    rule: CurvatureRule,
-) -> _GaussNewton:  # fmt: skip
+    back: _Backward, y: Tensor, p: Tensor, order: Tensor, keys: Tensor, rule: CurvatureRule
+) -> _GaussNewton:
     """A few passes, each a likely column of B or a probe of the rest, and one for the gradient.
 
     How many columns are exact is each example's own choice: many where few classes are likely,
     none where all are, whichever promises the least error for the same passes.
     """
-    K = logits.shape[1]
+    K = p.shape[1]
     likeliest, others = order[:, :1], order[:, 1:]
     q = p.gather(1, others)
     top = p.gather(1, likeliest)
@@ -258,15 +341,15 @@ def _some_columns(
         return found.scatter_(1, likeliest, -total * top.sqrt())
 
     rank = torch.arange(K - 1, device=p.device)
-    found = []
+    ups = []
     for k in range(m):
         w = signs(keys, LOGIT_STREAM + k, K - 1, p.dtype)
         # By class, not by rank: ranks of equal logits may differ between batches.
         w = w.gather(1, others - (others > likeliest).long())
         w = torch.where(rank >= n_exact[:, None], w, 0.0)
         w = torch.where((k < n_exact)[:, None], (rank == k).to(p), w)
-        found.append(_vjp(logits, at, up(w)).flatten(1))
-    gradient = _vjp(logits, at, _missed(logits.detach(), y))
+        ups.append(up(w))
+    *found, gradient = back(torch.stack([*ups, _missed(back.logits, y)]))
     T = torch.stack(found, 1)
     trace, variance, squared = _from_gram(T @ T.mT, n_exact)
     return _GaussNewton(
@@ -274,8 +357,8 @@ def _some_columns(
         variance=variance,
         squared=squared,
         gradient=gradient,
-        logits=logits,
-        at=at,
+        logits=back.logits,
+        back=back,
         passes=m + 1,
         root=None,
     )
@@ -319,7 +402,7 @@ def _with_residual(
     model: nn.Module, x: Tensor, y: Tensor, keys: Tensor, rule: CurvatureRule, gn: _GaussNewton
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Trace, its variance, and tr H^2 = tr GN^2 + 2 tr GN R + tr R^2, with what was missed."""
-    logits = gn.logits.detach()
+    logits = gn.logits
     weights = _missed(logits, y)
     traces, squares = [], []
     for k in range(rule.probes):
@@ -329,7 +412,7 @@ def _with_residual(
         traces.append((direction * vector).sum(1))
         if gn.root is None:
             up = _softmax_hessian(logits, second.logits_tangent)
-            known = _vjp(gn.logits, gn.at, up).flatten(1)
+            known = gn.back.one(up)
         else:
             known = (gn.root.mT @ (gn.root @ direction[:, :, None]))[:, :, 0]
         squares.append(((2 * known + vector) * vector).sum(1))
@@ -388,9 +471,3 @@ def _second_part(model: nn.Module, x: Tensor, weights: Tensor, v: Tensor) -> _Pr
             ) from error
     _, (vector, tangent) = derivatives
     return _Product(vector.detach(), tangent.detach())
-
-
-def _vjp(logits: Tensor, at: Tensor, up: Tensor) -> Tensor:
-    """J'up, in the shape of x; the graph stays for the next one."""
-    (found,) = torch.autograd.grad(logits, at, up, retain_graph=True)
-    return found

@@ -10,7 +10,7 @@ from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.fleet.fleet import Stopped, run_fleet, stop_signals
-    from raymem.fleet.forecast import estimated_trial, timed_trial
+    from raymem.fleet.forecast import estimated_trial, group_size, timed_group, timed_trial
     from raymem.fleet.progress_line import ProgressLine, duration
     from raymem.fleet.repeat import Repeat, repeat_trial
     from raymem.fleet.resources import Engine, Resources
@@ -29,9 +29,11 @@ __all__ = [
     "TrialQueue",
     "duration",
     "estimated_trial",
+    "group_size",
     "repeat_trial",
     "run_fleet",
     "stop_signals",
+    "timed_group",
     "timed_trial",
 ]
 

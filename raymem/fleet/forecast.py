@@ -21,10 +21,14 @@ from raymem.store.trials import encode
 from raymem.training import (
     Evaluation,
     Images,
+    Member,
     Recipe,
     SubsetHistory,
     TrialResult,
     default_device,
+    fast_arithmetic,
+    models_per_step,
+    run_group,
     run_trial,
 )
 
@@ -43,10 +47,7 @@ def timed_trial(
     epsilon: float = math.inf,
 ) -> tuple[float, int]:
     """Seconds and bytes of trial 0 at `epsilon`, which is trained and not kept."""
-    e, mask = examples, plan.mask(0)
-    images = Images.from_arrays(
-        e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, default_device()
-    )
+    images, mask = _images(examples), plan.mask(0)
     # The first trial of a process pays for loading kernels.
     warm_up = dataclasses.replace(recipe, epochs=1)
     how: dict[str, Any] = {"subset_size": plan.subset_size, "threads": threads}
@@ -56,6 +57,61 @@ def timed_trial(
     result = run_trial(images, mask, recipe, plan.seeds(0), **how, **asked)
     seconds = time.perf_counter() - start
     return seconds, len(encode(trial_table(KEY, mask, result), {}))
+
+
+def group_size(
+    examples: Examples,
+    plan: Plan,
+    recipe: Recipe,
+    options: TrialOptions,
+    *,
+    threads: int,
+    asked: int | None = None,
+) -> int:
+    """How many trials a worker on this device would train in one step; `asked` is the user's."""
+    if options.mechanisms:
+        return 1
+    if asked is not None:
+        return asked
+    images = _images(examples)
+    with fast_arithmetic(threads):
+        return models_per_step(images, recipe, plan.subset_size)
+
+
+def timed_group(
+    examples: Examples,
+    plan: Plan,
+    recipe: Recipe,
+    options: TrialOptions,
+    *,
+    threads: int,
+    models: int,
+) -> tuple[float, int]:
+    """Seconds a trial, and bytes, of the first `models` trials, trained in one step and not kept.
+
+    Raises what a trial of them failed of.
+    """
+    members = []
+    for trial in range(models):
+        asked = options.of(TrialKey(math.inf, trial))
+        del asked["mechanism"]
+        members.append(Member(mask=plan.mask(trial), seeds=plan.seeds(trial), **asked))
+    images = _images(examples)
+    start = time.perf_counter()
+    outcomes = run_group(images, members, recipe, subset_size=plan.subset_size, threads=threads)
+    seconds = time.perf_counter() - start
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    first = outcomes[0]
+    assert isinstance(first, TrialResult)
+    return seconds / models, len(encode(trial_table(KEY, plan.mask(0), first), {}))
+
+
+def _images(e: Examples) -> Images:
+    return Images.from_arrays(
+        e.x_train, e.y_train, e.x_test, e.y_test, e.n_classes, default_device()
+    )
 
 
 def estimated_trial(
@@ -99,6 +155,10 @@ def estimated_trial(
     epoch = max(0.0, seconds(2) - one)
     curvature = asked["curvature"]
     measuring = 0.0 if curvature is None else max(0.0, seconds(1, curvature=curvature) - one)
+    if curvature is not None and curvature.every_epochs is not None:
+        trace = dataclasses.replace(curvature, paper=None, every_epochs=None)
+        more_epochs = math.ceil(recipe.epochs / curvature.every_epochs) - 1
+        measuring += more_epochs * max(0.0, seconds(1, curvature=trace) - one)
     per_epoch, per_evaluated, per_measured = (
         part / SAMPLE for part in (epoch, max(0.0, one - epoch) / 2, measuring)
     )

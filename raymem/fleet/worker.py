@@ -409,7 +409,9 @@ def provenance(
         "seeds": vars(seeds),
         "seconds": round(result.seconds, 3),
         "device": device.type,
-        "arithmetic": arithmetic(device, job.threads, job.recipe, result.how) + by_itself,
+        "arithmetic": arithmetic(device, job.threads, job.recipe, result.how)
+        + _of_curvature(measured)
+        + by_itself,
         "host": socket.gethostname(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "raymem": VERSION,
@@ -428,7 +430,23 @@ def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> 
     )
 
 
+def _of_curvature(measured: Measured | None) -> str:
+    if measured is None or measured.precision.precision == "float32":
+        return ""
+    return f", curvature in {measured.precision.precision}"
+
+
 def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:
     """How curvature was measured, for the metadata beside it."""
     rule = None if job.options.curvature is None else job.options.curvature.as_dict()
-    return {"mode": measured.mode, "rule": rule, "seconds": round(measured.seconds, 3)}
+    about = {
+        "mode": measured.mode,
+        "rule": rule,
+        "seconds": round(measured.seconds, 3),
+        "precision": measured.precision.precision,
+        "precision_differences": measured.precision.differences,
+    }
+    if "curvature_over_training" in measured.values:
+        seconds = round(measured.epochs_seconds, 3)
+        about["over_training"] = {"epochs": measured.epochs, "seconds": seconds}
+    return about

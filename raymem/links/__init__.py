@@ -17,12 +17,13 @@ from raymem.links.correlation import (
     has_curvature,
     in_paper_bins,
 )
-from raymem.links.costs import Costs, costs
+from raymem.links.costs import TARGET, Costs, costs
 from raymem.links.cross_store import correlations_across, joined
 from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
+from raymem.links.one_model import OneModel, of_one_model
 from raymem.links.pool import most_memorized, removal_by_scores
 from raymem.links.removal import (
     Contrast,
@@ -46,6 +47,7 @@ from raymem.links.verdicts import Verdict, verdicts_on_link1
 __all__ = [
     "METHODS",
     "NOT_A_TEST",
+    "TARGET",
     "Audit",
     "BoundCheck",
     "Change",
@@ -63,6 +65,7 @@ __all__ = [
     "Links",
     "Mean",
     "Observed",
+    "OneModel",
     "PaperBins",
     "Parameter",
     "Plane",
@@ -92,6 +95,7 @@ __all__ = [
     "link2",
     "link3",
     "most_memorized",
+    "of_one_model",
     "paper_bins",
     "privacy_links",
     "red",

@@ -44,6 +44,14 @@ class Costs:
     ratio_at_target: float
     """Both at a reliability of 0.9, by extrapolation (Spearman and Brown): seconds of memorization
     over seconds of curvature with the training of its models. NaN if that cannot be told."""
+    epochs_seconds: float
+    """Of measuring in the epochs before the last, for curvature_over_training; 0 without it."""
+    epochs_reliability: float
+    """Of curvature_over_training_out; NaN without it."""
+    epochs_ratio: float
+    """As `ratio`, for curvature_over_training."""
+    epochs_ratio_at_target: float
+    """As `ratio_at_target`, for curvature_over_training."""
 
 
 def costs(store: Store, found: Mapping[float, list[Correlation]]) -> dict[float, Costs]:
@@ -62,7 +70,12 @@ def costs(store: Store, found: Mapping[float, list[Correlation]]) -> dict[float,
         models = math.fsum(row["seconds"] for row in measured)
         reliability = summary.get(f"eps-{epsilon_name(epsilon)}", {}).get("reliability")
         mem = math.nan if reliability is None else float(reliability)
-        curv = next((c.reliability for c in correlations if c.measure == "curvature_out"), math.nan)
+        of = {c.measure: c.reliability for c in correlations}
+        curv = of.get("curvature_out", math.nan)
+        over_training = of.get("curvature_over_training_out", math.nan)
+        in_epochs = math.fsum(row.get("curvature_epochs_seconds") or 0.0 for row in measured)
+        with_epochs = models + measuring + in_epochs if in_epochs else math.nan
+        memorizing = seconds / len(here) * _trials_for(len(here), mem)
         result[epsilon] = Costs(
             trials=len(here),
             training_seconds=seconds,
@@ -73,8 +86,13 @@ def costs(store: Store, found: Mapping[float, list[Correlation]]) -> dict[float,
             ratio=_over(seconds, models + measuring),
             ratio_without_training=_over(seconds, measuring),
             ratio_at_target=_over(
-                seconds / len(here) * _trials_for(len(here), mem),
-                (models + measuring) / len(measured) * _trials_for(len(measured), curv),
+                memorizing, (models + measuring) / len(measured) * _trials_for(len(measured), curv)
+            ),
+            epochs_seconds=in_epochs,
+            epochs_reliability=over_training,
+            epochs_ratio=_over(seconds, with_epochs),
+            epochs_ratio_at_target=_over(
+                memorizing, with_epochs / len(measured) * _trials_for(len(measured), over_training)
             ),
         )
     return result

@@ -26,8 +26,9 @@ from raymem.links.cross_store import joined
 from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, plain, with_unclipped
 from raymem.links.equal_loss import EqualLoss
+from raymem.links.one_model import OneModel, of_one_model
 from raymem.links.twins import Twins, find_twins
-from raymem.links.verdicts import Verdict, verdict_on_link2, verdicts_on_link1
+from raymem.links.verdicts import Verdict, verdict_on_link2, verdicts_on_costs, verdicts_on_link1
 from raymem.store import Store
 
 
@@ -44,6 +45,8 @@ class Links:
     """Link 1 in the paper's bins, of each measure of curvature."""
     costs: dict[float, Costs]
     """What both sides of link 1 cost."""
+    one_model: dict[float, list[OneModel]]
+    """Measures of one model by itself against memorization, by epsilon."""
     curvature: Link2
     """Link 2."""
     memorization: list[Audit]
@@ -90,6 +93,7 @@ class Links:
     def verdicts(self) -> list[Verdict]:
         """The verdict on each link: its estimate and interval, and what it does not show."""
         link1 = verdicts_on_link1(self.correlations)
+        link1 += verdicts_on_costs(self.costs, self.one_model)
         return [*link1, verdict_on_link2(self.curvature), self.verdict]
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,6 +109,10 @@ class Links:
             },
             "link_1_costs": {
                 epsilon_name(e): plain(vars(found)) for e, found in self.costs.items()
+            },
+            "link_1_one_model": {
+                epsilon_name(e): [plain(vars(row)) for row in rows]
+                for e, rows in self.one_model.items()
             },
             "links_2_and_3_from": self.private_store,
             "links_2_and_3_diagnostics": _findings_as_dict(self.private_diagnostics),
@@ -124,6 +132,7 @@ def find_links(store: Store, *, seed: int = 0) -> Links:
         bins=by_memorization(store),
         paper=in_paper_bins(store, list(compared), seed=seed),
         costs=costs(store, compared),
+        one_model=of_one_model(store, list(compared)),
     )
 
 
@@ -138,6 +147,7 @@ def privacy_links(store: Store, *, seed: int = 0) -> Links:
         bins={},
         paper={},
         costs={},
+        one_model={},
         curvature=link2(store, seed=seed),
         memorization=audits,
         mean_memorization={a.epsilon: a.pool for a in audits if a.pool is not None},

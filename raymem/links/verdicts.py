@@ -9,7 +9,9 @@ from typing import Any
 
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links.correlation import Correlation, has_curvature
+from raymem.links.costs import TARGET, Costs
 from raymem.links.epsilons import Change, Link2, Observed, plain
+from raymem.links.one_model import OneModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,55 @@ def _numbers(row: Correlation) -> str:
     if not math.isnan(row.pearson_disattenuated):
         parts.append(f"Pearson {row.pearson_disattenuated:.2f} when disattenuated")
     return ", ".join(parts)
+
+
+def verdicts_on_costs(
+    found: Mapping[float, Costs], alone: Mapping[float, Sequence[OneModel]]
+) -> list[Verdict]:
+    """Is curvature three orders of magnitude cheaper (Ravikumar et al. 2024)? At each epsilon."""
+    return [verdict_on_costs(e, c, alone.get(e, ())) for e, c in found.items()]
+
+
+def verdict_on_costs(epsilon: float, c: Costs, alone: Sequence[OneModel]) -> Verdict:
+    """Costs at equal reliability, and what one model by itself gives for its price."""
+    at = at_epsilon(epsilon)
+    kinds = [("the trained models", c.ratio_at_target)]
+    if not math.isnan(c.epochs_reliability):
+        kinds.append(("averaged over training", c.epochs_ratio_at_target))
+    matched = [
+        f"{_times(ratio)} ({kind})" for kind, ratio in kinds if not math.isnan(ratio) and ratio > 0
+    ]
+    text = f"link 1, cost{at}: "
+    text += (
+        f"at reliability {TARGET:g} of both, memorization costs {' and '.join(matched)} what "
+        "curvature costs with the training of its models; the paper says three orders of magnitude"
+        if matched
+        else "not known at equal reliability, which needs two blocks of trials that measured both"
+    )
+    singles = {row.measure: row for row in alone}
+    for name, kind in (
+        ("curvature", "One model's curvature"),
+        ("curvature_over_training", "Averaged over its training it"),
+    ):
+        row = singles.get(name)
+        if row is None or math.isnan(row.spearman):
+            continue
+        price = c.training_seconds / row.seconds if row.seconds > 0 else math.nan
+        text += (
+            f". {kind} costs 1/{price:.3g} of memorization from {c.trials:,} models and has a "
+            f"Spearman correlation of {row.spearman:.2f} ({row.spearman_low:.2f} to "
+            f"{row.spearman_high:.2f} over {row.models:,} models) with it"
+        )
+    return Verdict(
+        text=text,
+        estimate=c.ratio_at_target,
+        not_shown="that the cheaper measure can replace the other: they agree only as far as the "
+        "correlations say",
+    )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3g} times"
 
 
 def verdict_on_link2(link: Link2) -> Verdict:

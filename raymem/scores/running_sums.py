@@ -229,7 +229,14 @@ def _curvature_row(
         "curvature_out": _mean(values[out]),
         "curvature_mode": about["curvature"]["mode"],
         "curvature_seconds": about["curvature"]["seconds"],
+        **_over_training_row(about["curvature"].get("over_training")),
     }
+
+
+def _over_training_row(about: dict[str, Any] | None) -> dict[str, Any]:
+    if about is None:
+        return {}
+    return {"curvature_epochs": about["epochs"], "curvature_epochs_seconds": about["seconds"]}
 
 
 def privacy_row(about: dict[str, Any] | None) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
             "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
         }
         private = columns.TRIALS_PRIVACY if study.privacy is not None else {}
-        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private})
+        over_training = (study.curvature or {}).get("every_epochs") is not None
+        more = columns.TRIALS_OVER_TRAINING if over_training else {}
+        trials_schema = columns.schema({**columns.SCORES_TRIALS, **private, **more})
         store.write_scores("trials", pa.Table.from_pylist(trial_rows, schema=trials_schema), about)
         of = _with_more(columns.FOLDS, columns.SUMS_CURVATURE, folds.names)
         parts = (_fold_table(index, *fold, of) for fold in folds)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from raymem.data import CachedExamples
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
-from raymem.fleet import duration, estimated_trial, timed_trial
+from raymem.fleet import duration, estimated_trial, group_size, timed_group, timed_trial
 from raymem.privacy import bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,
@@ -72,12 +73,22 @@ class Pilot:
     mean_seconds: float
     n_bytes: int
     """Of a trial's object."""
+    together: int = 1
+    """Trials that were trained in one step; a trial's seconds are its share."""
 
 
-def planned(study: Study, where: Cluster | None = None, *, threads: int = 1) -> str:
+def planned(
+    study: Study,
+    where: Cluster | None = None,
+    *,
+    threads: int = 1,
+    models_per_step: int | None = None,
+) -> str:
     """What training would do, take and give, from a pilot of up to three trials that are not kept.
 
-    Of sets in a cache no trial is run: a few images of their size are, and the rest is counted.
+    The pilot is one group where trials are trained in groups: `models_per_step` at once, by itself
+    as many as this device is faster with. Of sets in a cache no trial is run: a few images of
+    their size are, and the rest is counted.
     """
     where = where or Cluster()
     return "\n".join(
@@ -86,7 +97,7 @@ def planned(study: Study, where: Cluster | None = None, *, threads: int = 1) -> 
             _subsets(study),
             *_curvature(study),
             *_privacy(study),
-            *_time(study, where, threads),
+            *_time(study, where, threads, models_per_step),
             _store(study),
             *_precision(study),
             *_power(study),
@@ -95,8 +106,9 @@ def planned(study: Study, where: Cluster | None = None, *, threads: int = 1) -> 
     )
 
 
-def _time(study: Study, where: Cluster, threads: int) -> list[str]:
-    at_once = where.at_once or max(1, (os.cpu_count() or 1) // threads)
+def _time(study: Study, where: Cluster, threads: int, models_per_step: int | None) -> list[str]:
+    here = torch.cuda.device_count() if _on_gpu() else (os.cpu_count() or 1) // threads
+    at_once = where.at_once or max(1, here)
     slots = where.machines * at_once
     lines, total, n_bytes = [], 0.0, 0
     # Noise costs the same, however much of it: one pilot stands for all finite epsilons.
@@ -104,7 +116,7 @@ def _time(study: Study, where: Cluster, threads: int) -> list[str]:
         alike = [epsilon for epsilon in epsilons if epsilon in study.epsilons]
         if not alike:
             continue
-        pilot = _pilot(study, threads, alike[0])
+        pilot = _pilot(study, threads, alike[0], models_per_step)
         total += pilot.mean_seconds * len(alike)
         n_bytes = max(n_bytes, pilot.n_bytes)
         lines.append(_pilot_text(study, pilot, threads, alike[0]))
@@ -134,11 +146,16 @@ def _busy(seconds: float) -> str:
     return duration(seconds) if seconds < 3600 else f"{seconds / 3600:,.3g} hours"
 
 
-def _pilot(study: Study, threads: int, epsilon: float) -> Pilot:
+def _pilot(study: Study, threads: int, epsilon: float, models_per_step: int | None) -> Pilot:
     what = (study.examples, study.plan, study.recipe, study.trial_options())
     if isinstance(study.examples, CachedExamples):
         seconds, n_bytes = estimated_trial(*what, threads=threads, epsilon=epsilon)
         return Pilot(seconds=[], mean_seconds=seconds, n_bytes=n_bytes)
+    together = group_size(*what, threads=threads, asked=models_per_step)
+    together = min(together, len(study.target.wanted()))
+    if together > 1:
+        seconds, n_bytes = timed_group(*what, threads=threads, models=together)
+        return Pilot(seconds=[seconds], mean_seconds=seconds, n_bytes=n_bytes, together=together)
     times: list[float] = []
     n_bytes = 0
     while len(times) < PILOT_TRIALS and sum(times) < PILOT_SECONDS:
@@ -159,9 +176,13 @@ def _pilot_text(study: Study, pilot: Pilot, threads: int, epsilon: float) -> str
         if len(pilot.seconds) > 1
         else ""
     )
+    of = f"mean of {len(pilot.seconds)}"
+    if pilot.together > 1:
+        whole = duration(pilot.mean_seconds * pilot.together)
+        of = f"its share of one group of {pilot.together} that took {whole}"
     return (
-        f"pilot: {kind} took {duration(pilot.mean_seconds)}{spread} here {here}, mean of "
-        f"{len(pilot.seconds)}; the process had {_peak_memory() / 1e9:.2f} GB at its peak"
+        f"pilot: {kind} took {duration(pilot.mean_seconds)}{spread} here {here}, {of}; the "
+        f"process had {_peak_memory() / 1e9:.2f} GB at its peak"
     )
 
 
@@ -339,7 +360,12 @@ def _curvature(study: Study) -> list[str]:
     which = "every trial" if limit is None else f"the first {limit:,} trials"
     paper = ", and the paper's score" if study.curvature.paper else ""
     when = "at the end of" if study.curvature_at == "trial" else "after training, under those of"
-    return [f"curvature: of every training example, {when} {which} ({study.curvature.mode}{paper})"]
+    every = study.curvature.every_epochs
+    epochs = "" if every is None else f", averaged over every {'' if every == 1 else every} epoch"
+    return [
+        f"curvature: of every training example, {when} {which} ({study.curvature.mode}{paper}"
+        f"{epochs})"
+    ]
 
 
 def _store(study: Study) -> str:

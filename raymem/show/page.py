@@ -15,7 +15,7 @@ import jinja2
 
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links import Links
-from raymem.links.verdicts import verdict_on_link1
+from raymem.links.verdicts import verdict_on_link1, verdicts_on_costs
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
 from raymem.show.figures import Figure
@@ -28,6 +28,7 @@ from raymem.show.result_tables import (
     findings_table,
     fits_table,
     memorization_by_epsilon_table,
+    one_model_table,
     references_table,
 )
 from raymem.show.score_tables import memorization_of
@@ -255,18 +256,24 @@ def _curvature(links: Links, epsilon: float) -> dict[str, Any]:
         *([fits_table(rows)] if rows else []),
         *([] if equal is None else [equal]),
         *([] if bins is None else [bins_table(epsilon, bins)]),
+        *(
+            [one_model_table(epsilon, links.one_model[epsilon])]
+            if epsilon in links.one_model
+            else []
+        ),
     ]
+    costs = {e: found for e, found in links.costs.items() if e == epsilon}
     here = {epsilon}
     lines = [
         *paper_bins_text({e: v for e, v in links.paper.items() if e in here}).splitlines(),
-        *costs_text({e: v for e, v in links.costs.items() if e in here}).splitlines(),
+        *costs_text(costs).splitlines(),
     ]
     return {
         "compared": correlations_table(rows) if rows else None,
         "compared_examples": f"{rows[0].examples:,}" if rows else "",
         "at": at_epsilon(epsilon),
         "measures": [MEASURES[row.measure] for row in rows],
-        "link1": verdict_on_link1(epsilon, rows),
+        "link1": [verdict_on_link1(epsilon, rows), *verdicts_on_costs(costs, links.one_model)],
         "more_tables": tables,
         "more_lines": lines,
     }

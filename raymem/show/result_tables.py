@@ -20,6 +20,7 @@ from raymem.links import (
     Finding,
     LabelErrors,
     Link2,
+    OneModel,
     RemovalEffect,
     Removed,
 )
@@ -187,6 +188,32 @@ def bins_table(epsilon: float, bins: pa.Table) -> Table:
         rows=[
             [f"{row['from']:.1f} to {row['to']:.1f}", row["examples"], *(row[n] for n in names)]
             for row in bins.to_pylist()
+        ],
+    )
+
+
+def one_model_table(epsilon: float, rows: Sequence[OneModel]) -> Table:
+    """What one model by itself says of memorization."""
+    models = rows[0].models if rows else 0
+    return Table(
+        title=f"Memorization against measures of one model on its own subset{at_epsilon(epsilon)}, "
+        f"mean over {models:,} models",
+        columns=[
+            Column(key="measure", title="measure of one model"),
+            Column(key="spearman", title="rank correlation (least to greatest)"),
+            Column(key="pearson", title="Pearson"),
+            Column(key="agreement", title="agreement of two models"),
+            Column(key="seconds", title="per model", unit="seconds", digits=".3g"),
+        ],
+        rows=[
+            [
+                row.measure.replace("_", " "),
+                f"{row.spearman:.3f} ({row.spearman_low:.3f} to {row.spearman_high:.3f})",
+                row.pearson,
+                row.agreement,
+                row.seconds,
+            ]
+            for row in rows
         ],
     )
 

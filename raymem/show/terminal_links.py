@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from raymem.encoding import at_epsilon
 from raymem.fleet import duration
 from raymem.links import (
+    TARGET,
     Audit,
     Correlation,
     Costs,
@@ -27,6 +28,7 @@ from raymem.show.result_tables import (
     fits_table,
     label_errors_table,
     memorization_by_epsilon_table,
+    one_model_table,
     rankings_table,
 )
 from raymem.show.table import format_table
@@ -39,6 +41,7 @@ def links_text(links: Links) -> str:
         correlations_text(links.correlations),
         *(format_table(bins_table(epsilon, bins)) for epsilon, bins in links.bins.items()),
         f"{paper_bins_text(links.paper)}\n{costs_text(links.costs)}".strip(),
+        *(format_table(one_model_table(e, rows)) for e, rows in links.one_model.items()),
     ]
     if links.private_store is not None:
         parts.append(f"Links 2 and 3 are those of {links.private_store}")
@@ -154,6 +157,13 @@ def costs_text(found: Mapping[float, Costs]) -> str:
             f"{_share(c.ratio_without_training)} without; both at reliability 0.9: "
             f"{_share(c.ratio_at_target)}"
         )
+        if c.epochs_seconds:
+            lines.append(
+                f"averaged over training{at}: {duration(c.epochs_seconds)} more than that "
+                f"(reliability {_number(c.epochs_reliability) or 'not known'}); "
+                f"{_share(c.epochs_ratio)} of memorization with the training of its models, both "
+                f"at reliability {TARGET:g}: {_share(c.epochs_ratio_at_target)}"
+            )
     return "\n".join(lines)
 
 

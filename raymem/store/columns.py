@@ -91,6 +91,10 @@ TRIAL: Columns = {
 }
 
 _TRACE = "trace of the Hessian of the loss in the pixels (Ravikumar et al. 2024, eq. 7)"
+_OVER_TRAINING = (
+    "mean of curvature over the epochs that were measured while the model trained, the last among "
+    "them (Garg et al. 2024)"
+)
 _SQUARED = "trace of the squared Hessian, or an unbiased estimate of it"
 _GRADIENT = "length of the gradient of the loss in the pixels"
 _PAPER = (
@@ -105,6 +109,9 @@ TRIAL_CURVATURE: Columns = {
     "curvature_squared": Column(pa.float32(), _SQUARED, PER_PIXEL4),
     "gradient_norm": Column(pa.float32(), _GRADIENT, PER_PIXEL),
     "curvature_paper": Column(pa.float32(), _PAPER, "nats^2/pixel^2"),
+    "curvature_over_training": Column(
+        pa.float32(), f"{_OVER_TRAINING}; only if the study asks for it", PER_PIXEL2
+    ),
 }
 
 SCORES_EXAMPLES: Columns = {
@@ -206,6 +213,16 @@ TRIALS_PRIVACY: Columns = {
     "max_grad_norm": Column(pa.float64(), "norm gradients are clipped to; inf: not clipped"),
 }
 
+# Added to scores/trials.parquet if the study averages curvature over training.
+TRIALS_OVER_TRAINING: Columns = {
+    "curvature_epochs": Column(
+        pa.int32(), "epochs that curvature_over_training is the mean of; null: not measured"
+    ),
+    "curvature_epochs_seconds": Column(
+        pa.float64(), "wall time of measuring curvature in the epochs before the last", "seconds"
+    ),
+}
+
 _OVER = {"in": "in-trials that measured curvature", "out": "out-trials that measured curvature"}
 
 # Added to scores/examples.parquet if trials measured curvature.
@@ -222,6 +239,7 @@ SCORES_CURVATURE: Columns = {
             ("curvature_squared", _SQUARED, PER_PIXEL4, ("",)),
             ("gradient_norm", _GRADIENT, PER_PIXEL, ("",)),
             ("curvature_paper", _PAPER, "nats^2/pixel^2", ("", "_stderr")),
+            ("curvature_over_training", _OVER_TRAINING, PER_PIXEL2, ("", "_stderr")),
         )
         for arm, over in _OVER.items()
         for tail in tails
@@ -355,6 +373,7 @@ SUMS_CURVATURE: Columns = {
             ("curvature_squared", ("",)),
             ("gradient_norm", ("",)),
             ("curvature_paper", ("", "_squares")),
+            ("curvature_over_training", ("", "_squares")),
         )
         for arm, over in _OVER.items()
         for tail in tails
@@ -439,7 +458,7 @@ TABLES: Mapping[str, Columns] = {
     "trials/**/*.parquet": {**TRIAL, **TRIAL_CURVATURE},
     "curvature/MODEL/SHARD.parquet": STREAMED,
     "scores/examples.parquet": {**SCORES_EXAMPLES, **SCORES_CURVATURE, **SCORES_PRIVACY},
-    "scores/trials.parquet": {**SCORES_TRIALS, **TRIALS_PRIVACY},
+    "scores/trials.parquet": {**SCORES_TRIALS, **TRIALS_PRIVACY, **TRIALS_OVER_TRAINING},
     "scores/folds.parquet": {**FOLDS, **SUMS_CURVATURE},
     "scores/influence.parquet": INFLUENCE,
     "scores/membership.parquet": MEMBERSHIP,

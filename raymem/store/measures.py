@@ -68,6 +68,15 @@ MEASURES = {
             meaning=f"input loss curvature, {_IN}",
         ),
         Measure(
+            name="curvature_over_training_out", title="curvature over training, out", rival=False,
+            meaning=f"its mean over the epochs of training (Garg et al. 2024), {_OUT}",
+        ),
+        Measure(
+            name="curvature_over_training_in", title="curvature over training, in", rival=False,
+            ranks_label_errors=True,
+            meaning=f"its mean over the epochs of training, {_IN}",
+        ),
+        Measure(
             name="curvature_paper_out", title="finite difference, out", rival=False,
             meaning=f"curvature score of Ravikumar et al. 2024 (eq. 14), {_OUT}",
         ),

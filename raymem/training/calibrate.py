@@ -19,7 +19,7 @@ from raymem.training.images import Images
 from raymem.training.loop import start
 from raymem.training.precision import products_of
 from raymem.training.recipe import Recipe, Steps
-from raymem.training.step import WARM_UP, say_once
+from raymem.training.replay import WARM_UP, say_once
 from raymem.training.trial import by_itself, fresh_model
 
 MOST = 256

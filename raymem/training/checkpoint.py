@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from raymem.errors import first_line
 from raymem.training.batches import Stream
+from raymem.training.epoch_curvature import EpochCurvature
 from raymem.training.history import History, SubsetHistory
 
 
@@ -52,6 +53,7 @@ class Training:
         n: int,
         order_seed: int,
         augment_seed: int,
+        epochs: EpochCurvature | None = None,
     ) -> None:
         device = next(model.parameters()).device
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
@@ -66,10 +68,17 @@ class Training:
         """How its steps were computed: alone, in a group of how many; more than one if its worker
         was lost."""
         self.history = History(1, n, device)
+        self.epochs = epochs
+        """Curvature while it trains; None: not measured."""
 
     def end_epoch(self) -> None:
         """Go on to the next."""
         self.epoch += 1
+
+    def measure(self) -> None:
+        """Measure curvature at the end of the epoch, if it is due."""
+        if self.epochs is not None and self.epochs.due(self.epoch):
+            self.epochs.measure(self.model, self.epoch)
 
     def shown(self) -> SubsetHistory:
         """What training showed of the subset."""
@@ -88,6 +97,7 @@ class Training:
             "history": history,
             "stream": self.stream.marked,
             "random": _random_states(),
+            "epochs": None if self.epochs is None else self.epochs.state_dict(),
             "more": more,
         }
         torch.save(_by_itself(state), buffer)
@@ -106,6 +116,8 @@ class Training:
             self.epoch, self.step, self.drawn_from = state["place"]
             self.how = state["how"]
             self.stream.go_to(state["stream"])
+            if self.epochs is not None:
+                self.epochs.load_state_dict(state["epochs"])
         except Exception as error:  # unpicklers raise any kind; the way out is the same
             raise ValueError(
                 f"it is no checkpoint of this training ({first_line(error)})"

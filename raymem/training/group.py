@@ -18,16 +18,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raymem.curvature import CurvatureRule
-from raymem.errors import OutOfMemoryError, RaymemError, first_line
+from raymem.errors import (
+    CurvatureError,
+    DivergedError,
+    OutOfMemoryError,
+    RaymemError,
+    first_line,
+)
 from raymem.plan import Seeds
 from raymem.training.checkpoint import Checkpoints, Training
+from raymem.training.epoch_curvature import EpochCurvature
 from raymem.training.images import Images
 from raymem.training.loop import Course, OnEpoch, diverged, longest, restore, start
 from raymem.training.precision import products_of
 from raymem.training.ranks import ALONE
 from raymem.training.recipe import Recipe, Steps
+from raymem.training.replay import Replayed, say_once
 from raymem.training.stack import Stack, StackedStep
-from raymem.training.step import Feed, Replayed, say_once
+from raymem.training.step import Feed
 from raymem.training.trial import (
     TrialResult,
     by_itself,
@@ -228,21 +236,25 @@ class _Run:
                 state.how.append(group.how)
         failed = self._follow(which, group)
         group.stack.count_batches()
-        seconds = (time.perf_counter() - began) / len(which)
-        return _Trained(states=states, failed=failed, seconds=seconds)
+        seconds = time.perf_counter() - began
+        seconds -= sum(state.epochs.seconds for state in states if state.epochs is not None)
+        return _Trained(states=states, failed=failed, seconds=seconds / len(which))
 
     def _start(self, i: int) -> tuple[Training, Tensor]:
         member = self.members[i]
         torch.manual_seed(member.seeds.init)
         model = fresh_model(self.images, self.recipe)
-        state, subset = start(model, self.images, member.mask, self.recipe, member.seeds)
+        epochs = EpochCurvature.of(
+            model, self.images, member.curvature, self.recipe, seed=member.seeds.init
+        )
+        state, subset = start(model, self.images, member.mask, self.recipe, member.seeds, epochs)
         restore(state, member.checkpoints, ALONE)
         return state, subset
 
-    def _follow(self, which: Sequence[int], group: Group) -> dict[int, int]:
-        """Train; returns who diverged, by its place in the group, and in which epoch."""
+    def _follow(self, which: Sequence[int], group: Group) -> dict[int, Exception]:
+        """Train; returns who failed, by its place in the group, and of what."""
         course, states = group.course, group.course.states
-        failed: dict[int, int] = {}
+        failed: dict[int, Exception] = {}
         kept = [checkpoints for i in which if (checkpoints := self.members[i].checkpoints)]
         with products_of(self.recipe, self.images.device):
             while course.left and len(failed) < len(states):
@@ -256,11 +268,20 @@ class _Run:
                     for g, state in enumerate(states):
                         state.end_epoch()
                         if not finite[g]:
-                            failed.setdefault(g, state.epoch)
+                            failed.setdefault(g, diverged(state.epoch, self.recipe))
+                        if g not in failed:
+                            self._measure(g, state, failed)
                         self.on_epoch(state.epoch)
         return failed
 
-    def _save(self, which: Sequence[int], group: Group, failed: dict[int, int]) -> None:
+    def _measure(self, g: int, state: Training, failed: dict[int, Exception]) -> None:
+        """Curvature at the end of an epoch; what is wrong with it fails its member only."""
+        try:
+            state.measure()
+        except (CurvatureError, DivergedError) as error:
+            failed[g] = error
+
+    def _save(self, which: Sequence[int], group: Group, failed: dict[int, Exception]) -> None:
         group.course.count()
         group.stack.count_batches()
         for g, (i, state) in enumerate(zip(which, group.course.states, strict=True)):
@@ -271,8 +292,7 @@ class _Run:
     def _judge(self, which: Sequence[int], trained: _Trained) -> None:
         for g, i in enumerate(which):
             if g in trained.failed:
-                error = diverged(trained.failed[g], self.recipe)
-                self._report(i, error)
+                self._report(i, trained.failed[g])
             else:
                 self._done(i, lambda i=i, g=g: self._result(i, trained.states[g], trained.seconds))  # type: ignore[misc]
 
@@ -287,6 +307,7 @@ class _Run:
                 state.shown(),
                 ", then ".join(state.how),
                 curvature=member.curvature,
+                epochs=state.epochs,
                 keep_weights=member.keep_weights,
                 ranks=ALONE,
                 start=time.perf_counter() - seconds,
@@ -307,7 +328,7 @@ class _Run:
 @dataclass(frozen=True, kw_only=True)
 class _Trained:
     states: Sequence[Training]
-    failed: dict[int, int]
-    """Who diverged, and in which epoch."""
+    failed: dict[int, Exception]
+    """Who failed, and of what."""
     seconds: float
-    """Each model's share."""
+    """Each model's share, without curvature."""

@@ -18,13 +18,15 @@ from raymem.errors import DivergedError, TrialError
 from raymem.plan import Seeds
 from raymem.training.batches import Batches, Piece, pieces
 from raymem.training.checkpoint import Checkpoints, Moves, Training
+from raymem.training.epoch_curvature import EpochCurvature
 from raymem.training.history import History, SubsetHistory
 from raymem.training.images import Images
 from raymem.training.optimizer import Optimizer, rates
 from raymem.training.precision import products_of
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe, Steps
-from raymem.training.step import Feed, Replayed, SingleStep, memory_format_of
+from raymem.training.replay import Replayed
+from raymem.training.step import Feed, SingleStep, memory_format_of
 
 OnEpoch = Callable[[int], None]
 
@@ -70,10 +72,11 @@ def train_alone(
     checkpoints: Checkpoints | None = None,
     ranks: Ranks = ALONE,
     graph: bool = True,
+    epochs: EpochCurvature | None = None,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> Training:
-    """`train`, with all that it leaves."""
-    state, subset = start(model, images, mask, recipe, seeds)
+    """`train`, with all that it leaves; curvature is measured where `epochs` are due."""
+    state, subset = start(model, images, mask, recipe, seeds, epochs)
     steps = Steps.of(recipe, subset_size or state.n)
     if not ranks.alone:
         # Dropout must not draw the same on all workers.
@@ -111,6 +114,7 @@ def train_alone(
             if course.end():
                 check_finite(state.history, state.epoch + 1, recipe)
                 state.end_epoch()
+                state.measure()
                 on_epoch(state.epoch)
     state.optimizer.forget_gradients()  # type: ignore[attr-defined]
     return state
@@ -211,12 +215,17 @@ class Course:
 
 
 def start(
-    model: nn.Module, images: Images, mask: NDArray[np.bool_], recipe: Recipe, seeds: Seeds
+    model: nn.Module,
+    images: Images,
+    mask: NDArray[np.bool_],
+    recipe: Recipe,
+    seeds: Seeds,
+    epochs: EpochCurvature | None = None,
 ) -> tuple[Training, Tensor]:
     """The state before the first batch, and the rows of the subset, int64 [n]."""
     model.to(memory_format=memory_format_of(recipe)).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return start_with(model, Optimizer(parameters, recipe), images, mask, recipe, seeds)
+    return start_with(model, Optimizer(parameters, recipe), images, mask, recipe, seeds, epochs)
 
 
 def start_with(
@@ -226,13 +235,15 @@ def start_with(
     mask: NDArray[np.bool_],
     recipe: Recipe,
     seeds: Seeds,
+    epochs: EpochCurvature | None = None,
 ) -> tuple[Training, Tensor]:
     """`start`, with this optimizer."""
     subset = torch.from_numpy(np.flatnonzero(mask))
     if len(subset) == 0:
         raise TrialError("the subset is empty; take a larger subset_ratio or more examples")
     scaler = torch.amp.GradScaler(images.device.type, enabled=recipe.precision == "float16")
-    return Training(model, optimizer, scaler, len(subset), seeds.order, seeds.augment), subset
+    n = len(subset)
+    return Training(model, optimizer, scaler, n, seeds.order, seeds.augment, epochs), subset
 
 
 def check_finite(history: History, epoch: int, recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from raymem.curvature.input_checks import float32_products
 from raymem.training.recipe import Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,25 +34,6 @@ def fast_arithmetic(threads: int) -> Iterator[None]:
         torch.set_num_threads(threads_before)
         torch.set_flush_denormal(flushed_before)
         torch.backends.cudnn.deterministic = deterministic_before
-
-
-@contextlib.contextmanager
-def float32_products(*, tf32: bool) -> Iterator[None]:
-    """Matrix products and convolutions of float32 in full, or in TF32 on GPUs that have it.
-
-    torch by itself lets cuDNN's convolutions use TF32, and matrix products not.
-    """
-    products, convolutions = (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-    )
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def products_of(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -28,6 +28,7 @@ from raymem.privacy import (
     poisson_batch,
 )
 from raymem.training.checkpoint import Checkpoints
+from raymem.training.epoch_curvature import EpochCurvature
 from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input, augment
 from raymem.training.loop import OnEpoch, check_finite, restore, start_with
@@ -46,6 +47,7 @@ def train_privately(
     *,
     checkpoints: Checkpoints | None = None,
     ranks: Ranks = ALONE,
+    epochs: EpochCurvature | None = None,
     on_epoch: OnEpoch = lambda epoch: None,
 ) -> SubsetHistory:
     """Train `model` in place on the examples of `mask` (bool [N]) by the steps of `mechanism`.
@@ -66,7 +68,7 @@ def train_privately(
     model.to(memory_format=memory_format).train()
     # opacus wraps torch's own.
     optimizer = torch_optimizer(model, recipe)
-    state, subset = start_with(model, optimizer, images, mask, recipe, seeds)
+    state, subset = start_with(model, optimizer, images, mask, recipe, seeds, epochs)
     stream = state.stream
     private = PrivateSteps(model, optimizer, mechanism, seeds.noise, mode=mode)
     if mechanism.secure_mode:
@@ -92,11 +94,14 @@ def train_privately(
         private.step()
         # Where the next step's batch is drawn from.
         stream.mark()
+        for _ in range(state.epoch, private.steps * recipe.epochs // mechanism.steps):
+            check_finite(state.history, state.epoch + 1, recipe)
+            state.end_epoch()
+            state.measure()
+            on_epoch(state.epoch)
+        # After the epoch's end, which a resumed trial does not come to again.
         if checkpoints is not None and checkpoints.due():
             checkpoints.save(state.as_bytes(private.state()))
-        if private.steps * recipe.epochs // mechanism.steps > state.epoch:
-            check_finite(state.history, state.epoch + 1, recipe)
-            on_epoch(state.epoch + 1)
     private.close()
     if mechanism.clips:
         # What fresh weights do not show, trained ones may.

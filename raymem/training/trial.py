@@ -6,7 +6,6 @@ Shapes: N training and M test examples, n in the subset, B batch, K classes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import random
 import time
 from collections.abc import Iterator
@@ -25,10 +24,11 @@ from raymem.models import margins
 from raymem.plan import Seeds
 from raymem.privacy import Mechanism
 from raymem.training.checkpoint import Checkpoints
+from raymem.training.epoch_curvature import EpochCurvature
 from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input
 from raymem.training.loop import OnEpoch, train_alone
-from raymem.training.measure import Measured, measure
+from raymem.training.measure import Measured, measure_images
 from raymem.training.precision import fast_arithmetic
 from raymem.training.private import train_privately
 from raymem.training.ranks import ALONE, Ranks
@@ -87,7 +87,8 @@ def run_trial(
 
     `subset_size` is the plan's, which says how many steps all trials take; by default it is the
     mask's own. With a `mechanism`, training is private, or its counterpart at epsilon inf. With
-    `curvature`, every training example's is measured too, by probes of the trial's own. With
+    `curvature`, every training example's is measured too, by probes of the trial's own, and while
+    it trains if the rule averages over epochs. With
     `checkpoints`, training goes on from the last one. `ranks` says which of several workers this
     is; all of them call this with the same arguments, and get the same result. On a GPU the steps
     are replayed as a CUDA `graph` where the model can be captured.
@@ -102,7 +103,10 @@ def run_trial(
     start = time.perf_counter()
     with by_itself(seeds.init, threads), out_of_memory_named():
         model = fresh_model(images, recipe)
-        how: Any = {"checkpoints": checkpoints, "ranks": ranks, "on_epoch": on_epoch}
+        epochs = EpochCurvature.of(model, images, curvature, recipe, seed=seeds.init, ranks=ranks)
+        how: Any = {
+            "checkpoints": checkpoints, "ranks": ranks, "on_epoch": on_epoch, "epochs": epochs,
+        }  # fmt: skip
         if mechanism is None:
             state = train_alone(
                 model, images, mask, recipe, seeds, subset_size=subset_size, graph=graph, **how
@@ -111,9 +115,11 @@ def run_trial(
         else:
             history = train_privately(model, images, mask, recipe, seeds, mechanism, **how)
             computed = "alone"
+        start += 0.0 if epochs is None else epochs.seconds
         return judge(
             model, images, recipe, seeds, history, computed,
-            curvature=curvature, keep_weights=keep_weights, ranks=ranks, start=start,
+            curvature=curvature, epochs=epochs, keep_weights=keep_weights, ranks=ranks,
+            start=start,
         )  # fmt: skip
 
 
@@ -138,6 +144,7 @@ def judge(
     how: str,
     *,
     curvature: CurvatureRule | None,
+    epochs: EpochCurvature | None,
     keep_weights: bool,
     ranks: Ranks,
     start: float,
@@ -149,7 +156,9 @@ def judge(
     weights = _on_cpu(model) if keep_weights else None
     measured = None
     if curvature is not None:
-        measured = _measure(model, images, curvature, seeds, recipe, ranks)
+        measured = measure_images(model, images, curvature, recipe, seed=seeds.init, ranks=ranks)
+        if epochs is not None:
+            measured = epochs.with_last(measured)
     return TrialResult(
         train=train_side,
         test=test_side,
@@ -159,31 +168,6 @@ def judge(
         curvature=measured,
         weights=weights,
     )
-
-
-def _measure(
-    model: nn.Module,
-    images: Images,
-    rule: CurvatureRule,
-    seeds: Seeds,
-    recipe: Recipe,
-    ranks: Ranks,
-) -> Measured:
-    n = len(images.y_train)
-    measured = measure(
-        model,
-        images.x_train,
-        images.y_train,
-        rule,
-        seed=seeds.init,
-        channels_last=recipe.channels_last,
-        part=ranks.part(n),
-    )
-    values = {
-        name: ranks.all_gather(torch.from_numpy(found).to(images.device), n).cpu().numpy()
-        for name, found in measured.values.items()
-    }
-    return dataclasses.replace(measured, values=values)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ The same code in this process and in Ray Data's tasks and actors.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +108,12 @@ class Scorer:
     def _score(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
         task = self.task
         if self.meter is None:
+            # Scorers see other images first, and would choose other precisions.
+            asked = task.rule.precision
+            exact = "float32" if asked == "auto" else asked
+            rule = dataclasses.replace(task.rule, precision=exact)
             self.meter = Meter(
-                self.net, x, y, task.rule, seed=task.seed, channels_last=task.channels_last
+                self.net, x, y, rule, seed=task.seed, channels_last=task.channels_last
             )
         return self.meter.all(x, y, task.batch_size)
 

@@ -18,7 +18,7 @@ from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
 from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
 from raymem.data.shards.records import Shard
 from raymem.data.shards.transform import Batch
-from raymem.errors import StoreHeldError
+from raymem.errors import CurvatureError, StoreHeldError
 from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
 from raymem.store import DriverLock, Files, Store
 from raymem.training import batch_of
@@ -50,6 +50,10 @@ def stream_curvature(
     transform or rule, FleetError on clusters too small, and Stopped after Ctrl-C.
     """
     rule = rule or CurvatureRule()
+    if rule.every_epochs is not None:
+        raise CurvatureError(
+            "one model's weights have no epochs to average over; leave every_epochs out"
+        )
     done = store.streamed_shards(model.name)
     missing = [shard for shard in shards if shard.name not in done]
     summary = StreamSummary(
