@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         StudyMismatchError,
         TrialError,
     )
+    from raymem.experiments import LeaveOneOut, Removal
     from raymem.fleet import Progress, run_fleet
     from raymem.interop import export, import_fleet, import_npz, import_scores
     from raymem.links import (
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
         find_links,
         find_removal,
     )
-    from raymem.plan import Plan, Removal, Seeds
+    from raymem.plan import Plan, Seeds
     from raymem.privacy import (
         Bound,
         Mechanism,
@@ -109,6 +110,7 @@ __all__ = [
     "InfluencePairs",
     "IngestSummary",
     "JobOptions",
+    "LeaveOneOut",
     "Links",
     "Measured",
     "Mechanism",

@@ -20,18 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raymem.errors import PlanError
+from raymem.experiments import (
+    STREAM_BALANCED,
+    STREAM_FIXED_SIZE,
+    Experiment,
+    LeaveOneOut,
+    Removal,
+    philox,
+)
 
-Kind = Literal["balanced", "fixed-size", "candidate-pool", "removal", "imported", "published"]
-Arm = Literal["memorized", "random", "same-classes"]
-# In the order in which a removal experiment trains them.
-ARMS: tuple[Arm, ...] = get_args(Arm)
+Kind = Literal[
+    "balanced", "fixed-size", "candidate-pool", "removal", "leave-one-out", "imported", "published"
+]  # fmt: skip
 
 SMALLEST_BLOCK = 20
 LARGEST_BLOCK = 200
 # Examples per tile when ranking keys: 65,536 x B keys of 8 bytes is 10 MB at B = 20.
 TILE = 65_536
-# One Philox counter range for each use; a new use takes a new number, so old masks never move.
-STREAM_BALANCED, STREAM_FIXED_SIZE, STREAM_REMOVAL = 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,109 +54,6 @@ class Seeds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removal:
-    """What the trials of a removal experiment leave out (Feldman & Zhang 2020, section 4, fig. 2).
-
-    Trials come in repeats of 1 + 3 K trials, K the number of sizes: one on all training examples,
-    then for each size k one without the k most memorized examples, one without k random ones, and
-    one without k random ones of the same classes (as many of each class as the most memorized).
-    All trials of a repeat have the same seeds; each repeat draws other random examples, and those
-    of a smaller size are among those of a larger one.
-
-    Raises PlanError if the sizes or the ranking make no sense.
-
-    >>> removal = Removal(
-    ...     sizes=(1, 2), ranking=(7, 3), memorization=(0.9, 0.8), labels=(0, 1) * 5,
-    ...     scored_study="", scored_trials="0-199",
-    ... )
-    >>> [removal.cell(trial) for trial in (0, 1, 6, 7)]
-    [(0, None, 0), (0, 'memorized', 1), (0, 'same-classes', 2), (1, None, 0)]
-    """
-
-    sizes: tuple[int, ...]
-    """How many examples are left out, increasing."""
-    ranking: tuple[int, ...]
-    """Rows of the most memorized training examples, the most memorized first: as many as the
-    largest size."""
-    memorization: tuple[float, ...]
-    """Their estimated memorization."""
-    labels: tuple[int, ...]
-    """Labels of all N training examples."""
-    scored_study: str
-    """Hash of the study whose trials gave the ranking."""
-    scored_trials: str
-    """Those trials, such as "0-199". None of them is a trial of this experiment."""
-
-    def __post_init__(self) -> None:
-        for name in ("sizes", "ranking", "labels"):
-            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
-        memorization = tuple(float(value) for value in self.memorization)
-        object.__setattr__(self, "memorization", memorization)
-        if not self.sizes or list(self.sizes) != sorted({*self.sizes}) or self.sizes[0] < 1:
-            raise PlanError(
-                f"sizes must be numbers of examples from 1 on, each larger than the one before, "
-                f"got {', '.join(map(str, self.sizes)) or 'none'}; take for example 10,20,40,80"
-            )
-        check_sizes(self.sizes, len(self.labels))
-        if not len(self.ranking) == len(self.memorization) == self.sizes[-1]:
-            raise PlanError(
-                f"a ranking of {len(self.ranking):,} examples and {len(self.memorization):,} "
-                f"values of memorization do not fit the largest size, {self.sizes[-1]:,}; give "
-                "that many of each"
-            )
-        n = len(self.labels)
-        if len({*self.ranking}) != len(self.ranking) or not all(0 <= i < n for i in self.ranking):
-            raise PlanError(f"the ranking must name rows in 0..{n - 1}, and none twice")
-
-    @property
-    def block(self) -> int:
-        """Trials of one repeat."""
-        return 1 + len(ARMS) * len(self.sizes)
-
-    def cell(self, trial: int) -> tuple[int, Arm | None, int]:
-        """Repeat, arm and size of a trial; arm None and size 0: nothing is left out."""
-        repeat, slot = divmod(trial, self.block)
-        if slot == 0:
-            return repeat, None, 0
-        size, arm = divmod(slot - 1, len(ARMS))
-        return repeat, ARMS[arm], self.sizes[size]
-
-    def left_out(self, trial: int, seed: int) -> NDArray[np.int64]:
-        """Rows that `trial` does not train on, of a plan with this seed: int [k]."""
-        repeat, arm, k = self.cell(trial)
-        ranked = np.asarray(self.ranking[:k], np.int64)
-        if arm is None or arm == "memorized":
-            return ranked
-        draw = len(ARMS) * repeat + ARMS.index(arm)
-        keys = _philox(seed, STREAM_REMOVAL, draw).random_raw(len(self.labels))
-        order = np.argsort(keys, kind="stable")
-        if arm == "random":
-            return order[:k]
-        labels = np.asarray(self.labels)
-        classes, wanted = np.unique(labels[ranked], return_counts=True)
-        of_order = labels[order]
-        return np.concatenate(
-            [order[of_order == c][:n] for c, n in zip(classes, wanted, strict=True)]
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: all of its fields."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in vars(self).items()
-        }
-
-
-def check_sizes(sizes: Sequence[int], n: int) -> None:
-    """Raises PlanError if so many cannot be left out of `n` training examples."""
-    if max(sizes) >= n:
-        raise PlanError(
-            f"{max(sizes):,} examples cannot be left out of {n:,} training examples and leave one; "
-            "take smaller sizes"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The random subsets of a study (Feldman & Zhang 2020, section 2: subsets of ratio r).
 
@@ -163,10 +65,12 @@ class Plan:
       numbers of in and out trials are the same for all examples after every whole block.
     * `fixed-size`: Feldman & Zhang's own design, every subset has round(subset_ratio * n) examples,
       drawn uniformly and independently.
-    * `candidate-pool`: the examples in `pool` are drawn as in `balanced`, all others are always in
-      (Ravikumar et al. 2024, section 6.5).
+    * `candidate-pool`: the examples in `pool` are drawn as in `balanced`; all others are always in
+      (Ravikumar et al. 2024, section 6.5), or are drawn so too, at `rest_ratio` (0.7 in the paper's
+      published scripts).
     * `removal`: not random subsets, but all examples without those that `removal` leaves out;
       `subset_ratio` is 1.
+    * `leave-one-out`: all examples, or all but the one that `leave_one_out` says.
     * `imported`: subsets drawn elsewhere; they are in the trials themselves, and have no mask here.
     * `published`: scores without their trials. Nothing is known of subsets; the ratio says nothing.
 
@@ -192,9 +96,13 @@ class Plan:
     seed: int = 0
     """Start of all randomness of the study, in [0, 2**63)."""
     pool: tuple[int, ...] | None = None
-    """Candidate-pool plans only: indices of the examples that are drawn."""
+    """Candidate-pool plans only: indices of the candidates."""
+    rest_ratio: float = 1.0
+    """Candidate-pool plans only: probability that an example outside the pool is in a subset."""
     removal: Removal | None = None
     """Removal plans only: what their trials leave out."""
+    leave_one_out: LeaveOneOut | None = None
+    """Leave-one-out plans only: the examples."""
 
     def __post_init__(self) -> None:
         if self.n < 1:
@@ -209,9 +117,9 @@ class Plan:
         if not 0 <= self.seed < 2**63:
             raise PlanError(f"seed must be in [0, 2**63), got {self.seed}")
         self._check_pool()
-        self._check_removal()
+        self._check_experiments()
         if self.kind in ("balanced", "candidate-pool"):
-            block_of(self.subset_ratio)
+            block_of(self.subset_ratio, self.rest_ratio)
         elif self.kind == "fixed-size" and not 1 <= self.subset_size <= self.n:
             raise PlanError(f"subset_ratio={self.subset_ratio} leaves no example of n={self.n}")
 
@@ -219,7 +127,14 @@ class Plan:
         if (self.pool is None) == (self.kind == "candidate-pool"):
             raise PlanError("pool goes with kind='candidate-pool', and with no other kind")
         if self.pool is None:
+            if self.rest_ratio != 1:
+                raise PlanError(
+                    f"rest_ratio={self.rest_ratio} is of the examples outside a candidate pool; "
+                    "give a pool, or leave it out"
+                )
             return
+        if not 0 < self.rest_ratio <= 1:
+            raise PlanError(f"rest_ratio must be above 0 and at most 1, got {self.rest_ratio}")
         if len(self.pool) == 0 or len(set(self.pool)) != len(self.pool):
             raise PlanError("pool must name at least one example, and none twice")
         outside = [i for i in self.pool if not 0 <= i < self.n]
@@ -227,21 +142,29 @@ class Plan:
             raise PlanError(f"pool has indices outside 0..{self.n - 1}: {outside[:5]}")
         object.__setattr__(self, "pool", tuple(sorted(int(i) for i in self.pool)))
 
-    def _check_removal(self) -> None:
-        if (self.removal is None) == (self.kind == "removal"):
-            raise PlanError("removal goes with kind='removal', and with no other kind")
-        if self.removal is None:
+    def _check_experiments(self) -> None:
+        for kind, given in (("removal", self.removal), ("leave-one-out", self.leave_one_out)):
+            if (given is None) == (self.kind == kind):
+                name = kind.replace("-", "_")
+                raise PlanError(f"{name} goes with kind='{kind}', and with no other kind")
+        experiment = self.experiment
+        if experiment is None:
             return
         if self.subset_ratio != 1:
             raise PlanError(
-                f"a removal experiment draws no random subsets, got subset_ratio="
+                f"a {self.kind} experiment draws no random subsets, got subset_ratio="
                 f"{self.subset_ratio}; take 1"
             )
-        if len(self.removal.labels) != self.n:
+        if len(experiment.labels) != self.n:
             raise PlanError(
-                f"removal has {len(self.removal.labels):,} labels, and there are {self.n:,} "
+                f"the experiment has {len(experiment.labels):,} labels, and there are {self.n:,} "
                 "training examples; give one label per example"
             )
+
+    @property
+    def experiment(self) -> Experiment | None:
+        """What trials leave out on purpose; None if subsets are random."""
+        return self.removal or self.leave_one_out
 
     @property
     def is_known(self) -> bool:
@@ -256,25 +179,26 @@ class Plan:
         """
         if self.kind == "published":
             return "published scores without trials"
-        if self.removal is not None:
-            sizes = ", ".join(map(str, self.removal.sizes))
-            return f"removal experiment, k = {sizes}"
-        return f"{self.kind} subsets of ratio {self.subset_ratio:g}"
+        if self.experiment is not None:
+            return str(self.experiment)
+        rest = f", {self.rest_ratio:g} of the others" if self.rest_ratio < 1 else ""
+        return f"{self.kind} subsets of ratio {self.subset_ratio:g}{rest}"
 
     @property
     def block(self) -> int:
-        """Trials per block: balance is exact after every whole block; a repeat, for `removal`."""
-        if self.removal is not None:
-            return self.removal.block
+        """Trials per block: balance is exact after every whole block; a repeat of an experiment."""
+        if self.experiment is not None:
+            return self.experiment.block
         drawn_in_blocks = self.kind in ("balanced", "candidate-pool")
-        return block_of(self.subset_ratio) if drawn_in_blocks else SMALLEST_BLOCK
+        return block_of(self.subset_ratio, self.rest_ratio) if drawn_in_blocks else SMALLEST_BLOCK
 
     @property
     def subset_size(self) -> int:
         """Nominal number of examples in a subset: exact for `fixed-size`, the mean otherwise."""
         if self.pool is None:
             return round(self.subset_ratio * self.n)
-        return self.n - len(self.pool) + round(self.subset_ratio * len(self.pool))
+        rest = round(self.rest_ratio * (self.n - len(self.pool)))
+        return rest + round(self.subset_ratio * len(self.pool))
 
     def mask(self, trial: int) -> NDArray[np.bool_]:
         """Which training examples are in the subset of `trial`: bool [N]."""
@@ -282,54 +206,59 @@ class Plan:
             raise PlanError(f"trials are numbered from 0, got {trial}")
         if not self.is_known:
             raise PlanError("subsets of an imported fleet are in its trials only; it cannot grow")
-        if self.removal is not None:
+        if self.experiment is not None:
             mask = np.ones(self.n, bool)
-            mask[self.removal.left_out(trial, self.seed)] = False
+            mask[self.experiment.left_out(trial, self.seed)] = False
             return mask
-        if self.subset_ratio == 1:
+        if self.subset_ratio == self.rest_ratio == 1:
             return np.ones(self.n, bool)
         if self.kind == "fixed-size":
-            keys = _philox(self.seed, STREAM_FIXED_SIZE, trial).random_raw(self.n)
+            keys = philox(self.seed, STREAM_FIXED_SIZE, trial).random_raw(self.n)
             chosen = np.argpartition(keys, self.subset_size - 1)[: self.subset_size]
             mask = np.zeros(self.n, bool)
             mask[chosen] = True
             return mask
-        balanced = self._balanced(trial)
-        if self.pool is None:
-            return balanced
-        mask = np.ones(self.n, bool)
-        pool = np.asarray(self.pool)
-        mask[pool] = balanced[pool]
-        return mask
+        return self._balanced(trial)
 
     def masks(self, trials: Iterable[int]) -> NDArray[np.bool_]:
         """The masks of several trials: bool [T, N]."""
         rows = [self.mask(trial) for trial in trials]
         return np.stack(rows) if rows else np.zeros((0, self.n), bool)
 
+    def _members(self) -> NDArray[np.int64]:
+        """In how many trials of a block each example is: [N]."""
+        drawn, rest = (
+            round(Fraction(ratio).limit_denominator(LARGEST_BLOCK) * self.block)
+            for ratio in (self.subset_ratio, self.rest_ratio)
+        )
+        if self.pool is None:
+            return np.full(self.n, drawn)
+        members = np.full(self.n, rest)
+        members[list(self.pool)] = drawn
+        return members
+
     def _balanced(self, trial: int) -> NDArray[np.bool_]:
         # Each example has B random keys per block, one for each trial; the r*B trials with the
         # smallest keys have the example. So one trial needs the keys of its own block only.
-        B = self.block
-        members = round(Fraction(self.subset_ratio).limit_denominator(LARGEST_BLOCK) * B)
+        B, members = self.block, self._members()
         block, slot = divmod(trial, B)
-        generator = _philox(self.seed, STREAM_BALANCED, block)
+        generator = philox(self.seed, STREAM_BALANCED, block)
         mask = np.empty(self.n, bool)
         for start in range(0, self.n, TILE):
             stop = min(start + TILE, self.n)
             keys = generator.random_raw((stop - start) * B).reshape(stop - start, B)
             rank = (keys < keys[:, slot : slot + 1]).sum(axis=1)
-            mask[start:stop] = rank < members
+            mask[start:stop] = rank < members[start:stop]
         return mask
 
     def seeds(self, trial: int, epsilon: float = math.inf, attempt: int = 1) -> Seeds:
         """The seeds of one trial at one epsilon (inf: not private) and attempt (from 1).
 
-        All trials of one repeat of a removal experiment have the same, and no other study has them.
+        All trials of one repeat of an experiment have the same, and no other study has them.
         """
         name = str(trial)
-        if self.removal is not None:
-            name = f"removal {self.removal.cell(trial)[0]}"
+        if self.experiment is not None:
+            name = f"{self.kind} {trial // self.block}"
 
         def draw(purpose: str) -> int:
             text = f"raymem/1 {self.seed} {name} {float(epsilon)!r} {attempt} {purpose}"
@@ -367,7 +296,13 @@ class Plan:
             "block": self.block,
             "pool": None if self.pool is None else list(self.pool),
             # Absent in others: those keep the hash they have.
+            **({} if self.rest_ratio == 1 else {"rest_ratio": self.rest_ratio}),
             **({} if self.removal is None else {"removal": self.removal.as_dict()}),
+            **(
+                {}
+                if self.leave_one_out is None
+                else {"leave_one_out": self.leave_one_out.as_dict()}
+            ),
         }
 
     @classmethod
@@ -380,31 +315,29 @@ class Plan:
             kind=data["kind"],
             seed=data["seed"],
             pool=None if pool is None else tuple(pool),
+            rest_ratio=data.get("rest_ratio", 1.0),
             removal=Removal(**data["removal"]) if "removal" in data else None,
+            leave_one_out=LeaveOneOut(**data["leave_one_out"]) if "leave_one_out" in data else None,
         )
 
 
-def block_of(subset_ratio: float) -> int:
-    """Trials per block: 20, or the smallest larger number B with subset_ratio * B whole.
+def block_of(*ratios: float) -> int:
+    """Trials per block: 20, or the smallest larger number B with ratio * B whole for all ratios.
 
-    >>> block_of(0.7), block_of(1 / 3), block_of(0.99)
-    (20, 21, 100)
+    >>> block_of(0.7), block_of(1 / 3), block_of(0.99), block_of(0.5, 0.7)
+    (20, 21, 100, 20)
     """
-    exact = Fraction(subset_ratio).limit_denominator(LARGEST_BLOCK)
-    if abs(float(exact) - subset_ratio) > 1e-9:
+    exact = [Fraction(ratio).limit_denominator(LARGEST_BLOCK) for ratio in ratios]
+    together = math.lcm(*(fraction.denominator for fraction in exact))
+    for ratio, fraction in zip(ratios, exact, strict=True):
+        if abs(float(fraction) - ratio) > 1e-9:
+            raise PlanError(
+                f"the ratio {ratio} needs blocks of more than {LARGEST_BLOCK} trials; take "
+                f"{min(max(round(ratio, 2), 0.01), 0.99)}, or kind='fixed-size'"
+            )
+    if together > LARGEST_BLOCK:
         raise PlanError(
-            f"subset_ratio={subset_ratio} needs blocks of more than {LARGEST_BLOCK} trials; "
-            f"take {min(max(round(subset_ratio, 2), 0.01), 0.99)}, or kind='fixed-size'"
+            f"the ratios {' and '.join(map(str, ratios))} need blocks of {together:,} trials "
+            f"together, more than {LARGEST_BLOCK}; take ratios such as 0.5 and 0.7"
         )
-    denominator = exact.denominator
-    return denominator * math.ceil(SMALLEST_BLOCK / denominator)
-
-
-def _philox(seed: int, stream: int, index: int) -> np.random.Philox:
-    """Philox4x64-10 (Salmon et al. 2011) keyed by (seed, stream), counting from (0, index).
-
-    Only its raw 64-bit output is used: a published algorithm, while numpy's distributions and
-    permutations may change between versions (NEP 19).
-    """
-    counter = np.array([0, index, 0, 0], np.uint64)
-    return np.random.Philox(counter=counter, key=np.array([seed, stream], np.uint64))
+    return together * math.ceil(SMALLEST_BLOCK / together)

@@ -15,6 +15,7 @@ from raymem.data import CachedExamples, Examples
 from raymem.data.shards import list_shards
 from raymem.encoding import json_ready
 from raymem.errors import PlanError
+from raymem.experiments import LeaveOneOut, Removal
 from raymem.fleet import (
     Engine,
     Progress,
@@ -24,7 +25,7 @@ from raymem.fleet import (
     repeat_trial,
     run_fleet,
 )
-from raymem.plan import Kind, Plan, Removal
+from raymem.plan import Kind, Plan
 from raymem.privacy import (
     Mechanism,
     Privacy,
@@ -71,8 +72,12 @@ class Study:
     """Start of all randomness."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only, see Plan."""
+    rest_ratio: float = 1.0
+    """Candidate-pool plans only, see Plan."""
     removal: Removal | None = None
     """Removal plans only, see Plan."""
+    leave_one_out: LeaveOneOut | None = None
+    """Leave-one-out plans only, see Plan."""
     curvature: CurvatureRule | None = None
     """How trials measure every training example's input loss curvature; None: they do not."""
     curvature_trials: int | None = None
@@ -108,25 +113,28 @@ class Study:
             kind=self.kind,
             seed=self.seed,
             pool=self.pool,
+            rest_ratio=self.rest_ratio,
             removal=self.removal,
+            leave_one_out=self.leave_one_out,
         )
         object.__setattr__(self, "plan", plan)
-        self._check_removal()
+        self._check_experiment()
         self._check_privacy()
         self._check_curvature_trials()
         self._check_part()
 
-    def _check_removal(self) -> None:
-        if self.removal is None:
+    def _check_experiment(self) -> None:
+        experiment = self.plan.experiment
+        if experiment is None:
             return
         if self.privacy is not None or any(e < math.inf for e in self.epsilons):
             raise PlanError(
-                "a removal experiment compares trials that are not private, got epsilons "
+                f"a {self.kind} experiment compares trials that are not private, got epsilons "
                 f"{', '.join(f'{e:g}' for e in self.epsilons)} or privacy; leave both out"
             )
-        if self.removal.labels != tuple(self.examples.y_train.tolist()):
+        if experiment.labels != tuple(self.examples.y_train.tolist()):
             raise PlanError(
-                f"the labels of the removal experiment are not those of {self.examples.name}; "
+                f"the labels of the {self.kind} experiment are not those of {self.examples.name}; "
                 "make it from the same examples"
             )
 

@@ -33,6 +33,7 @@ MLP = Recipe(model=dropping, epochs=4, batch_size=50, crop_padding=1, flip=True)
 RECIPES = {
     "sgd": MLP,
     "adam": dataclasses.replace(MLP, optimizer="adamw", learning_rate=1e-3, weight_decay=0.01),
+    "rmsprop": dataclasses.replace(MLP, optimizer="rmsprop", learning_rate=1e-3),
     "bfloat16": dataclasses.replace(MLP, precision="bfloat16"),
     "crops": dataclasses.replace(MLP, crop_padding=0, crop_scale=(0.3, 1.0)),
 }

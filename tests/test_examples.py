@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from raymem import Examples, ExamplesError, load_examples
+from raymem.data import draw_training, flip_labels
 
 
 def arrays(n=6, m=3, classes=2, shape=(4, 4, 1), seed=0):
@@ -211,18 +212,50 @@ def test_images_of_more_than_eight_bits_are_refused(tmp_path):
         load_examples(tmp_path)
 
 
-def test_fashion_mnist_is_read_from_torchvisions_files(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
+def test_a_draw_of_training_examples_is_the_same_again_and_part_of_a_larger_one(digits):
+    few, more = draw_training(digits, 100), draw_training(digits, 300)
+    assert set(few.train_ids) < set(more.train_ids) < set(digits.train_ids)
+    assert few.fingerprint == draw_training(digits, 100).fingerprint
+    assert few.test_ids == digits.test_ids
+    rows = [digits.train_ids.index(example_id) for example_id in few.train_ids]
+    assert rows == sorted(rows)
+    assert np.array_equal(few.x_train, digits.x_train[rows])
+    flipped = draw_training(flip_labels(digits, 0.1), 300)
+    wrong = flipped.y_train != more.y_train
+    assert flipped.planted == tuple(np.flatnonzero(wrong))
+    assert 10 < wrong.sum() < 60
+    with pytest.raises(ExamplesError, match="there are 1,200"):
+        draw_training(digits, 1201)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("folder", ["FashionMNIST/raw", "fashion-mnist"])
+def test_fashion_mnist_is_read_from_its_published_files(tmp_path, folder, zipped):
+    """As torchvision unpacks them, and as Debian's package has them."""
+    raw = tmp_path / folder
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     labels = np.arange(20, dtype=np.uint8) % 10
     for prefix in ("train", "t10k"):
         images = struct.pack(">IIII", 2051, 20, 28, 28) + pixels.tobytes()
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(images)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">II", 2049, 20) + labels.tobytes()
-        )
-        (raw / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        packed_labels = struct.pack(">II", 2049, 20) + labels.tobytes()
+        for name, data in (("images-idx3", images), ("labels-idx1", packed_labels)):
+            if not zipped or folder == "FashionMNIST/raw":
+                (raw / f"{prefix}-{name}-ubyte").write_bytes(data)
+            if zipped:
+                (raw / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(data))
     examples = load_examples("fashion-mnist", data_root=tmp_path)
     assert np.array_equal(examples.x_train[..., 0], pixels)
     assert examples.classes[0] == "T-shirt/top"
+
+
+def test_published_files_that_are_not_whole_are_named(tmp_path):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    with pytest.raises(ExamplesError, match="has no train-images-idx3-ubyte or"):
+        load_examples("mnist", data_root=tmp_path)
+    whole = gzip.compress(struct.pack(">IIII", 2051, 2, 4, 4) + bytes(32))
+    for data in (whole[:-9], whole[:12], gzip.compress(b"abc"), gzip.compress(whole)):
+        (folder / "train-images-idx3-ubyte.gz").write_bytes(data)
+        with pytest.raises(ExamplesError, match=r"train-images-idx3-ubyte\.gz cannot be read"):
+            load_examples("mnist", data_root=tmp_path)

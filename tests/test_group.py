@@ -99,6 +99,7 @@ RECIPES = {
     "adamw": dataclasses.replace(
         MLP, optimizer="adamw", learning_rate=1e-3, weight_decay=0.1, schedule="constant"
     ),
+    "rmsprop": dataclasses.replace(MLP, optimizer="rmsprop", learning_rate=1e-3, weight_decay=1e-3),
     "crops and flips": dataclasses.replace(MLP, crop_padding=1, flip=True),
     "resized crops": dataclasses.replace(MLP, crop_scale=(0.4, 1.0), crop_size=8, flip=True),
 }
@@ -368,8 +369,8 @@ def lost_after(steps, trials):
 
 @pytest.mark.parametrize(
     "recipe",
-    [MLP, RECIPES["adamw"], dataclasses.replace(MLP, model=normed)],
-    ids=["sgd", "adamw", "BatchNorm"],
+    [MLP, RECIPES["adamw"], RECIPES["rmsprop"], dataclasses.replace(MLP, model=normed)],
+    ids=["sgd", "adamw", "rmsprop", "BatchNorm"],
 )
 @pytest.mark.parametrize("after", [1, 4, 7])
 def test_a_resumed_group_ends_as_the_undisturbed_one(images, recipe, after):
@@ -424,6 +425,7 @@ def test_a_store_that_is_full_ends_the_group(images):
         Recipe(model="m", epochs=1, optimizer="sgd", momentum=0.0),
         Recipe(model="m", epochs=1, optimizer="adam", weight_decay=0.01, learning_rate=0.01),
         Recipe(model="m", epochs=1, optimizer="adamw", weight_decay=0.1, learning_rate=0.01),
+        Recipe(model="m", epochs=1, optimizer="rmsprop", weight_decay=0.1, learning_rate=0.01),
     ],
     ids=lambda r: r.optimizer + ("" if r.momentum else " plain"),
 )

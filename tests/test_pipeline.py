@@ -202,6 +202,19 @@ def test_a_candidate_pool_scores_its_pool_only(tmp_path):
     assert summary.null == {"no out-trial": 57}
 
 
+def test_examples_outside_a_pool_that_are_drawn_are_scored_too(tmp_path):
+    study, (summary,) = run(
+        tmp_path, memorizes_everything, trials=20, kind="candidate-pool", subset_ratio=0.5,
+        pool=(1, 2, 50), rest_ratio=0.7,
+    )  # fmt: skip
+    rows = train_rows(study)
+    assert set(rows["memorization"].to_pylist()) == {1.0}
+    n_in = [14] * 60
+    n_in[1] = n_in[2] = n_in[50] = 10
+    assert rows["n_in"].to_pylist() == n_in
+    assert not summary.null
+
+
 @pytest.mark.slow
 def test_flipped_labels_are_what_is_memorized(tmp_path, digits):
     """5% of the labels of 600 digits are wrong: they are the top of the ranking."""

@@ -147,6 +147,32 @@ def test_candidate_pool_draws_the_pool_and_keeps_the_rest():
     assert plan.subset_size == 27 + 2
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, trial=st.integers(0, 500))
+def test_others_than_candidates_are_drawn_at_their_own_ratio(seed, trial):
+    pool = (3, 9, 20)
+    plan = Plan(n=30, subset_ratio=0.5, kind="candidate-pool", pool=pool, rest_ratio=0.7, seed=seed)
+    candidates, others = (
+        reference.balanced_mask(30, members, 20, seed, trial) for members in (10, 14)
+    )
+    expected = [(candidates if i in pool else others)[i] for i in range(30)]
+    assert plan.mask(trial).tolist() == expected
+    assert plan.subset_size == 19 + 2  # 0.7 of 27, and half of 3
+
+
+def test_the_ratio_of_others_is_part_of_the_identity_where_it_is_not_one():
+    plan = Plan(n=30, subset_ratio=0.5, kind="candidate-pool", pool=(1,), rest_ratio=0.7)
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    assert plan.as_dict()["rest_ratio"] == 0.7
+    whole = Plan(n=30, subset_ratio=0.5, kind="candidate-pool", pool=(1,))
+    assert "rest_ratio" not in whole.as_dict()
+    # Both ratios are whole in a block, or there is none.
+    fine = Plan(n=9, subset_ratio=0.5, kind="candidate-pool", pool=(1,), rest_ratio=0.66)
+    assert fine.block == 50
+    with pytest.raises(PlanError, match="need blocks of 300 trials"):
+        Plan(n=9, subset_ratio=1 / 3, kind="candidate-pool", pool=(1,), rest_ratio=0.99)
+
+
 def test_ratio_one_has_everything_in():
     plan = Plan(n=5, subset_ratio=1)
     assert plan.masks(range(3)).all()
@@ -180,6 +206,9 @@ def test_seeds_differ_in_everything_they_depend_on():
         {"n": 5, "kind": "candidate-pool", "pool": (1, 1)},
         {"n": 5, "kind": "candidate-pool", "pool": (5,)},
         {"n": 5, "pool": (1,)},
+        {"n": 5, "rest_ratio": 0.7},
+        {"n": 5, "kind": "candidate-pool", "pool": (1,), "rest_ratio": 0},
+        {"n": 5, "kind": "candidate-pool", "pool": (1,), "rest_ratio": 1.1},
         {"n": 1, "kind": "fixed-size", "subset_ratio": 0.3},
     ],
 )

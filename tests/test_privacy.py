@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -455,6 +456,7 @@ def test_epsilons_that_are_none(epsilons, n, delta, says):
 
 def test_grids_are_the_papers():
     assert EPSILON_GRIDS["paper-curvature"] == tuple(5 * k for k in range(1, 21))
+    assert EPSILON_GRIDS["scripts-curvature"] == (1, *EPSILON_GRIDS["paper-curvature"])
     assert EPSILON_GRIDS["paper-memorization"] == (1, 10, 20, 30, 40, 50)
     assert EPSILON_GRIDS["default"] == (0.5, 1, 2, 4, 8, 16, 32, 64, math.inf)
     assert EPSILON_GRIDS["quick"] == (0.5, 2, 8, math.inf)
@@ -485,6 +487,7 @@ def test_mechanisms_survive_json():
 # Whole trials.
 
 RECIPE = Recipe(model="mlp-16", epochs=3, batch_size=10, learning_rate=0.1)
+RMSPROP = dataclasses.replace(RECIPE, optimizer="rmsprop", learning_rate=0.001)
 
 
 def mechanism_of(epsilon, **privacy):
@@ -493,10 +496,10 @@ def mechanism_of(epsilon, **privacy):
     )
 
 
-def trial(mechanism, seeds=None, **more):
+def trial(mechanism, seeds=None, recipe=RECIPE, **more):
     mask = np.arange(40) % 2 == 0
     seeds = seeds or Plan(n=40).seeds(0, mechanism.epsilon)
-    return run_trial(images(), mask, RECIPE, seeds, mechanism=mechanism, keep_weights=True, **more)
+    return run_trial(images(), mask, recipe, seeds, mechanism=mechanism, keep_weights=True, **more)
 
 
 def same(a, b):
@@ -515,20 +518,28 @@ def test_secure_mode_is_never_the_same():
     assert not same(trial(mechanism), trial(mechanism))
 
 
-def test_epsilon_inf_is_plain_training_on_the_same_batches():
+@pytest.mark.parametrize(
+    ("recipe", "moves"),
+    [
+        (RECIPE, functools.partial(torch.optim.SGD, momentum=0.9)),
+        (RMSPROP, torch.optim.RMSprop),
+    ],
+    ids=["sgd", "rmsprop"],
+)
+def test_epsilon_inf_is_plain_training_on_the_same_batches(recipe, moves):
     """Against a loop of its own, on the batches that a private trial of these seeds draws."""
     mechanism, seeds = mechanism_of(math.inf), Plan(n=40).seeds(0, math.inf)
     assert not mechanism.clips
-    result = trial(mechanism, seeds)
+    result = trial(mechanism, seeds, recipe)
     data, subset = images(), torch.arange(0, 40, 2)
     torch.manual_seed(seeds.init)
     model = build_model("mlp-16", n_classes=10, image_shape=SHAPE, mean=(0.5,), std=(0.5,)).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = moves(model.parameters(), lr=recipe.learning_rate)
     draws = torch.Generator().manual_seed(seeds.order)
     for k in range(mechanism.steps):
         rows = subset[torch.rand(20, generator=draws, dtype=torch.float64) < 0.5]
         for group in optimizer.param_groups:
-            group["lr"] = 0.1 * (1 + math.cos(math.pi * k / mechanism.steps)) / 2
+            group["lr"] = recipe.learning_rate * (1 + math.cos(math.pi * k / mechanism.steps)) / 2
         optimizer.zero_grad()
         x = data.x_train[rows].permute(0, 3, 1, 2).float() / 255
         (F.cross_entropy(model(x), data.y_train[rows], reduction="sum") / 10).backward()
@@ -569,20 +580,20 @@ class Interrupting:
             raise Interrupted
 
 
-@pytest.mark.parametrize("epsilon", [8.0, math.inf])
-def test_a_trial_goes_on_where_its_worker_died(epsilon):
+@pytest.mark.parametrize(("epsilon", "recipe"), [(8.0, RECIPE), (math.inf, RECIPE), (8.0, RMSPROP)])
+def test_a_trial_goes_on_where_its_worker_died(epsilon, recipe):
     mechanism = mechanism_of(epsilon)
-    whole = trial(mechanism)
+    whole = trial(mechanism, recipe=recipe)
     checkpoints = Interrupting(dies_after=2)
     with pytest.raises(Interrupted):
-        trial(mechanism, checkpoints=checkpoints)
+        trial(mechanism, recipe=recipe, checkpoints=checkpoints)
     first = checkpoints.saved
     checkpoints.left = 2
     with pytest.raises(Interrupted):
-        trial(mechanism, checkpoints=checkpoints)
+        trial(mechanism, recipe=recipe, checkpoints=checkpoints)
     assert checkpoints.saved != first
     # The account goes on too: close() compares it with the plan.
-    resumed = trial(mechanism, checkpoints=checkpoints)
+    resumed = trial(mechanism, recipe=recipe, checkpoints=checkpoints)
     assert same(whole, resumed)
     assert (whole.history.cumulative_loss == resumed.history.cumulative_loss).all()
 

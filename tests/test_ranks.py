@@ -92,15 +92,22 @@ def trained_by_two(recipe, folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def test_two_workers_train_the_model_that_one_trains(tmp_path):
-    first, second = trained_by_two(RECIPE, tmp_path)
+RECIPES = {
+    "sgd": RECIPE,
+    "rmsprop": dataclasses.replace(RECIPE, optimizer="rmsprop", learning_rate=0.002),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_two_workers_train_the_model_that_one_trains(tmp_path, recipe):
+    first, second = trained_by_two(recipe, tmp_path)
     weights = first.pop("weights")
     assert second.pop("weights") is None
     for name, values in first.items():
         assert np.array_equal(values, second[name]), name
     alone = flat(
         run_trial(
-            images(), PLAN.mask(0), RECIPE, PLAN.seeds(0), ranks=ALONE,
+            images(), PLAN.mask(0), recipe, PLAN.seeds(0), ranks=ALONE,
             curvature=CurvatureRule(), keep_weights=True,
         )
     )  # fmt: skip
@@ -113,7 +120,7 @@ def test_two_workers_train_the_model_that_one_trains(tmp_path):
         else:  # right or wrong, and when: rounding may tip a case or two
             assert np.mean(first[name] != values) < 0.02, name
     # The check can fail: another seed is another model.
-    other = run_trial(images(), PLAN.mask(0), RECIPE, PLAN.seeds(1))
+    other = run_trial(images(), PLAN.mask(0), recipe, PLAN.seeds(1))
     assert not np.allclose(first["train.margin"], other.train.margin, atol=0.1)
 
 

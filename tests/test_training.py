@@ -203,10 +203,10 @@ def test_each_image_has_its_own_draw():
     assert len({tuple(image.flatten().tolist()) for image in found}) == 18
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "steps"])
 def test_optimizers_and_schedules_learn(images, plan, optimizer, schedule):
-    rate = 0.1 if optimizer == "sgd" else 0.02
+    rate = {"sgd": 0.1, "rmsprop": 0.005}.get(optimizer, 0.02)
     recipe = Recipe(
         model="mlp-32", epochs=8, batch_size=104, optimizer=optimizer, schedule=schedule,
         learning_rate=rate, warmup=0.1, label_smoothing=0.05, nesterov=optimizer == "sgd",

@@ -64,6 +64,21 @@ def removal_command(store: str, debug: bool) -> None:
         click.echo(removal_text(find_removal(Store(store))))
 
 
+@main.command("leave-one-out")
+@click.argument("store")
+@debug_option
+def leave_one_out_command(store: str, debug: bool) -> None:
+    """What a leave-one-out experiment found: how far scores are from memorization's definition.
+
+    Example: raymem leave-one-out runs/leave_one_out_digits
+    """
+    from raymem.links import find_leave_one_out
+    from raymem.show import leave_one_out_text
+
+    with command_errors(debug):
+        click.echo(leave_one_out_text(find_leave_one_out(Store(store))))
+
+
 @main.command("scores")
 @click.argument("store")
 @click.option("--sort", default="memorization", help="Column to sort by, largest first.")
@@ -168,14 +183,25 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
 
 @main.command("links")
 @click.argument("stores", metavar="STORE...", nargs=-1, required=True)
+@click.option(
+    "--extrapolate",
+    "extrapolated",
+    is_flag=True,
+    help="Only memorization of two stores with different subset ratios, extrapolated to leaving "
+    "one out.",
+)
+@click.option("--csv", is_flag=True, help="With --extrapolate: every example, as CSV.")
 @click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
 @debug_option
-def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
+def links_command(
+    stores: Sequence[str], extrapolated: bool, csv: bool, as_json: bool, debug: bool
+) -> None:
     """The three links: memorization and curvature, and what epsilon does to both.
 
     With private trials: laws of curvature against epsilon, bounds on memorization, and an audit
     that could refute the claimed epsilons. Of several stores: each by itself, and memorization of
     the first against curvature of the others, joined by example id; other examples are refused.
+    With --extrapolate: how far memorization at a subset ratio is from leaving one out.
 
     Example: raymem links runs/privacy_digits
     """
@@ -184,6 +210,9 @@ def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
 
     with command_errors(debug):
         opened = [Store(store) for store in stores]
+        if extrapolated:
+            _extrapolate(opened, csv, as_json)
+            return
         if len({store.url for store in opened}) < len(opened):
             raise StoreError("a store is given twice; give each once")
         across = {other.url: correlations_across(opened[0], other) for other in opened[1:]}
@@ -198,6 +227,22 @@ def links_command(stores: Sequence[str], as_json: bool, debug: bool) -> None:
         for url, rows in across.items():
             click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n")
             click.echo("\n".join(map(str, verdicts_on_link1(rows))))
+
+
+def _extrapolate(stores: Sequence[Store], csv: bool, as_json: bool) -> None:
+    from raymem.links import extrapolate
+    from raymem.show import extrapolated_text
+
+    if len(stores) != 2:
+        raise StoreError(
+            f"--extrapolate takes two stores of the same examples and recipe with different subset "
+            f"ratios, got {len(stores)}"
+        )
+    found = extrapolate(*stores)
+    if csv:
+        write_csv(found.examples, sys.stdout.buffer)
+    else:
+        click.echo(json.dumps(found.as_dict(), indent=1) if as_json else extrapolated_text(found))
 
 
 def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,8 +324,11 @@ def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool
 @click.argument("store")
 @click.option("--data", help="Where the images are, if not where the study had them.")
 @click.option("--private", help="Store of private trials on the same examples, for links 2 and 3.")
+@click.option("--leave-one-out", help="Store of a leave-one-out experiment on these scores.")
 @debug_option
-def report_command(store: str, data: str | None, private: str | None, debug: bool) -> None:
+def report_command(
+    store: str, data: str | None, private: str | None, leave_one_out: str | None, debug: bool
+) -> None:
     """The page people read: report.html in the store, with figures as PNG and PDF beside it.
 
     One file that opens from disk: what was run, whether to trust it, the links, the most memorized
@@ -291,7 +339,8 @@ def report_command(store: str, data: str | None, private: str | None, debug: boo
     from raymem.show import write_report
 
     with command_errors(debug):
-        click.echo(f"report: {write_report(store, data, private=private)}")
+        where = write_report(store, data, private=private, leave_one_out=leave_one_out)
+        click.echo(f"report: {where}")
 
 
 @main.command("verify")

@@ -13,7 +13,7 @@ from raymem.data.cache import Cache, CachedExamples, holds_cache
 from raymem.data.duplicates import near_duplicates
 from raymem.data.examples import Examples, fingerprint_of, group_column
 from raymem.data.flipped_labels import flip_labels
-from raymem.data.load import NAMED, load_examples
+from raymem.data.load import NAMED, draw_training, load_examples
 from raymem.data.pixels import example_id
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "CachedExamples",
     "Examples",
     "arrays_of_npz",
+    "draw_training",
     "example_id",
     "fingerprint_of",
     "flip_labels",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +20,12 @@ from raymem.data.pixels import IMAGE_SUFFIXES, example_id, fit, open_image
 from raymem.errors import ExamplesError
 
 NAMED = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100")
+IDX = ("mnist", "fashion-mnist")
+IDX_FILES = (
+    "train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
+)  # fmt: skip
+UNSIGNED_BYTES = b"\x00\x00\x08"
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
@@ -30,7 +38,9 @@ def load_examples(
 ) -> Examples:
     """A set by name, `.npz` path, class-per-folder path, or the URL of a cache (`raymem ingest`).
 
-    `data_root` is where torchvision's readers look for named sets, `download` lets them fetch one.
+    `data_root` is where torchvision's readers look for named sets, `download` lets them fetch one;
+    MNIST's and Fashion-MNIST's published files are also read as they are, from DATA_ROOT/NAME (as
+    Debian's package dataset-fashion-mnist has them in /usr/share/datasets).
     `image_size` resizes folder images (short side, antialiased, then centre square). Of a cache,
     pixels are fetched when they are first asked for.
 
@@ -57,6 +67,37 @@ def load_examples(
     raise ExamplesError(
         f"no data set at {str(data)!r}; give one of {', '.join(NAMED)}, an .npz file with x_train, "
         "y_train, x_test, y_test, a folder with one folder per class, or a cache of `raymem ingest`"
+    )
+
+
+def draw_training(examples: Examples, n: int) -> Examples:
+    """The set with `n` of its training examples, and all test examples.
+
+    Which follows from their ids alone: the same in every run, and all of them are in a larger draw.
+
+    Raises ExamplesError if there are fewer, and for sets in a cache, which every node reads whole.
+
+    >>> draw_training(load_examples("digits"), 300).describe()
+    'digits, 300 of 1,200 training examples: 300 train and 597 test images, 8x8x1, 10 classes'
+    """
+    N = len(examples.train_ids)
+    if not 1 <= n <= N:
+        raise ExamplesError(f"{n:,} training examples were asked for, and there are {N:,}")
+    if isinstance(examples, CachedExamples):
+        raise ExamplesError(
+            "a cache is trained on whole; ingest fewer images into another cache instead"
+        )
+    keys = [hashlib.sha256(f"raymem draw {i}".encode()).digest() for i in examples.train_ids]
+    rows = np.sort(sorted(range(N), key=keys.__getitem__)[:n])
+    place = {int(row): k for k, row in enumerate(rows)}
+    return dataclasses.replace(
+        examples,
+        x_train=examples.x_train[rows],
+        y_train=examples.y_train[rows],
+        train_ids=tuple(examples.train_ids[row] for row in rows),
+        planted=tuple(place[row] for row in examples.planted if row in place),
+        name=f"{examples.name}, {n:,} of {N:,} training examples",
+        source="",
     )
 
 
@@ -100,6 +141,8 @@ def _torchvision(name: str, root: Path, download: bool) -> Examples:
         "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
         "cifar100": (datasets.CIFAR100, "cifar-100-python"),
     }[name]
+    if name in IDX and (root / name).is_dir() and not (root / folder).exists():
+        return _idx(name, root / name, tuple(reader.classes))
     try:
         train, test = (reader(str(root), train=t, download=download) for t in (True, False))
     except Exception as error:  # torchvision raises RuntimeError, download errors are of any kind
@@ -113,6 +156,37 @@ def _torchvision(name: str, root: Path, download: bool) -> Examples:
         x_test=np.asarray(test.data),
         y_test=np.asarray(test.targets, dtype=np.int64),
         classes=tuple(train.classes),
+        name=name,
+    )
+
+
+def _idx(name: str, folder: Path, classes: tuple[str, ...]) -> Examples:
+    """MNIST's file format (LeCun): two zero bytes, type, number of axes, their lengths, values."""
+    arrays = []
+    for stem in IDX_FILES:
+        path = next((p for p in (folder / stem, folder / f"{stem}.gz") if p.exists()), None)
+        if path is None:
+            raise ExamplesError(
+                f"{folder} has no {stem} or {stem}.gz; put the four published files of {name} there"
+            )
+        try:
+            data = gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes()
+            axes = data[3]
+            shape = np.frombuffer(data, ">i4", axes, offset=4)
+            if data[:3] != UNSIGNED_BYTES:
+                raise ValueError("not an IDX file of unsigned bytes")
+            arrays.append(np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape))
+        except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
+            raise ExamplesError(
+                f"{path} cannot be read ({error}); restore it from a copy"
+            ) from error
+    x_train, y_train, x_test, y_test = arrays
+    return Examples(
+        x_train=x_train,
+        y_train=y_train.astype(np.int64),
+        x_test=x_test,
+        y_test=y_test.astype(np.int64),
+        classes=classes,
         name=name,
     )
 

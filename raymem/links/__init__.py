@@ -4,6 +4,7 @@ Link 1, memorization against curvature (Ravikumar et al. 2024, Theorem 5.1): `co
 `by_memorization`. Link 2, curvature against epsilon (Theorem 5.3): `link2`. Link 3, memorization
 against epsilon (Theorem 5.4), with its bounds and an audit that could refute them: `link3`.
 What memorized examples are worth to accuracy (Feldman & Zhang 2020, section 4): `find_removal`.
+How far memorization at a subset ratio is from leaving one out: `find_leave_one_out`, `extrapolate`.
 """
 
 from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
@@ -23,8 +24,9 @@ from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
+from raymem.links.leave_one_out import Bias, LeftOut, find_leave_one_out
 from raymem.links.one_model import OneModel, of_one_model
-from raymem.links.pool import most_memorized, removal_by_scores
+from raymem.links.pool import leave_one_out_by_scores, most_memorized, removal_by_scores
 from raymem.links.removal import (
     Contrast,
     Mean,
@@ -41,6 +43,7 @@ from raymem.links.result import (
     with_private,
 )
 from raymem.links.twins import Twins, find_twins
+from raymem.links.two_ratios import AtRatio, Extrapolated, extrapolate
 from raymem.links.two_stages import Parameter
 from raymem.links.verdicts import Verdict, verdicts_on_link1
 
@@ -48,7 +51,9 @@ __all__ = [
     "METHODS",
     "NOT_A_TEST",
     "TARGET",
+    "AtRatio",
     "Audit",
+    "Bias",
     "BoundCheck",
     "Change",
     "Coefficient",
@@ -57,9 +62,11 @@ __all__ = [
     "Costs",
     "Crossed",
     "EqualLoss",
+    "Extrapolated",
     "Finding",
     "Fit",
     "LabelErrors",
+    "LeftOut",
     "Line",
     "Link2",
     "Links",
@@ -82,6 +89,8 @@ __all__ = [
     "correlations_as_dict",
     "costs",
     "diagnostics",
+    "extrapolate",
+    "find_leave_one_out",
     "find_links",
     "find_removal",
     "find_twins",
@@ -92,6 +101,7 @@ __all__ = [
     "in_paper_bins",
     "joined",
     "label_errors",
+    "leave_one_out_by_scores",
     "link2",
     "link3",
     "most_memorized",

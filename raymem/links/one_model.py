@@ -22,7 +22,7 @@ from scipy import stats
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.split_half import pearson
 from raymem.links.sums import Sums
-from raymem.scores.running_sums import folds
+from raymem.scores import trial_folds
 from raymem.store import Store, TrialKey
 
 # More only narrow the mean over models.
@@ -80,7 +80,7 @@ def of_one_model(store: Store, epsilons: Sequence[float]) -> dict[float, list[On
 def _at(store: Store, epsilon: float, rows: Sequence[Mapping[str, Any]]) -> list[OneModel]:
     sums = Sums(train_at(store.scores("folds"), epsilon), [])
     done = [key for key in store.done() if key.epsilon == epsilon]
-    fold_of = folds(done, store.plan())
+    fold_of = trial_folds(done, store.plan())
     models = []
     for row in rows:
         key = TrialKey(epsilon, row["trial"])

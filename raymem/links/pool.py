@@ -1,21 +1,40 @@
 """The examples that an earlier study found most memorized: candidates of a private study, and what
-a removal experiment leaves out.
+removal and leave-one-out experiments leave out.
+
+Shapes: N training examples, F folds.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from raymem.data import Examples
 from raymem.errors import PlanError
-from raymem.plan import Removal, check_sizes
+from raymem.experiments import (
+    COUNTS,
+    GROUPS,
+    STREAM_LEAVE_ONE_OUT,
+    Group,
+    LeaveOneOut,
+    Removal,
+    check_sizes,
+    philox,
+)
+from raymem.links.column_arrays import Floats, floats, train_at
+from raymem.links.sums import memorization_of
+from raymem.scores import trial_folds
 from raymem.store import Store
 
 SHOWN = 3
+# Two that choose, two that score: so that the scores' error is known.
+LEAST_FOLDS = 4
 
 
 def most_memorized(examples: Examples, store: str | os.PathLike[str], n: int) -> tuple[int, ...]:
@@ -75,9 +94,8 @@ def ranked(
     Raises PlanError if the store has no such examples, StoreError if it has no scores.
     """
     source = Store(store)
-    scores, index = source.scores(), source.examples()
-    here = pc.and_(pc.equal(scores["split"], "train"), pc.equal(scores["epsilon"], math.inf))
-    rows = scores.filter(here).select(["example_id", "memorization"]).drop_null()
+    scores = train_at(source.scores(), math.inf)
+    rows = scores.select(["example_id", "memorization"]).drop_null()
     if rows.num_rows < n:
         raise PlanError(
             f"{source.url} has memorization of {rows.num_rows:,} examples at epsilon inf, fewer "
@@ -85,7 +103,13 @@ def ranked(
         )
     order = [("memorization", "descending"), ("example_id", "ascending")]
     top = rows.take(pc.sort_indices(rows, order))
-    chosen = top["example_id"].to_pylist()[:n]
+    chosen = _rows_of(examples, source, top["example_id"].to_pylist()[:n], "most memorized")
+    return tuple(chosen), tuple(top["memorization"].to_pylist()[:n])
+
+
+def _rows_of(examples: Examples, source: Store, ids: Sequence[str], what: str) -> list[int]:
+    """Rows of these examples of `source`. Raises PlanError if they are not the same examples."""
+    index = source.examples()
     place = {example_id: row for row, example_id in enumerate(examples.train_ids)}
     there = {
         row["example_id"]: row
@@ -94,16 +118,83 @@ def ranked(
     hashes = examples.content_hashes
     wrong = [
         example_id
-        for example_id in chosen
+        for example_id in ids
         if example_id not in place
         or there[example_id]["label"] != int(examples.y_train[place[example_id]])
         or there[example_id]["content_hash"] not in (None, hashes[place[example_id]])
     ]
     if wrong:
         raise PlanError(
-            f"{len(wrong):,} of the {n:,} most memorized examples of {source.url} are not in "
+            f"{len(wrong):,} of the {len(ids):,} {what} examples of {source.url} are not in "
             f"{examples.name} with the same pixels and label, such as {', '.join(wrong[:SHOWN])}; "
             "take the store of a study of the same set"
         )
-    values = top["memorization"].to_pylist()[:n]
-    return tuple(place[example_id] for example_id in chosen), tuple(values)
+    return [place[example_id] for example_id in ids]
+
+
+def leave_one_out_by_scores(
+    examples: Examples, store: str | os.PathLike[str], k: int, *, seed: int = 0
+) -> LeaveOneOut:
+    """The experiment that leaves out `k` training examples of `examples`, one by one: a third
+    drawn at random, a third the most memorized of the others by `store`, a third the nearest to
+    memorization 0.25 of the rest.
+
+    Folds of even number of the store's trials choose the examples, those of odd number are what
+    the result is compared with. One sample for both would call the luck of the chosen bias: among
+    the highest of many noisy scores most are too high.
+
+    Raises PlanError if `k` is too small or large or there are too few blocks, StoreError without
+    scores.
+    """
+    n = len(examples.train_ids)
+    if not len(GROUPS) <= k < n:
+        raise PlanError(
+            f"{k:,} examples cannot be left out one by one, a third of them for each of three "
+            f"reasons; take {len(GROUPS)} to {n - 1:,}"
+        )
+    source = Store(store)
+    source.scores()  # a store without scores says so
+    keys = source.scored(math.inf)
+    folds = train_at(source.scores("folds"), math.inf)
+    F = len(set(folds["fold"].to_pylist()))
+    if not keys or F < LEAST_FOLDS:
+        raise PlanError(
+            f"{source.url} has {F} blocks of trials at epsilon inf: half of them choose the "
+            f"examples and half score them; train {LEAST_FOLDS} blocks or more "
+            f"({LEAST_FOLDS * source.plan().block} trials)"
+        )
+    counts = {name: floats(folds, name).reshape(F, -1) for name in COUNTS}
+    mem = memorization_of(*(counts[name][::2].sum(axis=0) for name in COUNTS))
+    chosen = _three_groups(mem, k, seed)
+    places = [place for group in chosen.values() for place in group]
+    index = source.examples()
+    ids = index.filter(pc.equal(index["split"], "train"))["example_id"].to_pylist()
+    fold_of = trial_folds(keys, source.plan())
+    return LeaveOneOut(
+        rows=tuple(_rows_of(examples, source, [ids[place] for place in places], "chosen")),
+        groups=tuple(name for name, group in chosen.items() for _ in group),
+        labels=tuple(examples.y_train.tolist()),
+        **{name: tuple(map(tuple, counts[name][1::2][:, places].tolist())) for name in COUNTS},
+        scored_ratio=source.plan().subset_ratio,
+        scored_study=source.study().hash,
+        scored_trials=spans(key.trial for key in keys if fold_of(key) % 2),
+        chosen_by=spans(key.trial for key in keys if not fold_of(key) % 2),
+    )
+
+
+def _three_groups(mem: Floats, k: int, seed: int) -> dict[Group, list[int]]:
+    """Places of k examples by group; examples whose memorization is not known are not taken."""
+    keys = philox(seed, STREAM_LEAVE_ONE_OUT, 0).random_raw(len(mem))
+    orders: dict[Group, NDArray[np.int64]] = {
+        "random": np.argsort(keys, kind="stable"),
+        "most memorized": np.argsort(-mem, kind="stable"),
+        "near 0.25": np.argsort(np.abs(mem - 0.25), kind="stable"),
+    }
+    taken: set[int] = set()
+    found: dict[Group, list[int]] = {}
+    for i, name in enumerate(GROUPS):
+        size = k // len(GROUPS) + (i < k % len(GROUPS))
+        free = (int(p) for p in orders[name] if np.isfinite(mem[p]) and int(p) not in taken)
+        found[name] = list(itertools.islice(free, size))
+        taken.update(found[name])
+    return found

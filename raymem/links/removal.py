@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.errors import StoreError
+from raymem.experiments import ARMS, Arm, Removal
 from raymem.links.column_arrays import Floats
 from raymem.links.epsilons import plain
 from raymem.links.verdicts import Verdict
-from raymem.plan import ARMS, Arm, Removal
 from raymem.store import Store, TrialKey
 
 LEVEL = 0.05
@@ -247,17 +247,17 @@ def find_removal(store: Store) -> Removed:
             f"{store.url} is no removal experiment but a study of {plan}; run "
             "jobs/removal_digits.py, with --scores-from to use the scores of this one"
         )
-    done = {key.trial for key in store.done() if math.isinf(key.epsilon)}
-    begun = sorted({trial // plan.block for trial in done})
-    trials = {r: range(r * plan.block, (r + 1) * plan.block) for r in begun}
-    whole = [r for r in begun if done.issuperset(trials[r])]
+    whole, begun = whole_repeats(store)
     if not whole:
         raise StoreError(
             f"{store.url} has no whole repeat of {plan.block} trials yet; run its job, which "
             "trains what is missing"
         )
-    read = [[_read(store, trial) for trial in trials[r]] for r in whole]
-    correct = np.stack([_by_arm([right for right, _ in trials]) for trials in read])
+    read = [
+        [read_trial(store, trial) for trial in range(r * plan.block, (r + 1) * plan.block)]
+        for r in whole
+    ]
+    correct = np.stack([_by_arm([right[plan.n :] for right, _ in trials]) for trials in read])
     copies = _near_training(store)
     return Removed(
         url=store.url,
@@ -270,13 +270,22 @@ def find_removal(store: Store) -> Removed:
     )
 
 
-def _read(store: Store, trial: int) -> tuple[NDArray[np.bool_], float]:
-    """What one trial gets right of the test examples, bool [M], and its training accuracy."""
+def whole_repeats(store: Store) -> tuple[list[int], list[int]]:
+    """Repeats of an experiment that have all their trials, and those that have any."""
+    block = store.plan().block
+    done = {key.trial for key in store.done() if math.isinf(key.epsilon)}
+    begun = sorted({trial // block for trial in done})
+    return [r for r in begun if done.issuperset(range(r * block, (r + 1) * block))], begun
+
+
+def read_trial(store: Store, trial: int) -> tuple[NDArray[np.bool_], float]:
+    """What one trial gets right, training examples first, bool [N + M], and its accuracy on its
+    subset."""
     table = store.trial(TrialKey(math.inf, trial), ["in_subset", "correct"])
     N = table.num_rows - table["in_subset"].null_count
     correct: NDArray[np.bool_] = table["correct"].to_numpy()
     inside = table["in_subset"].slice(0, N).to_numpy()
-    return correct[N:], float(correct[:N][inside].mean())
+    return correct, float(correct[:N][inside].mean())
 
 
 def _by_arm(rows: Sequence[NDArray[np.bool_]]) -> NDArray[np.bool_]:

@@ -11,11 +11,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raymem.experiments import COUNTS
 from raymem.links.column_arrays import Floats, floats
 from raymem.scores import ratio
 
 # Measures of training itself, and the trials that have them.
 COUNTED_BY = {"cumulative_loss": "n_in", "forgetting_count": "n_in", "learning_epoch": "learned"}
+
+
+def memorization_of(n_in: Floats, correct_in: Floats, n_out: Floats, correct_out: Floats) -> Floats:
+    """Of counts in the order of COUNTS; NaN without trials in one arm."""
+    return ratio(correct_in, n_in) - ratio(correct_out, n_out)
 
 
 class Sums:
@@ -61,11 +67,7 @@ class Sums:
 
     def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """Of the examples `rows`, when folds count `weights` times."""
-        right, n = (
-            {arm: weights @ self._sums[f"{what}_{arm}"][:, rows] for arm in ("in", "out")}
-            for what in ("correct", "n")
-        )
-        return ratio(right["in"], n["in"]) - ratio(right["out"], n["out"])
+        return memorization_of(*(weights @ self._sums[name][:, rows] for name in COUNTS))
 
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """Of a measure, the same."""

@@ -20,6 +20,9 @@ EPSILON_GRIDS: dict[str, tuple[float, ...]] = {
     "default": (0.5, 1, 2, 4, 8, 16, 32, 64, math.inf),
     "quick": (0.5, 2, 8, math.inf),
     "paper-curvature": tuple(range(5, 101, 5)),
+    # The published scripts and notebook have 1 too: the one point there at which
+    # 1 - e^-eps is not 1, without which the slope and c2 of Theorem 5.3 cannot be told apart.
+    "scripts-curvature": (1, *range(5, 101, 5)),
     "paper-memorization": (1, 10, 20, 30, 40, 50),
 }
 """Grids of epsilons by name; the paper's are those of its sections 6.4 and 6.5."""

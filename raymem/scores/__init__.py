@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         trials_for,
     )
     from raymem.scores.roc import Attack, Rate, attack
-    from raymem.scores.running_sums import interim_result
+    from raymem.scores.running_sums import interim_result, trial_folds
     from raymem.scores.scoring import EpsilonSummary, score
     from raymem.scores.stopping import InterimResult, Until
     from raymem.scores.streamed_curvature import join_curvature
@@ -103,6 +103,7 @@ __all__ = [
     "reliability",
     "score",
     "spearman_ceiling",
+    "trial_folds",
     "trials_for",
 ]
 

@@ -80,7 +80,7 @@ def fold_sums(
     A fold is every F-th block: a block is never cut, so folds have the plan's balance.
     """
     n_rows = outcomes.masks.width + outcomes.correct.width
-    fold_of = folds(keys, plan)
+    fold_of = trial_folds(keys, plan)
     sums = zeros(n_rows)
     before: int | None = None
     ordered = sorted(keys, key=lambda k: (fold_of(k), k.trial))
@@ -94,7 +94,7 @@ def fold_sums(
         yield sums
 
 
-def folds(keys: Sequence[TrialKey], plan: Plan) -> Callable[[TrialKey], int]:
+def trial_folds(keys: Sequence[TrialKey], plan: Plan) -> Callable[[TrialKey], int]:
     """The fold of each of these trials: every F-th block, whole."""
     n_folds = min(LARGEST_NUMBER_OF_FOLDS, len({key.trial // plan.block for key in keys}))
     return lambda key: (key.trial // plan.block) % n_folds
@@ -270,7 +270,7 @@ def _mean(values: NDArray[Any]) -> float | None:
 def interim_result(store: Store, keys: Sequence[TrialKey]) -> InterimResult:
     """Of the trials `keys` of one epsilon, in the folds that scores have too."""
     plan = store.plan()
-    fold_of = folds(keys, plan)
+    fold_of = trial_folds(keys, plan)
     n_folds = len({fold_of(key) for key in keys})
     n, right = (np.zeros((2, n_folds, plan.n)) for _ in range(2))
     for key, table in read_ahead(keys, partial(store.train_rows, names=["in_subset", "correct"])):

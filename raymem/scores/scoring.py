@@ -89,13 +89,14 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     """Score all committed trials of a store; replaces its scores/*.parquet.
 
     `rule` says which influence pairs are kept. Raises DamagedObjectError for a trial that does not
-    read back, StoreError for a removal experiment.
+    read back, StoreError for an experiment.
     """
     study = store.study()
-    if study.plan.removal is not None:
+    plan = study.plan
+    if plan.experiment is not None:
         raise StoreError(
-            f"{store.url} is a removal experiment, which has no random subsets to score; see "
-            f"`raymem removal {store.url}`"
+            f"{store.url} is a {plan.kind} experiment, which has no random subsets to score; see "
+            f"`raymem {plan.kind} {store.url}`"
         )
     done, index = store.done(), store.examples()
     target = store.target

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from raymem.show.story import Story, story_text, tell
     from raymem.show.table import Table, format_table
     from raymem.show.tables import TableError, top, where
+    from raymem.show.terminal_leave_one_out import (
+        extrapolated_text,
+        leave_one_out_text,
+        write_leave_one_out,
+    )
     from raymem.show.terminal_links import correlations_text, label_errors_text, links_text
     from raymem.show.terminal_membership import membership_text
     from raymem.show.terminal_removal import removal_text, write_removal
@@ -37,9 +42,11 @@ __all__ = [
     "describe_store",
     "example_text",
     "examples_table",
+    "extrapolated_text",
     "format_table",
     "ingest_text",
     "label_errors_text",
+    "leave_one_out_text",
     "links_text",
     "membership_text",
     "merge_text",
@@ -51,6 +58,7 @@ __all__ = [
     "tell",
     "top",
     "where",
+    "write_leave_one_out",
     "write_removal",
     "write_report",
 ]

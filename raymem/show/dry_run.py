@@ -198,7 +198,7 @@ def _on_gpu() -> bool:
 
 def _precision(study: Study) -> list[str]:
     """Standard error and 95% width by trials and ratio, of several kinds of examples."""
-    if study.removal is not None:
+    if study.plan.experiment is not None:
         return []
     if study.subset_ratio == 1:
         return ["memorization: not defined, nothing is ever out"]
@@ -297,7 +297,8 @@ def _certifiable(study: Study) -> float:
     from raymem.privacy import largest_certifiable
 
     n_in = round(study.subset_ratio * study.trials)
-    drawn = study.plan.n if study.pool is None else len(study.pool)
+    all_drawn = study.pool is None or study.rest_ratio < 1
+    drawn = study.plan.n if all_drawn else len(study.pool or ())
     steps_apart = 2 if study.kind == "fixed-size" else 1
     delta = 0.0 if study.privacy is None else study.privacy.delta
     level = ALPHA / max(1, drawn * len(study.epsilons))
@@ -335,15 +336,17 @@ def _subsets(study: Study) -> str:
     per_class = np.bincount(
         study.examples.y_train[plan.mask(0)], minlength=study.examples.n_classes
     )
-    text = f"{plan.kind} subsets of {plan.subset_size:,} examples (ratio {plan.subset_ratio:g})"
-    if plan.removal is not None:
+    text = f"{plan.kind} subsets of {plan.subset_size:,} examples (ratio {plan.subset_ratio:g}"
+    text += f", {plan.rest_ratio:g} of the others)" if plan.rest_ratio < 1 else ")"
+    if plan.experiment is not None:
         repeats = study.trials / plan.block
         return f"{plan}; {repeats:g} repeats of {plan.block} trials"
     if plan.subset_ratio == 1:
         return f"{text}: all examples in every trial, only seeds differ; nothing is ever out"
     if plan.kind != "fixed-size":
         members = round(plan.subset_ratio * plan.block)
-        text += f", blocks of {plan.block} trials: each drawn example is in {members} of them"
+        what = "candidate" if plan.rest_ratio < 1 else "drawn example"
+        text += f", blocks of {plan.block} trials: each {what} is in {members} of them"
     if study.trials % plan.block and plan.kind != "fixed-size":
         whole = math.ceil(study.trials / plan.block) * plan.block
         text += f"; {study.trials:,} trials are not whole blocks, {whole:,} would be"

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from raymem.encoding import epsilon_name
-from raymem.links import Links, PaperBins, Removed
+from raymem.experiments import ARMS, GROUPS
+from raymem.links import LeftOut, Links, PaperBins, Removed
 from raymem.links.column_arrays import train_at
-from raymem.plan import ARMS
 from raymem.scores import Attacked
 from raymem.store import Store
 from raymem.store.measures import known_measures, title_of, unit_of
@@ -126,6 +126,18 @@ def removal_figure(found: Removed) -> Figure:
         f"Mean test accuracy of {found.headline.repeats} repeats with 95% intervals, by number of "
         f"removed training examples. {found.verdict.text}.",
         functools.partial(_removal, found=found),
+    )
+
+
+def leave_one_out_figure(found: LeftOut) -> Figure:
+    """Memorization of each example by leaving it out, against its score at ratio r."""
+    return _figure(
+        "leave-one-out",
+        "Memorization by leaving one out and at a subset ratio",
+        f"Memorization of {len(found.experiment.rows)} examples by leaving each out, with 95% "
+        f"intervals, against memorization at subset ratio {found.experiment.scored_ratio:g}. "
+        f"{found.verdict.text}.",
+        functools.partial(_leave_one_out, found=found),
     )
 
 
@@ -302,4 +314,27 @@ def _removal(ax: Any, colours: dict[str, str], found: Removed) -> None:
         )  # fmt: skip
     ax.set_xlabel("removed training examples")
     ax.set_ylabel("test accuracy, percent")
+    ax.legend()
+
+
+def _leave_one_out(ax: Any, colours: dict[str, str], found: LeftOut) -> None:
+    rows = found.examples.to_pylist()
+    styles = dict(zip(GROUPS, (("one", "s"), ("two", "o"), ("ink", "^")), strict=True))
+    for group, (colour, marker) in styles.items():
+        here = [row for row in rows if row["group"] == group]
+        if not here:
+            continue
+        x, y, low, high = (
+            np.array([row[name] for row in here])
+            for name in (
+                "memorization", "leave_one_out", "leave_one_out_low", "leave_one_out_high",
+            )
+        )  # fmt: skip
+        ax.errorbar(
+            x, y, yerr=[y - low, high - y], fmt=marker, color=colours[colour], markersize=4,
+            linewidth=0.7, label=group,
+        )  # fmt: skip
+    ax.plot([0, 1], [0, 1], ":", color=colours["ink"], linewidth=1, label="equal")
+    ax.set_xlabel(f"memorization at subset ratio {found.experiment.scored_ratio:g}")
+    ax.set_ylabel("memorization by leaving one out")
     ax.legend()

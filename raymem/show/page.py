@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 
 from raymem.encoding import at_epsilon, epsilon_name
-from raymem.links import Links
+from raymem.links import LeftOut, Links
 from raymem.links.verdicts import verdict_on_link1, verdicts_on_costs
 from raymem.scores import Attacked
 from raymem.show.choose import Chosen, Row
@@ -33,7 +33,8 @@ from raymem.show.result_tables import (
 )
 from raymem.show.score_tables import memorization_of
 from raymem.show.story import Story
-from raymem.show.table import Cell, Column, Table
+from raymem.show.table import Cell, Column, Table, from_arrow
+from raymem.show.terminal_leave_one_out import bias_table, example_table, sources_text
 from raymem.show.terminal_links import costs_text, link2_lines, paper_bins_text
 from raymem.show.terminal_membership import best_text, correlation_text
 from raymem.store import StudyRecord
@@ -64,17 +65,21 @@ def page(
     without_pictures: str = "",
     attacked: Sequence[Attacked] = (),
     stale: str = "",
+    left_out: LeftOut | None = None,
     sections: Sequence[str] = (),
 ) -> str:
     """The page. `study` is study.json, `command` what ran it, `without_pictures` why some lack,
-    `attacked` what membership.json has, `stale` what is wrong with it. `sections` are HTML that
+    `attacked` what membership.json has, `stale` what is wrong with it, `left_out` what a leave-one-out
+    experiment found. `sections` are HTML that
     follows the answers; they must be safe already."""
     show = _Cards(chosen.classes, pictures)
     values = {
         "title": f"{study.data_name}: what was memorized",
         "subtitle": f"{study.plan}; raymem {VERSION}",
         "story": story,
-        "nav": _nav(story, bool(links.correlations.get(chosen.epsilon)), bool(sections)),
+        "nav": _nav(
+            story, bool(links.correlations.get(chosen.epsilon)), bool(left_out), bool(sections)
+        ),
         "without_pictures": without_pictures,
         "first": [show.memorized(row) for row in chosen.first],
         "gallery": [
@@ -90,6 +95,7 @@ def page(
         **_curvature(links, chosen.epsilon),
         **_privacy(links),
         **_membership(attacked, stale),
+        "left_out": _left_out(left_out),
         "checks": _checks(links),
         "settings": _settings(study, location),
         "sections": sections,
@@ -116,7 +122,7 @@ def _resource(name: str) -> str:
     return resources.files("raymem.show").joinpath(name).read_text()
 
 
-def _nav(story: Story, compared: bool, sections: bool) -> list[tuple[str, str]]:
+def _nav(story: Story, compared: bool, left_out: bool, sections: bool) -> list[tuple[str, str]]:
     shown = {
         "found": "Found",
         "memorization": "Memorization",
@@ -125,6 +131,7 @@ def _nav(story: Story, compared: bool, sections: bool) -> list[tuple[str, str]]:
         "curvature": "Curvature" if compared else "",
         "privacy": "Privacy",
         "membership": "Membership",
+        "leave-one-out": "Leaving one out" if left_out else "",
         "explorer": "Explorer" if sections else "",
         "table": "Table",
         "trust": "Trust",
@@ -306,6 +313,17 @@ def _membership(attacked: Sequence[Attacked], stale: str) -> dict[str, Any]:
         if any(here.by_references for here in attacked)
         else None,
         "membership_lines": [*sentences, *notes],
+    }
+
+
+def _left_out(found: LeftOut | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        "bias": from_arrow(bias_table(found)),
+        "examples": from_arrow(example_table(found)),
+        "verdict": found.verdict,
+        "sources": sources_text(found),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raymem.encoding import at_epsilon, epsilon_name
+from raymem.experiments import ARMS
 from raymem.links import (
     METHODS,
     NOT_A_TEST,
@@ -24,7 +25,6 @@ from raymem.links import (
     RemovalEffect,
     Removed,
 )
-from raymem.plan import ARMS
 from raymem.scores import Attack, Attacked
 from raymem.show.score_tables import memorization_of
 from raymem.show.table import EPSILON, Cell, Column, Estimate, Table, percent

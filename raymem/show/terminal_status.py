@@ -112,8 +112,8 @@ def merge_text(summary: MergeSummary) -> str:
         then = f"import the file into it once more, which scores: raymem import npz FILE {s.url}"
     elif s.missing:
         then = f"run its job with --store {s.url}, which trains what is missing and scores"
-    elif plan.removal is not None:
-        then = f"raymem removal {s.url}"
+    elif plan.experiment is not None:
+        then = f"raymem {plan.kind} {s.url}"
     else:
         then = f"score, the job's `score` stage: python jobs/NAME.py score --store {s.url}"
     return "\n".join([*lines, f"not copied: scores, links, report; next, {then}"])

@@ -1,4 +1,4 @@
-"""torch.optim's SGD, Adam and AdamW over lists of tensors, with the learning rate as a tensor.
+"""torch.optim's SGD, Adam, AdamW and RMSprop over lists of tensors; the learning rate is a tensor.
 
 The same arithmetic moves one model's parameters and the stacked ones of many: everything is
 element by element. No number is computed on the host in a step, so that a step can be captured as
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raymem.training.recipe import Recipe, Steps, learning_rate_factor
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8
+BETAS, ALPHA, EPSILON = (0.9, 0.999), 0.99, 1e-8
 
 
 def rates(recipe: Recipe, steps: Steps, start: int, stop: int) -> Tensor:
@@ -28,7 +28,7 @@ def rates(recipe: Recipe, steps: Steps, start: int, stop: int) -> Tensor:
     rows = []
     for step in range(start, stop):
         rate = recipe.learning_rate * learning_rate_factor(recipe, step / steps.total)
-        if recipe.optimizer == "sgd":
+        if recipe.optimizer in ("sgd", "rmsprop"):
             rows.append((rate, 1.0, 1.0))
             continue
         first, second = (1 - beta ** (step + 1) for beta in BETAS)
@@ -45,9 +45,9 @@ class Optimizer:
         self.parameters = list(parameters)
         # What torch.amp.GradScaler looks for.
         self.param_groups: list[dict[str, Any]] = [{"params": self.parameters}]
-        kept = 2 if recipe.optimizer != "sgd" else int(recipe.momentum != 0)
+        kept = {"sgd": int(recipe.momentum != 0), "rmsprop": 1}.get(recipe.optimizer, 2)
         self.moments = [[torch.zeros_like(p) for p in self.parameters] for _ in range(kept)]
-        """Momentum, or Adam's mean and mean square, of each parameter."""
+        """Momentum, Adam's mean and mean square, or RMSprop's mean square, of each parameter."""
 
     def forget_gradients(self) -> None:
         """Before the next backward pass."""
@@ -68,7 +68,7 @@ class Optimizer:
         recipe = self.recipe
         if recipe.weight_decay and recipe.optimizer != "adamw":
             slopes = list(torch._foreach_add(slopes, moved, alpha=recipe.weight_decay))
-        update = self._sgd if recipe.optimizer == "sgd" else self._adam
+        update = {"sgd": self._sgd, "rmsprop": self._rmsprop}.get(recipe.optimizer, self._adam)
         update(moved, slopes, moments, rates)
 
     def _sgd(
@@ -97,6 +97,18 @@ class Optimizer:
         torch._foreach_mul_(root, rates[1])
         torch._foreach_add_(root, EPSILON)
         step = torch._foreach_div(mean, root)
+        torch._foreach_mul_(step, rates[0])
+        torch._foreach_sub_(moved, step)
+
+    def _rmsprop(
+        self, moved: list[Tensor], slopes: list[Tensor], moments: list[list[Tensor]], rates: Tensor
+    ) -> None:
+        (square,) = moments
+        torch._foreach_mul_(square, ALPHA)
+        torch._foreach_addcmul_(square, slopes, slopes, 1 - ALPHA)
+        root = torch._foreach_sqrt(square)
+        torch._foreach_add_(root, EPSILON)
+        step = torch._foreach_div(slopes, root)
         torch._foreach_mul_(step, rates[0])
         torch._foreach_sub_(moved, step)
 

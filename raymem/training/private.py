@@ -117,8 +117,10 @@ def torch_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             model.parameters(), momentum=recipe.momentum, nesterov=recipe.nesterov, **common
         )
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), **common)
+    kinds: dict[str, type[torch.optim.Optimizer]] = {
+        "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop,
+    }  # fmt: skip
+    return kinds[recipe.optimizer](model.parameters(), **common)
 
 
 @functools.lru_cache(maxsize=16)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from raymem import models
 from raymem.errors import RecipeError
+
+OptimizerName = Literal["sgd", "adam", "adamw", "rmsprop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,8 @@ class Recipe:
     """Passes over a subset of the nominal size."""
     batch_size: int = 128
     """Examples of each step; the nominal size of a subset where that is smaller."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """torch.optim's."""
+    optimizer: OptimizerName = "sgd"
+    """torch.optim's; RMSprop without momentum, not centred, as is its default there."""
     learning_rate: float = 0.1
     """Peak learning rate."""
     momentum: float = 0.9
@@ -42,7 +44,7 @@ class Recipe:
     nesterov: bool = False
     """SGD's Nesterov variant."""
     weight_decay: float = 0.0
-    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+    """L2 penalty (sgd, adam, rmsprop) or decoupled decay (adamw)."""
     schedule: Literal["constant", "linear", "cosine", "steps"] = "cosine"
     """From the peak to zero (linear, cosine), or divided by ten at each of `milestones`."""
     milestones: tuple[float, ...] = (0.6, 0.8)
@@ -87,7 +89,7 @@ class Recipe:
                     f"learning_rate must be > 0, got {self.learning_rate}",
                 ),
                 (
-                    self.optimizer not in ("sgd", "adam", "adamw"),
+                    self.optimizer not in get_args(OptimizerName),
                     f"no optimizer {self.optimizer!r}",
                 ),
                 (
