@@ -69,9 +69,9 @@ def page(
     sections: Sequence[str] = (),
 ) -> str:
     """The page. `study` is study.json, `command` what ran it, `without_pictures` why some lack,
-    `attacked` what membership.json has, `stale` what is wrong with it, `left_out` what a leave-one-out
-    experiment found. `sections` are HTML that
-    follows the answers; they must be safe already."""
+    `attacked` what membership.json has, `stale` what is wrong with it, `left_out` what a
+    leave-one-out experiment found. `sections` are HTML that follows the answers; they must be safe
+    already."""
     show = _Cards(chosen.classes, pictures)
     values = {
         "title": f"{study.data_name}: what was memorized",
