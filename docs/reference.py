@@ -9,7 +9,7 @@ import re
 import runpy
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,16 +60,25 @@ def command_line() -> str:
         parts.append(_command(f"raymem {name}", command, command.params, level=3))
     jobs = {f"python jobs/{path.name}": job(path) for path in sorted(ROOT.glob("jobs/*.py"))}
     shared = _shared(jobs.values())
+    by_job = {
+        name
+        for name in shared
+        if len({_default(p) for c in jobs.values() for p in c.params if p.opts[0] == name}) > 1
+    }
     parts.append("## Options of all study jobs\n")
-    parts.append("`feldman_*.py` and `privacy_*.py` take these options; defaults differ.\n")
-    parts.append(_options(shared.values(), defaults=False))
+    parts.append("`feldman_*.py` and `privacy_*.py` take these options.\n")
+    parts.append(_options(shared.values(), by_job=by_job))
     parts.append("## Jobs\n")
     for name, command in jobs.items():
         own = [p for p in command.params if not _is(p, shared) or not isinstance(p, click.Option)]
         parts.append(_command(name, command, own, level=3))
-        changed = _defaults(p for p in command.params if _is(p, shared))
-        if changed:
-            parts.append(f"Defaults of the options of all study jobs: {changed}.\n")
+        values = [
+            _default(p) if p.is_flag else f"`{p.opts[0]} {_default(p).strip('`')}`"
+            for p in command.params
+            if p.opts[0] in by_job and _is(p, shared) and _default(p)
+        ]
+        if values:
+            parts.append(f"Defaults of the options of all study jobs: {', '.join(values)}.\n")
     return "\n".join(parts)
 
 
@@ -85,14 +94,16 @@ def job(path: Path) -> click.Command:
     return found[0]
 
 
-def _shared(commands: Any) -> dict[str, click.Parameter]:
-    """Options that most jobs have with the same meaning: by their first name."""
-    counts: dict[tuple[str, str], list[click.Parameter]] = {}
-    for command in commands:
-        for option in command.params:
-            if isinstance(option, click.Option):
-                counts.setdefault((option.opts[0], option.help or ""), []).append(option)
-    return {name: kept[0] for (name, _), kept in counts.items() if len(kept) >= 6}
+def _shared(commands: Iterable[click.Command]) -> dict[str, click.Parameter]:
+    """Options that most jobs have with the same meaning, in the order of the longest help."""
+    commands = list(commands)
+    longest = max(commands, key=lambda command: len(command.params))
+
+    def holders(option: click.Parameter) -> int:
+        return sum(_is(option, {p.opts[0]: p for p in c.params}) for c in commands)
+
+    options = [p for p in longest.params if isinstance(p, click.Option)]
+    return {p.opts[0]: p for p in options if 2 * holders(p) > len(commands)}
 
 
 def _is(parameter: click.Parameter, shared: dict[str, click.Parameter]) -> bool:
@@ -120,7 +131,9 @@ def _prose(text: str) -> str:
     paragraphs = []
     for paragraph in re.sub("\b\n?", "", inspect.cleandoc(text)).split("\n\n"):
         if paragraph.startswith("    "):
-            paragraphs.append("```console\n" + textwrap.dedent(paragraph) + "\n```")
+            block = textwrap.dedent(paragraph)
+            kind = "console" if block.startswith(("python ", "raymem ", "ray ")) else "text"
+            paragraphs.append(f"```{kind}\n{block}\n```")
         elif paragraph.startswith("Example: "):
             joined = " ".join(paragraph.removeprefix("Example: ").split())
             paragraphs.append(f"```console\n$ {joined}\n```")
@@ -129,18 +142,15 @@ def _prose(text: str) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _options(options: Any, *, defaults: bool = True) -> str:
+def _options(options: Any, *, by_job: Set[str] = frozenset()) -> str:
     lines = ["| option | default | |", "|---|---|---|"]
-    if not defaults:
-        lines = ["| option | |", "|---|---|"]
     for option in options:
         if option.opts[0] in ("--debug", "--help", "-h"):
             continue
         names = " / ".join([*option.opts, *option.secondary_opts])
         metavar = "" if option.is_flag else f" {_metavar(option)}"
-        cells = [f"`{names}{metavar}`", _cell(option.help or "")]
-        if defaults:
-            cells.insert(1, _default(option))
+        default = "by job" if option.opts[0] in by_job else _default(option)
+        cells = [f"`{names}{metavar}`", default, _cell(option.help or "")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -158,24 +168,11 @@ def _default(option: click.Option) -> str:
         return option.show_default
     value = option.default
     if option.is_flag:
-        return (
-            ""
-            if not option.secondary_opts
-            else (option.opts if value else option.secondary_opts)[0]
-        )
+        names = option.opts if value else option.secondary_opts
+        return f"`{names[0]}`" if option.secondary_opts else ""
     if value is None or callable(value) or type(value).__name__ == "Sentinel":
         return ""
     return f"`{value}`"
-
-
-def _defaults(options: Any) -> str:
-    shown = ("--data", "--store", "--trials", "--subset-ratio", "--epsilons", "--flip-labels")
-    texts = [
-        f"`{option.opts[0]} {option.default}`"
-        for option in options
-        if option.opts[0] in shown and option.default not in (None, 0.0) and _default(option)
-    ]
-    return ", ".join(texts)
 
 
 def _cell(text: str) -> str:
@@ -201,9 +198,18 @@ def _fields(name: str, path: Path) -> str:
         "|---|---|---|",
     ]
     for field, text in _documented(tree.body):
-        default = "" if field.value is None else f"`{ast.unparse(field.value)}`"
+        default = "" if field.value is None else f"`{_value(field.value)}`"
         lines.append(f"| `{ast.unparse(field.target)}` | {default} | {_cell(text)} |")
     return "\n".join(lines) + "\n"
+
+
+def _value(node: ast.expr) -> str:
+    """A default as one would write it: `PaperRule()` of `field(default_factory=PaperRule)`."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("field"):
+        (made,) = [k.value for k in node.keywords if k.arg in ("default", "default_factory")]
+        factory = node.keywords[0].arg == "default_factory"
+        return ast.unparse(made) + ("()" if factory else "")
+    return ast.unparse(node)
 
 
 def _documented(body: list[ast.stmt]) -> Iterator[tuple[ast.AnnAssign, str]]:
