@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
+
 import numpy as np
 
+import raymem
 from raymem import CurvatureRule, Examples, Recipe, Study
 
 EVIL = '<script>alert("x")</script>'
@@ -31,3 +35,22 @@ def trained(folder):
     study.train(engine="serial")
     study.score()
     return study
+
+
+@contextmanager
+def served(study):
+    """The explorer's server of a study, in a thread; its address ends in /TOKEN/."""
+    import uvicorn
+
+    from raymem.show.explorer_server import explorer_app, listening
+
+    opened = raymem.open(study.store, data=study.examples)
+    with listening(0) as server:
+        port = server.getsockname()[1]
+        app = explorer_app(opened, token="secret", port=port)
+        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [server]})
+        thread.start()
+        yield f"http://127.0.0.1:{port}/secret/"
+        running.should_exit = True
+        thread.join(timeout=10)

@@ -11,14 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from explored import EVIL, trained
+from explored import EVIL, served, trained
 
 import raymem
 from benchmarks.explorer import large_page, tables_only
@@ -261,21 +260,8 @@ def test_figures_that_there_are_not(study, tables, tmp_path):
 
 @pytest.fixture(scope="module")
 def address(study):
-    """The server of a study, in a thread; its address ends in /TOKEN/."""
-    import uvicorn
-
-    from raymem.show.explorer_server import explorer_app, listening
-
-    opened = raymem.open(study.store, data=study.examples)
-    with listening(0) as server:
-        port = server.getsockname()[1]
-        app = explorer_app(opened, token="secret", port=port)
-        running = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [server]})
-        thread.start()
-        yield f"http://127.0.0.1:{port}/secret/"
-        running.should_exit = True
-        thread.join(timeout=10)
+    with served(study) as address:
+        yield address
 
 
 def get(url, headers=None, method="GET"):

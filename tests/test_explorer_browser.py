@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from explored import EVIL, trained
+from explored import EVIL, served, trained
 
 import raymem
 from raymem.show.explorer import explorer_page, explorer_section
@@ -49,13 +49,14 @@ def opened(browser, url):
     """Opens the page at a width; fails if the browser complained by the end."""
     said, contexts = [], []
 
-    def open_page(width=1280, **more):
+    def open_page(width=1280, at=None, **more):
         context = browser.new_context(viewport={"width": width, "height": 900}, **more)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(url)
+        page.goto(at or url)
+        page.locator("#explorer").scroll_into_view_if_needed()
         page.wait_for_selector("#explorer[data-ready]")
         return page
 
@@ -238,3 +239,51 @@ def test_plots_are_saved(study, opened):
 
     with Image.open(saved.value.path()) as image:
         assert np.asarray(image).std() > 0
+
+
+def test_a_served_page_does_the_same(study, opened):
+    row, rows = most_memorized(study)
+    with served(study) as address:
+        page = opened(at=address)
+        page.mouse.move(*place_of(page, row))
+        page.locator(".explorer-tip img").wait_for()
+        page.mouse.click(*place_of(page, row))
+        panel = page.locator(".explorer-panel")
+        panel.locator("canvas.explorer-strip").wait_for()
+        assert rows[row]["example_id"] in panel.inner_text()
+        assert f"of {rows[row]['n_in']} models that trained on it" in panel.inner_text()
+        shown = panel.locator("tr", has_text="curvature, models without it").first.inner_text()
+        assert f"{rows[row]['curvature_out']:.3f}" in shown
+        page.locator("#explorer-x").select_option("loss_out")
+        page.locator(".explorer-table th", has_text="loss, models without it").wait_for()
+
+
+def test_a_notebook_shows_it_in_a_frame(study, browser, tmp_path):
+    frame = raymem.open(study.store, data=study.examples).explore()
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><p>A cell{frame._repr_html_()}")
+    page = browser.new_page(viewport={"width": 1000, "height": 950})
+    page.goto(f"file://{tmp_path / 'notebook.html'}")
+    inside = page.frame_locator("iframe")
+    inside.locator("#explorer[data-ready]").wait_for()
+    inside.locator(".explorer-tile img").first.wait_for()
+    inside.locator(".explorer-tile").first.click()
+    inside.locator("canvas.explorer-strip").wait_for()
+    page.close()
+
+
+def test_the_report_has_it(study, opened, tmp_path):
+    from raymem.show import write_report
+
+    path = write_report(study.store, study.examples)
+    page = opened(at=f"file://{path}")
+    page.locator(".explorer-tile img").first.wait_for()
+    assert page.locator(".explorer-count").inner_text().startswith("All 60 examples")
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_and_brushes():
+    from benchmarks.explorer import in_a_browser
+
+    rows = in_a_browser(quick=True)
+    assert [row.goal for row in rows] == ["15 MB", "3,000 ms", "", "100 ms at 90%"]
+    assert "of 5,000 examples selected" in rows[-1].result
