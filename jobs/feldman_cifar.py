@@ -66,8 +66,8 @@ RECIPES = {
         precision="bfloat16",
         std=(0.25,),
     ),
-    # Meant for 93% test accuracy on all of CIFAR-10 (trained on all 50,000 images); see
-    # `python -m benchmarks.gpu --only accuracy`. Not run on a GPU yet.
+    # Trained on all 50,000 images of CIFAR-10 (JPEG copies of them): 90.6% of the test images right
+    # after 11 s on an H200, 84,700 images/s. 93% was the aim (`benchmarks.gpu --only accuracy`).
     "gpu": Recipe(
         model="resnet9",
         epochs=16,

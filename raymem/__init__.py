@@ -29,7 +29,14 @@ if TYPE_CHECKING:
         measure_kept,
         stream_curvature,
     )
-    from raymem.data import Cache, CachedExamples, Examples, flip_labels, load_examples
+    from raymem.data import (
+        Cache,
+        CachedExamples,
+        Examples,
+        add_canaries,
+        flip_labels,
+        load_examples,
+    )
     from raymem.data.shards import IngestSummary, Transform, ingest, list_shards
     from raymem.errors import (
         CurvatureError,
@@ -149,6 +156,7 @@ __all__ = [
     "TrialKey",
     "TrialResult",
     "__version__",
+    "add_canaries",
     "bounds_on_memorization",
     "correlations",
     "curvature",

@@ -232,6 +232,7 @@ class Study:
                 "n_train": len(self.examples.train_ids),
                 "n_test": len(self.examples.test_ids),
                 **({"planted": list(self.examples.planted)} if self.examples.planted else {}),
+                **({"canaries": list(self.examples.canaries)} if self.examples.canaries else {}),
             },
             "plan": self.plan.as_dict(),
             "recipe": self.recipe.as_dict(),

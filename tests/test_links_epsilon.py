@@ -302,11 +302,15 @@ def test_a_private_study_is_audited(scored):
     assert plain.pool.low > private.pool.high
     assert not private.refuted
     assert all(check.violations == 0 for check in private.bounds)
-    assert plain.one_run > 1.5
-    assert private.one_run < 1
+    assert plain.pairs.accuracy > 0.9
+    assert plain.pairs.epsilon > 1
+    assert (plain.pairs.p_value, plain.pairs.allowed) == (None, None)
+    assert private.pairs.low < private.pairs.allowed < private.pairs.refuted_from
+    assert (private.pairs.runs, private.candidates.examples) == (20, 40)
     said = verdict([private, plain])
-    assert said.not_shown.startswith("privacy: example by example")
-    assert said.text.endswith(f"in one run saw {private.one_run:.2f} of 1 (95%)")
+    assert said.not_shown.startswith("that training is private: a better attack may see more")
+    assert f"the claim allows {private.pairs.allowed:.1%}" in said.text
+    json.dumps([private.as_dict(), plain.as_dict()], allow_nan=False)
 
 
 def test_scores_say_what_was_spent(scored):
@@ -402,7 +406,7 @@ def test_more_epsilons_renumber_nothing():
     assert len(store.done()) == 6
 
 
-def test_broken_training_is_caught_by_one_run(monkeypatch):
+def test_broken_training_is_caught_by_guesses(monkeypatch):
     """Noise that was planned and not added, at a claimed epsilon of 0.5, on random labels."""
     from raymem.fleet import fleet
     from raymem.privacy import sgd
@@ -420,8 +424,33 @@ def test_broken_training_is_caught_by_one_run(monkeypatch):
     study.score()
     (audit,) = link3(Store("memory://broken"))
     assert audit.refuted
-    assert audit.one_run > 0.5
+    assert audit.pairs.epsilon > 0.5
+    assert "membership in one of two trials is told too well" in audit.reasons
     assert "REFUTED" in str(verdict([audit]))
+
+
+@pytest.mark.slow
+def test_noise_that_is_counted_and_not_added_is_refuted(monkeypatch):
+    """DP-SGD that adds 3% of its noise at a claimed epsilon of 1, on random labels: all else is as
+    planned, and the model is as private alone as it is tested to be."""
+    from raymem.privacy.sgd import PrivateSteps
+
+    whole = PrivateSteps._make_private
+
+    def quieter(self):
+        whole(self)
+        assert self.mode == "ghost"
+        self._optimizer._adjusted_noise_multiplier = 0.03 * self.mechanism.noise_multiplier
+
+    monkeypatch.setattr(PrivateSteps, "_make_private", quieter)
+    study = private_study("memory://quieter", epsilons=(1.0,))
+    study.train(engine="serial")
+    study.score()
+    (audit,) = link3(Store("memory://quieter"))
+    assert audit.pairs.low > audit.pairs.refuted_from > audit.pairs.allowed
+    assert audit.candidates.p_value <= audit.level
+    for reason in ("mean memorization", "a candidate's membership", "one of two trials"):
+        assert reason in audit.reasons
 
 
 def unclipped(self):

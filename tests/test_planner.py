@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 
 from raymem import Recipe, Store, Study, run_job
 from raymem.cli import main
+from raymem.privacy import Mechanism
 from raymem.scores import (
     InterimResult,
     Until,
@@ -127,18 +128,27 @@ def test_the_price_is_that_of_all_machines_for_the_time_it_takes(study, monkeypa
 
 
 def test_plans_that_cannot_answer_are_told_so(study):
-    few = " ".join(warnings(study(trials=20)))
+    few = " ".join(warnings(study(trials=20), {}))
     assert "fewer than two blocks" in few
     assert "would not be on the list; " in few
     assert "trials would be enough to find four in five" in few
-    assert warnings(study(trials=20_000)) == []
-    assert warnings(study(trials=4, subset_ratio=1.0)) == []
-    private = " ".join(
-        warnings(study(trials=4000, epsilons=(0.5, 64), subset_ratio=0.5,
-                       recipe=Recipe(model="mlp-16", epochs=1)))
-    )  # fmt: skip
-    assert "of 64 it can say nothing" in private
-    assert "0.5, 64" not in private
+    assert warnings(study(trials=20_000), {}) == []
+    assert warnings(study(trials=4, subset_ratio=1.0), {}) == []
+
+
+def test_a_plan_says_which_claims_its_audit_could_not_refute(study):
+    """Pure epsilon-DP: all of 24,000 guesses right are likely if each is right but for e^-64."""
+    asked = study(trials=40, epsilons=(0.5, 64), subset_ratio=0.5, recipe=RECIPE)
+    claims = {
+        epsilon: Mechanism(
+            epsilon=epsilon, delta=1e-5, sample_rate=0.1, expected_batch=10, steps=10,
+            noise_multiplier=1.0, max_grad_norm=1.0, accountant="prv", spent_epsilon=epsilon,
+            total_variation=None,
+        )
+        for epsilon in (0.5, 64)
+    }  # fmt: skip
+    said = " ".join(warnings(asked, claims))
+    assert "could not refute the claim at epsilon 64: its audit" in said
 
 
 def test_a_fleet_stops_at_the_end_of_a_block_when_it_knows_enough(study):

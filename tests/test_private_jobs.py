@@ -89,7 +89,7 @@ def test_the_whole_chain(capsys, tmp_path):
     assert shown.exit_code == 0
     assert "training examples with flipped labels" in shown.output
     as_json = CliRunner().invoke(main, ["links", store, "--json"])
-    assert json.loads(as_json.output)["link_3_verdict"].startswith("link 3: no example's")
+    assert json.loads(as_json.output)["link_3_verdict"].startswith("link 3: the claimed")
     status = CliRunner().invoke(main, ["status", store])
     assert "6 of 6 done" in status.output
     # Again: nothing to train, and the same scores to the byte.
@@ -211,7 +211,8 @@ def test_fixed_sizes_have_their_own_bound():
     assert {c.bound.name for c in audit.bounds if c.bound.holds} == {
         "fixed-size", "total-variation",
     }  # fmt: skip
-    assert audit.one_run is None
+    assert audit.pairs is None
+    assert audit.candidates is not None
 
 
 def test_weights_are_kept_at_every_epsilon(tmp_path):
@@ -302,7 +303,7 @@ def test_the_digits_show_both_effects(tmp_path, digits):
     for audit in (low, middle):
         assert not audit.refuted
         assert all(check.violations == 0 for check in audit.bounds)
-    assert inf.one_run > middle.one_run
+    assert inf.pairs.low > middle.pairs.high
     # Curvature rises with epsilon, by many standard errors each time.
     seen = link2(store).observed
     assert [o.epsilon for o in seen] == [0.5, 4.0, math.inf]

@@ -10,6 +10,7 @@ Large sets in shards, and the cache they are decoded into, are in `raymem.data.s
 
 from raymem.data.array_checks import arrays_of_npz
 from raymem.data.cache import Cache, CachedExamples, holds_cache
+from raymem.data.canaries import add_canaries
 from raymem.data.duplicates import near_duplicates
 from raymem.data.examples import Examples, fingerprint_of, group_column
 from raymem.data.flipped_labels import flip_labels
@@ -21,6 +22,7 @@ __all__ = [
     "Cache",
     "CachedExamples",
     "Examples",
+    "add_canaries",
     "arrays_of_npz",
     "draw_training",
     "example_id",

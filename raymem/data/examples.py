@@ -68,6 +68,8 @@ class Examples:
     identity. Empty: arrays."""
     planted: tuple[int, ...] = ()
     """Rows of training examples whose labels were made wrong on purpose; see `flip_labels`."""
+    canaries: tuple[int, ...] = ()
+    """Rows of training examples that were made for an audit; see `add_canaries`."""
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)

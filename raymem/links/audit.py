@@ -2,17 +2,19 @@
 
 In:  scores and trial files of a private study.
 Out: for each epsilon the bounds on memorization that its mechanism implies, how many examples
-     exceed each beyond chance, the pool's mean memorization, and the epsilon that the data certify.
+     exceed each beyond chance, the pool's mean memorization, and what guesses of membership say
+     against the claim.
 
 Shapes: N training examples, P of them in the pool, T trials.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,18 +24,21 @@ from scipy import stats
 from raymem.encoding import epsilon_name
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.epsilons import plain
+from raymem.links.membership_guesses import (
+    CONFIDENCE,
+    CandidateAudit,
+    Candidates,
+    PairAudit,
+    audit_candidates,
+    audit_pairs,
+)
 from raymem.links.verdicts import Verdict
 from raymem.plan import Plan
 from raymem.privacy import (
     Bound,
     Mechanism,
-    best_guesses,
     bounds_on_memorization,
-    certified_epsilon,
-    largest_certifiable,
     lower_limit_of_difference,
-    one_run_epsilon,
-    one_run_p_value,
     tightest,
 )
 from raymem.store import Store, TrialKey
@@ -41,11 +46,20 @@ from raymem.store import Store, TrialKey
 # Family-wise over all tests, examples and epsilons of a study: of a thousand studies that are as
 # private as they claim, at most one is expected to be refuted.
 ALPHA = 1e-3
-# Examples against the bounds, the pool's mean against the bounds, certified epsilons, one run.
+# Examples against the bounds, the pool's mean against the bounds, candidates one by one, pairs.
 TESTS = 4
-CONFIDENCE = 0.95
-# Shares of the canaries that are guessed about; the best of them is reported, at a level for all.
-GUESSED = (0.1, 1 / 3, 1.0)
+# Candidates of a study that names none: as many, chosen by its first block.
+CHOSEN = 200
+NO_BLOCKS = "needs trials with and without an example in one block of trials"
+# Kinds of plans in which membership is random given that of all other examples, or of one alone.
+RANDOM = ("balanced", "candidate-pool", "fixed-size")
+NOT_PAIRED = {
+    "fixed-size": "needs examples that are drawn independently of each other; in subsets of a "
+    "fixed size they are not",
+    "imported": "needs to know how subsets were drawn; these were drawn elsewhere",
+    "removal": "needs random subsets",
+    "leave-one-out": "needs random subsets",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,28 +99,49 @@ class Audit:
     bounds: list[BoundCheck]
     largest_limit: float
     """The highest lower limit of any example's memorization."""
-    certified: float
-    """Lower bound on epsilon from the example that says most, at the level of the verdict."""
-    certifiable: float
-    """What it would be if every trial had told in from out: claims above cannot be refuted."""
-    one_run: float | None
-    """Lower bound on epsilon, 95%, from guesses which canaries were in; None: not possible here.
-    It describes; the verdict rests on `one_run_p`."""
-    one_run_p: float | None
-    """p-value of these guesses if training were as private as it claims; None without a claim."""
+    candidates: CandidateAudit | None
+    """Each candidate by itself; None: not possible here."""
+    pairs: PairAudit | None
+    """All candidates together; None: not possible here."""
+    why_no_pairs: str
+    """What the audit by pairs needs, if it is not possible; else empty."""
     level: float
     """Error probability of each of the four tests that the verdict combines, at this epsilon."""
-    one_run_about: str
-    """How it came about, or why there is none."""
 
     @property
     def refuted(self) -> bool:
         """Do the data contradict the epsilon that was claimed, by any of the four tests?"""
         if self.mechanism is None or math.isinf(self.epsilon):
             return False
-        exceeded = any(c.bound.holds and (c.violations or c.mean_above) for c in self.bounds)
-        guessed = self.one_run_p is not None and self.one_run_p <= self.level
-        return exceeded or self.certified > self.mechanism.spent_epsilon or guessed
+        return bool(self.reasons)
+
+    @property
+    def reasons(self) -> str:
+        """Which of the four tests refute the claim."""
+        over = [c for c in self.bounds if c.bound.holds]
+        told = [
+            (any(c.violations for c in over), "memorization of single examples above a bound"),
+            (any(c.mean_above for c in over), "mean memorization above a bound"),
+            (
+                self.candidates is not None and self._refutes(self.candidates.p_value),
+                "a candidate's membership is told too well",
+            ),
+            (
+                self.pairs is not None and self._refutes(self.pairs.p_value),
+                "membership in one of two trials is told too well",
+            ),
+        ]
+        return "; ".join(reason for refutes, reason in told if refutes)
+
+    def _refutes(self, p_value: float | None) -> bool:
+        return p_value is not None and p_value <= self.level
+
+    @property
+    def could_refute(self) -> bool:
+        """Would trials that tell membership without error refute the claim, by either audit?"""
+        singly = self.candidates is not None and self.candidates.least_p_value
+        together = self.pairs is not None and self.pairs.refuted_from
+        return bool((singly and singly <= self.level) or (together and together <= 1))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -127,15 +162,13 @@ class Audit:
             **plain(
                 {
                     "largest_lower_limit": self.largest_limit,
-                    "certified_epsilon": self.certified,
-                    "largest_certifiable_epsilon": self.certifiable,
-                    "one_run_epsilon": self.one_run,
-                    "one_run_p_value": self.one_run_p,
                     "level_of_each_test": self.level,
-                    "refuted": self.refuted,
                 }
             ),
-            "one_run_about": self.one_run_about,
+            "candidates": None if self.candidates is None else plain(vars(self.candidates)),
+            "pairs": None if self.pairs is None else plain(vars(self.pairs)),
+            "why_no_pairs": self.why_no_pairs,
+            "could_refute": self.could_refute,
             "refuted": self.refuted,
         }
 
@@ -144,7 +177,7 @@ def link3(store: Store, *, alpha: float = ALPHA) -> list[Audit]:
     """Link 3 of a scored study, an entry for each epsilon, rising.
 
     A clean result proves nothing: it says that these trials could not refute the claim, and
-    `certifiable` how much they could have. What audits cannot see at all: steps that were taken and
+    `could_refute` whether any could have. What audits cannot see at all: steps that were taken and
     not counted, batches that were shuffled and not sampled; the trials' own counts are checked
     against the plan when they are trained.
 
@@ -152,27 +185,42 @@ def link3(store: Store, *, alpha: float = ALPHA) -> list[Audit]:
     """
     scores, plan = store.scores(), store.plan()
     epsilons = sorted(set(scores["epsilon"].to_pylist()))
-    pool, what = _pool(store, plan)
+    pool = _pool(store, plan)
     level = alpha / TESTS / max(1, sum(math.isfinite(epsilon) for epsilon in epsilons))
     found = []
     for epsilon in epsilons:
         here = train_at(scores, epsilon)
-        found.append(
-            audit_epsilon(
-                _evidence(store, here, store.scored(epsilon), pool, what), plan, level=level
-            )
-        )
+        evidence = _evidence(store, here, store.scored(epsilon), pool)
+        found.append(audit_epsilon(evidence, plan, level=level))
     return found
 
 
-def _pool(store: Store, plan: Plan) -> tuple[NDArray[np.int64], str]:
+class Pool(NamedTuple):
+    """Rows whose mean is told."""
+
+    rows: NDArray[np.int64]
+    what: str
+    named: bool
+
+
+def _pool(store: Store, plan: Plan) -> Pool:
     """The rows whose mean is told, chosen without looking at what was trained."""
+    study = store.study()
+    if study.canaries:
+        return Pool(np.array(study.canaries), "canaries", True)
     if plan.pool is not None:
-        return np.array(plan.pool), "the candidates"
-    flipped = store.study().flipped
-    if flipped:
-        return np.array(flipped), "training examples with flipped labels"
-    return np.arange(plan.n), "all training examples"
+        return Pool(np.array(plan.pool), "the candidates", True)
+    if study.flipped:
+        return Pool(np.array(study.flipped), "training examples with flipped labels", True)
+    return Pool(np.arange(plan.n), "all training examples", False)
+
+
+class Outcome(NamedTuple):
+    """One trial on the training examples, [N] each."""
+
+    inside: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
+    margin: Floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +239,10 @@ class Evidence:
     """[P] Rows whose mean is told."""
     what: str
     """Which rows these are."""
-    read: Callable[[TrialKey, NDArray[np.int64], str], tuple[NDArray[np.bool_], Floats]]
-    """Of rows in one trial: were they in the subset, and a column (`correct`, `margin`)."""
+    read: Callable[[TrialKey], Outcome]
+    """One trial."""
+    named: bool
+    """Is the pool a part of the examples that was chosen beforehand? Then it is audited."""
     mechanism: Mechanism | None
     """None: nothing was claimed."""
 
@@ -206,43 +256,34 @@ def audit_epsilon(found: Evidence, plan: Plan, *, level: float) -> Audit:
     private = found.mechanism is not None and math.isfinite(found.epsilon)
     drawn = (found.n_in > 0) & (found.n_out > 0)
     counts = found.k_in, found.n_in, found.k_out, found.n_out
-    of_each = level / max(1, int(drawn.sum()))
-    limits = lower_limit_of_difference(*counts, of_each)
-    steps_apart, delta = _neighbours(plan, found.mechanism)
-    certified = certified_epsilon(*counts, delta=delta, alpha=of_each) / steps_apart
+    limits = lower_limit_of_difference(*counts, level / max(1, int(drawn.sum())))
     mean = _pool_mean(found, found.pool[drawn[found.pool]])
     checks = []
     for bound in bounds_on_memorization(found.mechanism, plan.kind) if found.mechanism else []:
         over = mean is not None and _one_sided(mean, len(found.keys), level) > bound.value
         count = int((limits > bound.value).sum())
         checks.append(BoundCheck(bound=bound, violations=count, mean_above=bool(over)))
-    one_run, one_run_p, one_run_about = _one_run(found, plan)
-    most = max(
-        (
-            largest_certifiable(int(found.n_in[i]), int(found.n_out[i]), delta=delta, alpha=of_each)
-            for i in np.flatnonzero(drawn)[:1]
-        ),
-        default=0.0,
-    )
+    candidates = _candidates(found, plan) if drawn.any() and plan.kind in RANDOM else None
+    singly = pairs = None
+    why = NOT_PAIRED.get(plan.kind, "")
+    if candidates is not None:
+        singly = audit_candidates(candidates, plan, found.mechanism, level=level)
+        pairs = None if why else audit_pairs(candidates, found.mechanism, level=level)
     return Audit(
         epsilon=found.epsilon,
         trials=len(found.keys),
         pool=mean,
         mechanism=found.mechanism if private else None,
         bounds=checks,
-        largest_limit=_largest(limits),
-        certified=_largest(certified),
-        certifiable=most / steps_apart,
-        one_run=one_run,
-        one_run_p=one_run_p,
+        largest_limit=float(np.nanmax(limits)) if np.isfinite(limits).any() else math.nan,
+        candidates=singly,
+        pairs=pairs,
+        why_no_pairs="" if pairs else why or NO_BLOCKS,
         level=level,
-        one_run_about=one_run_about,
     )
 
 
-def _evidence(
-    store: Store, table: pa.Table, keys: Sequence[TrialKey], pool: NDArray[np.int64], what: str
-) -> Evidence:
+def _evidence(store: Store, table: pa.Table, keys: Sequence[TrialKey], pool: Pool) -> Evidence:
     about = store.provenance(keys[0]).get("privacy") if keys else None
     n_in, n_out = (floats(table, f"n_{arm}") for arm in ("in", "out"))
     k_in, k_out = (
@@ -250,12 +291,10 @@ def _evidence(
         for arm, n in (("in", n_in), ("out", n_out))
     )
 
-    def read(
-        key: TrialKey, rows: NDArray[np.int64], column: str
-    ) -> tuple[NDArray[np.bool_], Floats]:
-        trial = store.train_rows(key, ["in_subset", column]).take(pa.array(rows))
-        inside = trial["in_subset"].to_numpy().astype(bool)
-        return inside, trial[column].cast(pa.float64()).to_numpy()
+    def read(key: TrialKey) -> Outcome:
+        rows = store.train_rows(key, ["in_subset", "correct", "margin"])
+        inside, correct = (rows[name].to_numpy().astype(bool) for name in rows.column_names[:2])
+        return Outcome(inside, correct, rows["margin"].cast(pa.float64()).to_numpy())
 
     return Evidence(
         epsilon=keys[0].epsilon if keys else float(table["epsilon"][0].as_py()),
@@ -264,29 +303,50 @@ def _evidence(
         n_out=n_out,
         k_in=k_in,
         k_out=k_out,
-        pool=pool,
-        what=what,
+        pool=pool.rows,
+        what=pool.what,
+        named=pool.named,
         read=read,
         mechanism=None if about is None else Mechanism.from_dict(about),
     )
 
 
-def _neighbours(plan: Plan, mechanism: Mechanism | None) -> tuple[int, float]:
-    """How many steps of adding or removing an example are between models with and without one, and
-    the delta of so many.
+def _candidates(found: Evidence, plan: Plan) -> Candidates | None:
+    """The pool, if it was chosen beforehand or is small; else the examples that the first block
+    tells apart best, with the trials of the other blocks only. None without margins."""
+    blocks = np.array([key.trial // plan.block for key in found.keys])
+    everything = found.named or len(found.pool) <= CHOSEN or len(np.unique(blocks)) < 2
+    if everything:
+        return _scores_of(found.pool, found.keys, blocks, found)
+    first = blocks == blocks[0]
+    keys = [key for key, is_first in zip(found.keys, first, strict=True) if is_first]
+    seen = _scores_of(found.pool, keys, blocks[first], found)
+    if seen is None:
+        return None
+    n_in = seen.inside.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gap = (seen.scores * seen.inside).sum(0) / n_in
+        gap -= (seen.scores * ~seen.inside).sum(0) / (len(keys) - n_in)
+        clear = np.nan_to_num(gap / seen.scores.std(0), nan=-math.inf)
+    rows = np.sort(found.pool[np.argsort(-clear, kind="stable")[:CHOSEN]])
+    rest = [key for key, is_first in zip(found.keys, first, strict=True) if not is_first]
+    chosen = _scores_of(rows, rest, blocks[~first], found)
+    what = f"the {CHOSEN} training examples that the first block told apart best, in the others"
+    return None if chosen is None else dataclasses.replace(chosen, what=what)
 
-    In subsets of a fixed size another example takes the place, two steps, which are
-    (2 eps, (1 + e^eps) delta)-DP.
-    """
-    delta = 0.0 if mechanism is None else mechanism.delta
-    if plan.kind != "fixed-size":
-        return 1, delta
-    spent = 0.0 if mechanism is None else mechanism.spent_epsilon
-    return 2, min(1.0, delta * (1 + math.exp(min(spent, 700.0)))) if delta else 0.0
 
-
-def _largest(values: Floats) -> float:
-    return float(np.nanmax(values)) if np.isfinite(values).any() else math.nan
+def _scores_of(
+    rows: NDArray[np.int64], keys: Sequence[TrialKey], blocks: NDArray[np.int64], found: Evidence
+) -> Candidates | None:
+    inside = np.zeros((len(keys), len(rows)), bool)
+    scores = np.zeros((len(keys), len(rows)))
+    for t, key in enumerate(keys):
+        trial = found.read(key)
+        if not np.isfinite(trial.margin).all():
+            return None
+        inside[t] = trial.inside[rows]
+        scores[t] = trial.margin[rows] - np.median(trial.margin)
+    return Candidates(what=found.what, blocks=blocks, inside=inside, scores=scores)
 
 
 def _pool_mean(found: Evidence, pool: NDArray[np.int64]) -> PoolMean | None:
@@ -299,7 +359,8 @@ def _pool_mean(found: Evidence, pool: NDArray[np.int64]) -> PoolMean | None:
     p, q = found.k_in[pool] / n_in, found.k_out[pool] / n_out
     shares = []
     for key in found.keys:
-        inside, right = found.read(key, pool, "correct")
+        trial = found.read(key)
+        inside, right = trial.inside[pool], trial.correct[pool]
         residual = np.where(inside, (right - p) / n_in, -(right - q) / n_out)
         shares.append(residual.mean())
     value = float((p - q).mean())
@@ -320,67 +381,6 @@ def _one_sided(mean: PoolMean, trials: int, alpha: float) -> float:
     return mean.value - float(stats.t.ppf(1 - alpha, trials - 1)) * mean.stderr
 
 
-def _one_run(found: Evidence, plan: Plan) -> tuple[float | None, float | None, str]:
-    """Steinke et al. 2023 on the first trial of each block, which are independent runs: the epsilon
-    that is seen at 95%, the p-value of the claimed one, and how it came about.
-
-    A canary's score is its margin above its mean margin in the out-trials of other blocks: those
-    say what its margin is without it, and nothing of which it was in here.
-    """
-    if plan.kind not in ("balanced", "candidate-pool") or abs(plan.subset_ratio - 0.5) > 1e-9:
-        needs = "needs each canary in with probability 1/2: balanced subsets of ratio 0.5"
-        return None, None, needs
-    scored = _canary_scores(found, plan)
-    if not scored:
-        return None, None, "needs the first trial of a block"
-    R, P = len(scored), len(found.pool)
-    guesses = {share: max(2, round(share * P)) for share in GUESSED}
-    right = {
-        share: sum(best_guesses(score, inside, n) for score, inside in scored)
-        for share, n in guesses.items()
-    }
-    delta = 0.0 if found.mechanism is None else found.mechanism.delta
-    alpha = (1 - CONFIDENCE) / len(GUESSED)
-    seen = {
-        share: one_run_epsilon(right[share], R * n, R * P, delta=delta, alpha=alpha)
-        for share, n in guesses.items()
-    }
-    best = max(GUESSED, key=lambda share: seen[share])
-    p_value = None
-    if found.mechanism is not None and math.isfinite(found.mechanism.spent_epsilon):
-        spent = found.mechanism.spent_epsilon
-        p_values = [
-            one_run_p_value(right[share], R * n, R * P, epsilon=spent, delta=delta)
-            for share, n in guesses.items()
-        ]
-        p_value = min(1.0, len(GUESSED) * min(p_values))
-    about = f"{right[best]:,} of {R * guesses[best]:,} guesses right, in {R} runs of {P:,} canaries"
-    return seen[best], p_value, about
-
-
-def _canary_scores(found: Evidence, plan: Plan) -> list[tuple[Floats, NDArray[np.bool_]]]:
-    """Of the first trial of each block: scores of the canaries, and which were in, [P] each."""
-    blocks = sorted({key.trial // plan.block for key in found.keys})
-    place = {block: k for k, block in enumerate(blocks)}
-    sums = np.zeros((2, len(blocks), len(found.pool)))
-    first: dict[int, tuple[NDArray[np.bool_], Floats]] = {}
-    for key in found.keys:
-        inside, margin = found.read(key, found.pool, "margin")
-        block = place[key.trial // plan.block]
-        sums[0, block] += np.where(inside, 0, margin)
-        sums[1, block] += ~inside
-        if key.trial % plan.block == 0:
-            first[block] = inside, margin
-    total = sums.sum(1)
-    scored = []
-    for block, (inside, margin) in first.items():
-        others = total - sums[:, block]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            usual = np.where(others[1] > 0, others[0] / others[1], 0.0)
-        scored.append((margin - usual, inside))
-    return scored
-
-
 def verdict(audits: Sequence[Audit]) -> Verdict:
     """Link 3 in one sentence, with its numbers."""
     private = [a for a in audits if a.mechanism is not None]
@@ -396,34 +396,51 @@ def verdict(audits: Sequence[Audit]) -> Verdict:
     if refuted:
         return Verdict(
             text="link 3: the claimed privacy is REFUTED at epsilon "
-            + ", ".join(epsilon_name(a.epsilon) for a in refuted)
-            + f" ({level}): the mechanism is not what it claims, or trials are not independent",
+            + ", ".join(f"{epsilon_name(a.epsilon)} ({a.reasons})" for a in refuted)
+            + f", {level}: the mechanism is not what it claims, or trials are not independent",
             not_shown="which of the two",
             **estimate,
         )
     useful = [a for a in private if (b := tightest([c.bound for c in a.bounds])) and not b.vacuous]
     text = (
-        "link 3: no example's memorization, nor the mean, is significantly above a bound that "
-        f"holds, at any of {len(private)} epsilons ({level}); bounds say something at "
-        f"{len(useful)} of them{_mean_and_bound(least)}"
+        f"link 3: the claimed privacy is not refuted at any of {len(private)} epsilons ({level}); "
+        f"bounds on memorization say something at {len(useful)} of them{_mean_and_bound(least)}"
+        f"{_pairs_and_claim(least)}"
     )
-    seen = [
-        f"{a.one_run:.2f} of {epsilon_name(a.epsilon)}" for a in private if a.one_run is not None
-    ]
+    beyond = [epsilon_name(a.epsilon) for a in private if not a.could_refute]
     return Verdict(
-        text=text + (f"; the audit in one run saw {', '.join(seen)} (95%)" if seen else ""),
-        not_shown="privacy: example by example these trials could have refuted at most epsilon "
-        f"{max(a.certifiable for a in private):.1f}",
+        text=text,
+        not_shown="that training is private: a better attack may see more"
+        + (
+            f"; at epsilon {', '.join(beyond)} even guesses without error could not have refuted "
+            "the claim, with so few trials and candidates"
+            if beyond
+            else ""
+        ),
         **estimate,
     )
 
 
-def _mean_and_bound(least: Audit) -> str:
-    bound = tightest([check.bound for check in least.bounds])
-    if least.pool is None or bound is None:
+def _mean_and_bound(audit: Audit) -> str:
+    bound = tightest([check.bound for check in audit.bounds])
+    if audit.pool is None or bound is None:
         return ""
-    pool = least.pool
+    pool = audit.pool
     return (
-        f"; at epsilon {epsilon_name(least.epsilon)} the mean of {pool.what} is {pool.value:.3f} "
+        f"; at epsilon {epsilon_name(audit.epsilon)} the mean of {pool.what} is {pool.value:.3f} "
         f"[{pool.low:.3f}, {pool.high:.3f}], the tightest bound {bound.value:.3f}"
+    )
+
+
+def _pairs_and_claim(audit: Audit) -> str:
+    pairs = audit.pairs
+    if pairs is None or pairs.allowed is None or pairs.refuted_from is None:
+        return ""
+    needed = "no accuracy would refute it"
+    if pairs.refuted_from <= 1:
+        needed = f"{pairs.refuted_from:.1%} would refute it"
+    return (
+        f"; at epsilon {epsilon_name(audit.epsilon)}, of two trials the one that trained on an "
+        f"example is told in {pairs.accuracy:.1%} [{pairs.low:.1%}, "
+        f"{pairs.high:.1%}] of cases, the claim allows {pairs.allowed:.1%}, {needed}"
     )

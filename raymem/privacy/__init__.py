@@ -22,10 +22,9 @@ if TYPE_CHECKING:
         tightest,
     )
     from raymem.privacy.empirical_epsilon import (
-        best_guesses,
         certified_epsilon,
         clopper_pearson,
-        largest_certifiable,
+        largest_refuted,
         lower_limit_of_difference,
         one_run_epsilon,
         one_run_p_value,
@@ -36,6 +35,13 @@ if TYPE_CHECKING:
         Privacy,
         check_epsilons,
         mechanism_for,
+    )
+    from raymem.privacy.membership_audit import (
+        guess_distribution,
+        guess_p_value,
+        highest_are_in,
+        rank_tail,
+        summed,
     )
     from raymem.privacy.per_example import (
         check_frozen,
@@ -51,6 +57,7 @@ if TYPE_CHECKING:
         physical_batches,
         poisson_batch,
     )
+    from raymem.privacy.tradeoff import Tradeoff, gaussian_delta
 
 
 __all__ = [
@@ -60,7 +67,7 @@ __all__ = [
     "PerExample",
     "Privacy",
     "PrivateSteps",
-    "best_guesses",
+    "Tradeoff",
     "bounds_on_memorization",
     "certified_epsilon",
     "check_epsilons",
@@ -71,8 +78,12 @@ __all__ = [
     "clopper_pearson",
     "fixed_size_bound",
     "frozen_state",
+    "gaussian_delta",
+    "guess_distribution",
+    "guess_p_value",
+    "highest_are_in",
     "honest_bound",
-    "largest_certifiable",
+    "largest_refuted",
     "lower_limit_of_difference",
     "mechanism_for",
     "modes_of",
@@ -81,7 +92,9 @@ __all__ = [
     "paper_bound",
     "physical_batches",
     "poisson_batch",
+    "rank_tail",
     "sharp_bound",
+    "summed",
     "tightest",
 ]
 

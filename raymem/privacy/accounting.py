@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from raymem.errors import PrivacyError, first_line
@@ -17,8 +18,9 @@ LARGEST_NOISE = 1e4
 # Half width of what an epsilon is known to, by PRV: absolute, and of epsilon. The mesh of its
 # distribution is as fine, and as long as epsilon is large.
 EPSILON_ERROR, RELATIVE_ERROR = 0.01, 1 / 400
-# The same of the epsilon at which the total variation is read.
-TV_ERROR, TV_RELATIVE_ERROR = 1e-3, 1 / 4000
+# The same of the epsilons at which the profile of delta is read, and which: shares of the budget.
+PROFILE_ERROR, RELATIVE_PROFILE_ERROR = 1e-3, 1 / 4000
+PROFILED = (0.0, 1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 
 
 class Account(NamedTuple):
@@ -28,6 +30,7 @@ class Account(NamedTuple):
     accountant: str
     epsilon: float
     total_variation: float | None
+    profile: tuple[tuple[float, float], ...] = ()
 
 
 def spent_epsilon(
@@ -81,9 +84,14 @@ def calibrated(
             if name == tried[-1]:
                 raise
             continue
-        error = max(TV_ERROR, epsilon * TV_RELATIVE_ERROR)
-        distance = total_variation(sigma, sample_rate, steps, error=error)
-        return Account(sigma, name, spent, distance)
+        profile = privacy_profile(
+            sigma,
+            sample_rate,
+            steps,
+            [share * spent for share in PROFILED],
+            error=max(PROFILE_ERROR, epsilon * RELATIVE_PROFILE_ERROR),
+        )
+        return Account(sigma, name, spent, profile[0][1] if profile else None, profile)
     raise AssertionError("unreachable")
 
 
@@ -141,15 +149,22 @@ def _cost(sigma: float, epsilon: float, q: float, steps: int, delta: float, name
         raise
 
 
-def total_variation(
-    noise_multiplier: float, sample_rate: float, steps: int, *, error: float = TV_ERROR
-) -> float | None:
-    """Upper bound on the total variation distance between the models with and without one example.
+def privacy_profile(
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    epsilons: Sequence[float],
+    *,
+    error: float = PROFILE_ERROR,
+) -> tuple[tuple[float, float], ...]:
+    """Each of `epsilons` with an upper bound on its delta; empty where the accountant fails.
 
-    It is delta at epsilon 0 of the composed privacy loss (Gopi et al. 2021), read off its
-    discretization, with that one's error added. None where the accountant fails.
+    Deltas of the composed privacy loss (Gopi et al. 2021), read off its discretization, with that
+    one's errors added. At epsilon 0 it is the total variation distance between the models with and
+    without one example.
 
-    >>> round(total_variation(2.0, 1.0, 1), 2)  # 2 Phi(1 / (2 sigma)) - 1 = 0.1974
+    >>> ((_, delta),) = privacy_profile(2.0, 1.0, 1, [0.0])
+    >>> round(delta, 2)  # 2 Phi(1 / (2 sigma)) - 1 = 0.1974
     0.2
     """
     from opacus.accountants import PRVAccountant
@@ -159,10 +174,12 @@ def total_variation(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # opacus shows epsilon at delta only; the distribution it comes from has delta at 0.
+            # opacus shows epsilon at delta only; the distribution it comes from has every delta.
             loss = counter._get_dprv(eps_error=error, delta_error=error / 10)
         # Gopi et al. 2021, Theorem 5.5: shifted by the errors, the estimate is an upper bound.
-        upper = float(loss.compute_delta_estimate(-error)) + error / 10
+        deltas = [float(loss.compute_delta_estimate(e - error)) + error / 10 for e in epsilons]
     except (RuntimeError, ValueError, FloatingPointError, MemoryError, IndexError):
-        return None
-    return min(1.0, upper) if math.isfinite(upper) else None
+        return ()
+    if not all(map(math.isfinite, deltas)):
+        return ()
+    return tuple((float(e), min(1.0, d)) for e, d in zip(epsilons, deltas, strict=True))

@@ -1,16 +1,18 @@
 """What data say against a claimed epsilon: lower bounds on epsilon, each with its error rate.
 
-None of them can prove privacy. What they can refute is limited by how often was trained: see
-`largest_certifiable`.
+None of them can prove privacy. What they can refute is limited by the number of trials.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 Floats = NDArray[np.float64]
+LARGEST_EPSILON = 32.0
 
 
 def clopper_pearson(k: Floats, n: Floats, alpha: float) -> tuple[Floats, Floats]:
@@ -64,25 +66,14 @@ def certified_epsilon(
     return np.asarray(np.where((n_in > 0) & (n_out > 0), found, np.nan))
 
 
-def largest_certifiable(n_in: int, n_out: int, *, delta: float, alpha: float) -> float:
-    """The epsilon that a perfect attack would certify: what these numbers of trials can refute."""
-    one = np.ones(1)
-    if min(n_in, n_out) < 1:
-        return 0.0
-    perfect = certified_epsilon(
-        n_in * one, n_in * one, 0 * one, n_out * one, delta=delta, alpha=alpha
-    )
-    return float(perfect[0])
-
-
 def one_run_p_value(
     correct: int, guesses: int, canaries: int, *, epsilon: float, delta: float
 ) -> float:
     """How likely so many correct guesses are, or more, if training were (epsilon, delta)-DP.
 
-    Of `canaries` examples, each was in the training set with probability 1/2, by itself; from the
-    model, `guesses` were made which of them were in, or out (Steinke et al. 2023, Theorem 5.2 and
-    its proof: the number of correct guesses is stochastically dominated by Binomial(guesses,
+    Each of `canaries` examples was in the training set with probability 1/2, independently; from
+    the model, `guesses` were made which of them were in, or out (Steinke et al. 2023, Theorem 5.2
+    and its proof: the number of correct guesses is stochastically dominated by Binomial(guesses,
     e^eps / (1 + e^eps)), but for delta). An upper bound of the p-value.
     """
     q = float(np.exp(-np.logaddexp(0, -epsilon)))
@@ -104,25 +95,22 @@ def one_run_epsilon(
     >>> round(one_run_epsilon(1000, 1000, 1000, delta=1e-5), 1)
     5.8
     """
-    if guesses == 0 or one_run_p_value(correct, guesses, canaries, epsilon=0, delta=delta) > alpha:
-        return 0.0
-    low, high = 0.0, 50.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        if one_run_p_value(correct, guesses, canaries, epsilon=middle, delta=delta) <= alpha:
-            low = middle
-        else:
-            high = middle
-    return low
+    return largest_refuted(
+        lambda e: one_run_p_value(correct, guesses, canaries, epsilon=e, delta=delta), alpha
+    )
 
 
-def best_guesses(scores: Floats, inside: NDArray[np.bool_], guesses: int) -> int:
-    """How many of `guesses` are right: "in" for the highest scores, "out" for the lowest.
+def largest_refuted(p_value: Callable[[float], float], alpha: float) -> float:
+    """The largest epsilon whose p-value is at most alpha, to 0.001; 0 if none is.
 
-    scores, inside: [m]. Halves of `guesses` each; ties by position, which says nothing
-    of the truth.
+    `p_value` rises with epsilon: then the answer is a lower bound on it at confidence 1 - alpha.
     """
-    order = np.argsort(scores, kind="stable")
-    half = guesses // 2
-    outs, ins = order[:half], order[len(order) - (guesses - half) :]
-    return int(inside[ins].sum() + (~inside[outs]).sum())
+    low, high = 0.0, 1.0
+    if p_value(0.0) > alpha:
+        return 0.0
+    while p_value(high) <= alpha and high < LARGEST_EPSILON:
+        low, high = high, 2 * high
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if p_value(middle) <= alpha else (low, middle)
+    return low

@@ -7,11 +7,15 @@ sampling rate, a number of steps or a divisor that depended on the subset would 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raymem.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from raymem.privacy.tradeoff import Tradeoff
 
 Accountant = Literal["prv", "rdp"]
 
@@ -93,6 +97,17 @@ class Mechanism:
     """delta at epsilon 0 of all steps, an upper bound: no event is more likely by more than this
     with one example more. None where the accountant cannot tell."""
     secure_mode: bool = False
+    profile: tuple[tuple[float, float], ...] = ()
+    """Pairs of an epsilon and an upper bound on its delta, from epsilon 0 on, for the same steps:
+    audits test all of them. Empty where the accountant cannot tell, and in older stores."""
+
+    @property
+    def tradeoff(self) -> Tradeoff:
+        """The curve of everything that is claimed: the budget, the profile, the total variation."""
+        points = ((self.spent_epsilon, self.delta), *self.profile)
+        if self.total_variation is not None:
+            points += ((0.0, self.total_variation),)
+        return _curve(points)
 
     @property
     def clips(self) -> bool:
@@ -101,16 +116,25 @@ class Mechanism:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; infinities as text."""
-        return {
+        values = {
             name: str(value) if isinstance(value, float) and math.isinf(value) else value
             for name, value in dataclasses.asdict(self).items()
         }
+        return {**values, "profile": [list(point) for point in self.profile]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Mechanism:
         """The inverse of `as_dict`."""
         values: dict[str, Any] = {k: float(v) if v == "inf" else v for k, v in data.items()}
-        return cls(**values)
+        profile = tuple((e, delta) for e, delta in values.pop("profile", ()))
+        return cls(**values, profile=profile)
+
+
+@functools.lru_cache(maxsize=64)
+def _curve(points: tuple[tuple[float, float], ...]) -> Tradeoff:
+    from raymem.privacy.tradeoff import Tradeoff
+
+    return Tradeoff.from_points(points)
 
 
 def check_epsilons(epsilons: tuple[float, ...], n: int, delta: float) -> None:
@@ -164,4 +188,5 @@ def mechanism_for(
         spent_epsilon=account.epsilon,
         total_variation=account.total_variation,
         secure_mode=privacy.secure_mode,
+        profile=account.profile,
     )

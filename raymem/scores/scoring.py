@@ -104,7 +104,9 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     tables: dict[str, list[pa.Table]] = {"examples": [], "influence": []}
     summaries, trial_rows = [], []
     with FoldBuffer() as folds:
-        scorer = _Scorer(store, study.plan, index, study.hash, rule or PairRule(), folds)
+        scorer = _Scorer(
+            store, study.plan, index, study.canaries, study.hash, rule or PairRule(), folds
+        )
         for epsilon in epsilons:
             keys = sorted(key for key in done if key.epsilon == epsilon)
             summary, rows = scorer.at(epsilon, keys, tables)
@@ -141,6 +143,7 @@ class _Scorer:
     store: Store
     plan: Plan
     index: pa.Table
+    canaries: Sequence[int]
     study_hash: str
     rule: PairRule
     folds: FoldBuffer
@@ -157,7 +160,7 @@ class _Scorer:
         streamed = StreamedCurvature(self.store, self.index)
         folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
         sums = total(self._kept(epsilon, folds, sampled), n_rows)
-        table = _example_table(self.index, epsilon, sums, N, copies, outcomes)
+        table = _example_table(self.index, epsilon, sums, N, copies, outcomes, self.canaries)
         table = _with_privacy(table, rows)
         tables["examples"].append(table)
         mem = _floats(table["memorization"])[:N]
@@ -177,14 +180,24 @@ class _Scorer:
 
 
 def _example_table(
-    index: pa.Table, epsilon: float, sums: Sums, N: int, copies: Copies, outcomes: Outcomes
+    index: pa.Table,
+    epsilon: float,
+    sums: Sums,
+    N: int,
+    copies: Copies,
+    outcomes: Outcomes,
+    canaries: Sequence[int],
 ) -> pa.Table:
-    """scores/examples.parquet at one epsilon: train, then test, in the order of `index`."""
+    """scores/examples.parquet at one epsilon: train, then test, in the order of `index`.
+
+    Canaries have no memorization there: they would lead every list of memorized examples.
+    """
     is_test = np.arange(index.num_rows) >= N
+    is_canary = np.isin(np.arange(index.num_rows), canaries)
     n_in = np.where(is_test, 0, sums["n_in"])
     counts = (sums["correct_in"], n_in, sums["correct_out"], sums["n_out"])
     bit = difference_of_proportions(*counts)
-    above = probability_above(MEMORIZED_ABOVE, *counts)
+    above = np.where(is_canary, np.nan, probability_above(MEMORIZED_ABOVE, *counts))
     soft = difference_of_means(
         sums["p_true_in"],
         sums["p_true_squared_in"],
@@ -194,8 +207,8 @@ def _example_table(
         sums["n_out"],
     )
     reason = np.select(
-        [is_test, (n_in == 0) & (sums["n_out"] == 0), n_in == 0, sums["n_out"] == 0],
-        ["test example", "no trial yet", "no in-trial", "no out-trial"],
+        [is_test, is_canary, (n_in == 0) & (sums["n_out"] == 0), n_in == 0, sums["n_out"] == 0],
+        ["test example", "canary", "no trial yet", "no in-trial", "no out-trial"],
         "",
     )
     values: dict[str, Any] = {
@@ -216,10 +229,10 @@ def _example_table(
         values[f"accuracy_{arm}"] = ratio(sums[f"correct_{arm}"], n)
         values[f"p_true_{arm}"] = ratio(sums[f"p_true_{arm}"], n)
     for name, estimate in (("memorization", bit), ("memorization_soft", soft)):
-        values[name] = estimate.value
-        values[f"{name}_stderr"] = estimate.stderr
-        values[f"{name}_low"] = estimate.low
-        values[f"{name}_high"] = estimate.high
+        values[name] = np.where(is_canary, np.nan, estimate.value)
+        values[f"{name}_stderr"] = np.where(is_canary, np.nan, estimate.stderr)
+        values[f"{name}_low"] = np.where(is_canary, np.nan, estimate.low)
+        values[f"{name}_high"] = np.where(is_canary, np.nan, estimate.high)
     of = dict(columns.SCORES_EXAMPLES)
     if "n_curvature_in" in sums:
         found = _curvature_columns(sums, is_test)

@@ -10,6 +10,7 @@ import math
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from raymem.data import CachedExamples
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.fleet import duration, estimated_trial, group_size, timed_group, timed_trial
-from raymem.privacy import bounds_on_memorization, tightest
+from raymem.privacy import Mechanism, bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,
     expected_stderr,
@@ -91,17 +92,18 @@ def planned(
     their size are, and the rest is counted.
     """
     where = where or Cluster()
+    mechanisms = study.mechanisms(None)
     return "\n".join(
         [
             study.examples.describe(),
             _subsets(study),
             *_curvature(study),
-            *_privacy(study),
+            *_privacy(study, mechanisms),
             *_time(study, where, threads, models_per_step),
             _store(study),
             *_precision(study),
             *_power(study),
-            *(f"WARNING: {text}" for text in warnings(study)),
+            *(f"WARNING: {text}" for text in warnings(study, mechanisms)),
         ]
     )
 
@@ -255,8 +257,8 @@ def _power(study: Study) -> list[str]:
     ]
 
 
-def warnings(study: Study) -> list[str]:
-    """What the plan cannot answer, and what could."""
+def warnings(study: Study, mechanisms: Mapping[float, Mechanism]) -> list[str]:
+    """What the plan cannot answer, and what could; with its mechanism at each epsilon."""
     t, r, block = study.trials, study.subset_ratio, study.plan.block
     if r == 1:
         return []
@@ -279,30 +281,27 @@ def warnings(study: Study) -> list[str]:
             f"most pairs of influence {PAIR:g} would not be strong; "
             + _would_take(needed, "to find four in five of them")
         )
-    finite = [epsilon for epsilon in study.epsilons if math.isfinite(epsilon)]
-    if finite:
-        most = _certifiable(study)
-        above = [epsilon for epsilon in finite if epsilon > most]
-        if above:
-            found.append(
-                f"the audit by examples could refute at most epsilon {most:.1f} with {t:,} trials: "
-                f"of {', '.join(map(epsilon_name, above))} it can say nothing"
-            )
+    beyond = [
+        epsilon for epsilon in mechanisms if not _could_be_refuted(study, mechanisms[epsilon])
+    ]
+    if beyond:
+        found.append(
+            f"with {t:,} trials even guesses of membership without error could not refute the "
+            f"claim at epsilon {', '.join(map(epsilon_name, beyond))}: its audit can say nothing"
+        )
     return found
 
 
-def _certifiable(study: Study) -> float:
-    """The epsilon that the audit of link 3 could refute at best, of each example by itself."""
-    from raymem.links.audit import ALPHA
-    from raymem.privacy import largest_certifiable
+def _could_be_refuted(study: Study, mechanism: Mechanism) -> bool:
+    from raymem.links.audit import ALPHA, TESTS
+    from raymem.links.membership_guesses import could_be_refuted
 
-    n_in = round(study.subset_ratio * study.trials)
-    all_drawn = study.pool is None or study.rest_ratio < 1
-    drawn = study.plan.n if all_drawn else len(study.pool or ())
-    steps_apart = 2 if study.kind == "fixed-size" else 1
-    delta = 0.0 if study.privacy is None else study.privacy.delta
-    level = ALPHA / max(1, drawn * len(study.epsilons))
-    return largest_certifiable(n_in, study.trials - n_in, delta=delta, alpha=level) / steps_apart
+    if math.isinf(mechanism.epsilon):
+        return True  # nothing is claimed
+    drawn = len(study.pool or ()) or study.plan.n
+    candidates = len(study.examples.canaries) or len(study.examples.planted) or drawn
+    level = ALPHA / TESTS / sum(map(math.isfinite, study.epsilons))
+    return could_be_refuted(mechanism, study.plan, study.trials, candidates, level=level)
 
 
 def _would_take(needed: int | None, what: str) -> str:
@@ -311,9 +310,9 @@ def _would_take(needed: int | None, what: str) -> str:
     return f"{needed:,} trials would be enough {what}"
 
 
-def _privacy(study: Study) -> list[str]:
+def _privacy(study: Study, mechanisms: Mapping[float, Mechanism]) -> list[str]:
     lines = []
-    for m in study.mechanisms(None).values():
+    for m in mechanisms.values():
         if m.accountant == "none":
             lines.append(
                 f"epsilon inf: {m.steps:,} steps, Poisson batches of {m.expected_batch} "

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 
-from raymem.data import Examples, flip_labels, load_examples
+from raymem.data import Examples, add_canaries, flip_labels, load_examples
 from raymem.errors import ExamplesError, RaymemError, StoreError
 from raymem.links import Links, find_links
 from raymem.store import Store
@@ -71,6 +71,8 @@ class Opened:
         found = load_examples(source)
         if self.about.flipped:
             found = flip_labels(found, len(self.about.flipped) / len(found.train_ids))
+        if self.about.canaries:
+            found = add_canaries(found, len(self.about.canaries))
         if found.fingerprint != self.about.fingerprint:
             raise ExamplesError(
                 f"the images at {source} are not those of {self.store.url}: ids, labels or pixels "

@@ -277,7 +277,9 @@ def memorization_by_epsilon_table(audits: Sequence[Audit]) -> Table:
             *(Column(key=name, title=title) for name, title in names),
             Column(key="violations", title="examples above a bound"),
             Column(key="certified", title="certified epsilon"),
-            Column(key="one_run", title="one-run epsilon", digits=".2f"),
+            Column(key="told_apart", title="told apart"),
+            Column(key="allowed", title="claim allows"),
+            Column(key="refuted_from", title="refuted from"),
         ],
         rows=[
             [
@@ -286,20 +288,57 @@ def memorization_by_epsilon_table(audits: Sequence[Audit]) -> Table:
                 Estimate.of(audit.pool),
                 *(_bound(found.get(name)) for name, _ in names),
                 sum(check.violations for check in audit.bounds if check.bound.holds),
-                f"{audit.certified:.2f} of {audit.certifiable:.2f}",
-                audit.one_run,
+                _certified(audit),
+                _told_apart(audit),
+                _percent_of_pairs(audit, "allowed"),
+                _percent_of_pairs(audit, "refuted_from"),
             ]
             for audit, found in zip(audits, of_each, strict=True)
         ],
         notes=[
-            "Bounds: - is vacuous (1 or more). Certified epsilon: the largest that one example's "
-            "counts certify, of the largest that they could.",
-            f"One-run audit at epsilon {epsilon_name(audits[-1].epsilon)}: "
-            f"{audits[-1].one_run_about}.",
+            "Bounds: - is vacuous (1 or more). Certified epsilon: what the most telling candidate "
+            "certifies, of what an error-free attack could. Told apart: of two trials, how often "
+            "the one that trained on a candidate is told (95% over pairs of trials), the most that "
+            "the claim allows, and what would refute it.",
+            f"{_about_audits(audits[-1])}.",
         ]
         if audits
         else [],
     )
+
+
+def _about_audits(audit: Audit) -> str:
+    at = f"Audits at epsilon {epsilon_name(audit.epsilon)}"
+    singly, pairs = audit.candidates, audit.pairs
+    if singly is None:
+        return f"{at}: none, membership cannot be told ({audit.why_no_pairs})"
+    text = f"{at}: {singly.examples:,} candidates ({singly.what}) one by one"
+    if pairs is None:
+        return f"{text}; the audit by pairs of trials {audit.why_no_pairs}"
+    return (
+        f"{text}; {pairs.right:,} of {pairs.runs * pairs.guesses:,} guesses right in "
+        f"{pairs.runs} pairs of trials, which no mechanism of epsilon below {pairs.epsilon:.2f} "
+        "gives (95%)"
+    )
+
+
+def _certified(audit: Audit) -> str:
+    found = audit.candidates
+    return "" if found is None else f"{found.certified:.2f} of {found.certifiable:.2f}"
+
+
+def _told_apart(audit: Audit) -> str:
+    found = audit.pairs
+    if found is None:
+        return ""
+    return f"{found.accuracy:.1%} [{found.low:.1%}, {found.high:.1%}]"
+
+
+def _percent_of_pairs(audit: Audit, name: str) -> str:
+    value = None if audit.pairs is None else getattr(audit.pairs, name)
+    if value is None:
+        return ""
+    return "-" if value > 1 else f"{value:.1%}"
 
 
 def _bound(check: Any) -> Cell:

@@ -179,7 +179,8 @@ SCORES_EXAMPLES: Columns = {
         pa.float64(), "upper end of Newcombe's 95% interval", "-1..1"
     ),
     "null_reason": Column(
-        pa.string(), "why memorization is null: test example, no in-trial, no out-trial; else null"
+        pa.string(),
+        "why memorization is null: test example, canary, no in-trial, no out-trial; else null",
     ),
 }
 

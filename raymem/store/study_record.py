@@ -161,6 +161,11 @@ class StudyRecord:
         return tuple(self.identity["data"].get("planted", ()))
 
     @property
+    def canaries(self) -> tuple[int, ...]:
+        """Indices of the training examples that were made for an audit of privacy."""
+        return tuple(self.identity["data"].get("canaries", ()))
+
+    @property
     def curvature(self) -> Mapping[str, Any] | None:
         """The curvature rule's settings; None if the study measures no curvature."""
         return self.identity.get("curvature")
