@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Smoke,
         run_curvature_job,
         run_job,
+        run_leave_one_out_job,
         run_removal_job,
     )
     from raymem.curvature import Curvature, CurvatureRule, PaperRule, curvature, paper_score
@@ -184,6 +185,7 @@ __all__ = [
     "run_curvature_job",
     "run_fleet",
     "run_job",
+    "run_leave_one_out_job",
     "run_removal_job",
     "run_trial",
     "score",

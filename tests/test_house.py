@@ -108,8 +108,8 @@ def test_the_public_door_is_this_wide():
         "influence", "ingest", "list_shards",
         "load_examples", "measure", "measure_kept", "mechanism_for", "memorization",
         "membership", "merge", "one_run_epsilon", "open", "paper_score",
-        "run_curvature_job", "run_fleet", "run_job", "run_removal_job", "run_trial", "score",
-        "stream_curvature",
+        "run_curvature_job", "run_fleet", "run_job", "run_leave_one_out_job", "run_removal_job",
+        "run_trial", "score", "stream_curvature",
         "verify",
     }  # fmt: skip
 

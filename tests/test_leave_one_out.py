@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,16 @@ from learners import (
     recipe,
 )
 
-from raymem import LeaveOneOut, Plan, PlanError, Privacy, Store, StoreError, Study
+from raymem import (
+    LeaveOneOut,
+    Plan,
+    PlanError,
+    Privacy,
+    Store,
+    StoreError,
+    Study,
+    run_leave_one_out_job,
+)
 from raymem.cli import main
 from raymem.experiments import COUNTS, GROUPS
 from raymem.links import extrapolate, find_leave_one_out, leave_one_out_by_scores
@@ -362,3 +373,71 @@ def test_links_prints_the_extrapolation(covered):
     alone = CliRunner().invoke(main, ["links", stores[0], "--extrapolate"])
     assert alone.exit_code == 1
     assert "two stores" in alone.output
+
+
+# The job
+
+
+def of_numbers(options):
+    return Study(
+        examples=numbered_examples(), recipe=recipe(memorizes_everything), store=options.store,
+        trials=options.trials, seed=options.seed,
+    )  # fmt: skip
+
+
+of_numbers.__module__ = __name__
+
+
+def job(capsys, *arguments):
+    code = 0
+    try:
+        run_leave_one_out_job(
+            of_numbers,
+            data="digits",
+            store="memory://leave-one-out-job",
+            trials=80,
+            examples=3,
+            repeats=2,
+            arguments=[*arguments, "--engine", "serial"],
+        )
+    except SystemExit as stopped:
+        code = stopped.code
+    streams = capsys.readouterr()
+    return streams.out + streams.err, code
+
+
+def test_the_job_runs_from_nothing_to_the_report_and_again(capsys, tmp_path):
+    place = str(tmp_path / "loo")
+    out, code = job(capsys, "plan", "--store", place)
+    assert code == 0, out
+    assert "First, the trials that score memorization" in out
+    out, code = job(capsys, "--store", place)
+    assert code == 0, out
+    assert "leave one out: memorization at subset ratio 0.7 minus" in out
+    assert 'id="leave-one-out"' in Path(f"{place}_scores", "report.html").read_text()
+    before = Store(place).done()
+    assert len(before) == 8
+    shown = CliRunner().invoke(main, ["leave-one-out", place])
+    assert shown.exit_code == 0
+    assert shown.output.strip() in out
+    assert (
+        "leave-one-out experiment, 3 examples" in CliRunner().invoke(main, ["status", place]).output
+    )
+    out, code = job(capsys, "plan", "--store", place, "--repeats", "3")
+    assert "3 repeats of 4 trials" in out
+    out, code = job(capsys, "train", "--store", place, "--repeats", "3")
+    assert code == 0, out
+    assert Store(place).done() > before
+    out, code = job(capsys, "--store", place, "--leave-one-out", "6")
+    assert code == 1
+    assert "belongs to another study" in out
+
+
+def test_the_job_file_has_help_with_an_example(monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "jobs" / "leave_one_out_digits.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(path), run_name="__main__")
+    text = capsys.readouterr().out
+    for part in ("python jobs/leave_one_out_digits.py", "--scores-from", "--leave-one-out K"):
+        assert part in text

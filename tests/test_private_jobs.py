@@ -236,14 +236,15 @@ def test_a_pool_from_an_earlier_store(capsys, tmp_path):
     assert run(capsys, "--store", first, "--trials", "20")[1] == 0
     out, code = run(
         capsys, "--store", second, "--epsilons", "8", "--accountant", "rdp", "--pool-from", first,
-        "--pool-size", "30", "--subset-ratio", "0.5", pool_size=500,
+        "--pool-size", "30", "--subset-ratio", "0.5", "--rest-ratio", "0.7", pool_size=500,
     )  # fmt: skip
     assert code == 0, out
     plan = Store(second).plan()
-    assert (plan.kind, len(plan.pool)) == ("candidate-pool", 30)
+    assert (plan.kind, len(plan.pool), plan.rest_ratio) == ("candidate-pool", 30, 0.7)
     assert "examples (the candidates)" in out
     sizes = Store(second).scores("trials")["subset_size"].to_pylist()
-    assert all(1170 <= size <= 1200 for size in sizes)
+    # 0.7 of 1,170 and half of 30: 834, standard deviation 16.
+    assert all(755 <= size <= 915 for size in sizes)
     out, code = run(capsys, "--store", second, "--pool-from", str(tmp_path / "nowhere"),
                     "--epsilons", "8", pool_size=500)  # fmt: skip
     assert code == 1
@@ -254,6 +255,12 @@ def test_the_papers_studies_are_there():
     paper = job("privacy_cifar").RECIPES["paper"]
     assert (paper.model, paper.epochs, paper.batch_size) == ("cifar-resnet18-gn", 20, 128)
     assert (paper.learning_rate, paper.schedule) == (0.001, "steps")
+    for name in ("scripts-cifar10", "scripts-cifar100"):
+        scripts = job("privacy_cifar").RECIPES[name]
+        assert (scripts.optimizer, scripts.batch_size) == ("rmsprop", 256)
+        assert (scripts.model, scripts.epochs, scripts.learning_rate) == (paper.model, 20, 0.001)
+        assert (scripts.schedule, scripts.milestones) == ("steps", (0.6, 0.8))
+        assert len(scripts.mean) == len(scripts.std) == 3
     assert Privacy() == Privacy(delta=1e-5, max_grad_norm=1.0, accountant="prv")
     private = job("feldman_imagenet").private(job("feldman_imagenet").QUICK)
     assert (private.model, private.precision) == ("resnet50-gn", "float32")

@@ -3,6 +3,7 @@
 main                the command `raymem`
 run_job             a fleet: ingest, plan, train, measure curvature, score
 run_removal_job     the removal experiment: accuracy without the most memorized examples
+run_leave_one_out_job   how far scores are from leaving one out
 run_curvature_job   curvature of shards under given models
 """
 
@@ -14,6 +15,7 @@ from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.cli.job_curvature import run_curvature_job
+    from raymem.cli.job_leave_one_out import run_leave_one_out_job
     from raymem.cli.job_options import JobOptions, Machine
     from raymem.cli.job_removal import run_removal_job
     from raymem.cli.job_study import STAGES, PrivateStudy, run_job, score_and_print
@@ -33,6 +35,7 @@ __all__ = [
     "read",
     "run_curvature_job",
     "run_job",
+    "run_leave_one_out_job",
     "run_removal_job",
     "score_and_print",
 ]

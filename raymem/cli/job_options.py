@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 
 from raymem.curvature import PRECISIONS, CurvatureRule, PaperRule
-from raymem.data import NAMED, Examples, flip_labels, load_examples
+from raymem.data import NAMED, Examples, draw_training, flip_labels, load_examples
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, TrialOptions
 from raymem.plan import Kind
@@ -53,14 +53,22 @@ class JobOptions:
     pool: tuple[str, int] | None = None
     """--pool-from: the store whose most memorized examples are the candidates, and how many."""
 
+    rest_ratio: float = 1.0
+    """Share of the other examples that each model trains on, with --pool-from."""
+    train_examples: int | None = None
+    """How many of the training examples are taken; None: all."""
+
     def load_examples(self) -> Examples:
-        """The data set of --data, with the labels that --flip-labels makes wrong."""
+        """The data set of --data, or --train-examples of it, with the labels that --flip-labels
+        makes wrong."""
         examples = load_examples(
             self.data,
             data_root=self.data_root,
             download=self.download,
             image_size=self.image_size,
         )
+        if self.train_examples is not None:
+            examples = draw_training(examples, self.train_examples)
         return flip_labels(examples, self.flip_labels) if self.flip_labels else examples
 
     def study(self, recipe: Recipe | None = None) -> Study:
@@ -81,6 +89,7 @@ class JobOptions:
             trials=self.trials,
             subset_ratio=self.subset_ratio,
             **drawn,
+            rest_ratio=self.rest_ratio,
             seed=self.seed,
             curvature=self.curvature,
             curvature_trials=self.curvature_trials,
@@ -145,6 +154,11 @@ def data_options(data: str) -> Decorator:
         click.option("--download", is_flag=True, help="Let torchvision fetch the named set."),
         click.option(
             "--image-size", type=click.IntRange(1), help="Resize folder images to this square."
+        ),
+        click.option(
+            "--train-examples",
+            type=click.IntRange(1),
+            help="Take this many of the training examples, drawn by their ids.  [default: all]",
         ),
     )
 
@@ -425,4 +439,10 @@ def pool_options(size: int | None) -> Decorator:
             "drawn, all others are always in.",
         ),
         click.option("--pool-size", type=click.IntRange(1), default=size, help="How many of them."),
+        click.option(
+            "--rest-ratio",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=1.0,
+            help="Share of the other examples that each model trains on.",
+        ),
     )

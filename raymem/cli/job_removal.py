@@ -129,13 +129,13 @@ def run_removal_job(
             if scores_from is not None:
                 source = absolute_store(scores_from, "--scores-from")
             elif stage in ("all", "scores"):
-                _score(scoring, machine)
+                score_first(scoring, machine)
             if stage == "scores":
                 return
             if stage == "removal":
                 _show(find_removal(Store(place)))
                 return
-            if stage == "plan" and scores_from is None and not _has_scores(scoring):
+            if stage == "plan" and scores_from is None and not has_scores(scoring):
                 click.echo("First, the trials that score memorization:")
                 click.echo(planned(scoring, threads=machine.cpus_per_trial))
                 return
@@ -161,7 +161,7 @@ def run_removal_job(
     command.main(args=None if arguments is None else list(arguments), standalone_mode=True)
 
 
-def _has_scores(study: Study) -> bool:
+def has_scores(study: Study) -> bool:
     """Is every trial of the scoring study scored?"""
     try:
         scored = Store(study.store).scored(math.inf)
@@ -170,10 +170,10 @@ def _has_scores(study: Study) -> bool:
     return set(study.target.wanted()) <= set(scored)
 
 
-def _score(study: Study, machine: Machine) -> None:
+def score_first(study: Study, machine: Machine) -> None:
     """Train and score what memorization is measured with, unless that is done."""
     click.echo(study.examples.describe())
-    if not _has_scores(study):
+    if not has_scores(study):
         study.train(**vars(machine))
         study.score()
     store = study.open_store()
