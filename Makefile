@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench gpu-check docs figures clean
+.PHONY: demo test test-all test-latest check bench gpu-check docs figures clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
@@ -15,6 +15,14 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
 	$(BIN)/python -m pytest -m alone
+
+# What depends on Ray's and opacus' internals, with the newest versions that pyproject.toml admits.
+test-latest:
+	$(PYTHON) -m venv --clear .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	.venv-latest/bin/python -m pip list --disable-pip-version-check | grep -iE '^(ray|opacus|torch) '
+	.venv-latest/bin/python -m pytest tests/test_upgrades.py tests/test_placement.py \
+		tests/test_fleet.py tests/test_shards.py tests/test_privacy.py tests/test_per_example.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .
@@ -51,4 +59,4 @@ figures: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-latest build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

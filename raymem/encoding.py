@@ -41,7 +41,7 @@ def json_ready(value: Any) -> Any:
     return value
 
 
-def as_json(body: Mapping[str, Any]) -> bytes:
+def as_json(body: Mapping[str, object]) -> bytes:
     """A JSON object as stores write it, indented."""
     return json.dumps(body, indent=1, allow_nan=False).encode() + b"\n"
 

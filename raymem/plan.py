@@ -94,7 +94,7 @@ class Plan:
     kind: Kind = "balanced"
     """How subsets are drawn."""
     seed: int = 0
-    """Start of all randomness of the study, in [0, 2**63)."""
+    """Random seed of the study, in [0, 2**63)."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only: indices of the candidates."""
     rest_ratio: float = 1.0
@@ -168,11 +168,11 @@ class Plan:
 
     @property
     def is_known(self) -> bool:
-        """Are the subsets a function of this plan? Not if they were drawn elsewhere."""
+        """Can this plan compute the subsets? Not if they were drawn elsewhere."""
         return self.kind not in ("imported", "published")
 
     def __str__(self) -> str:
-        """For people.
+        """The plan in words.
 
         >>> str(Plan(n=1000, subset_ratio=0.7))
         'balanced subsets of ratio 0.7'
@@ -295,7 +295,7 @@ class Plan:
             "seed": self.seed,
             "block": self.block,
             "pool": None if self.pool is None else list(self.pool),
-            # Absent in others: those keep the hash they have.
+            # Absent in plans of other kinds.
             **({} if self.rest_ratio == 1 else {"rest_ratio": self.rest_ratio}),
             **({} if self.removal is None else {"removal": self.removal.as_dict()}),
             **(

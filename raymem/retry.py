@@ -78,11 +78,11 @@ def open_fs(url: str | os.PathLike[str]) -> tuple[Any, str]:
     return fs, str(path)
 
 
-def _options(url: str) -> dict[str, Any]:
+def _options(url: str) -> dict[str, object]:
     protocol, found, _ = url.partition("://")
     if not found or "::" in url or protocol in ("file", "local"):
         return {}
-    options: dict[str, Any] = {"use_listings_cache": False}
+    options: dict[str, object] = {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"retries": {"total_max_attempts": TRIES_WITHIN}, **given}

@@ -69,7 +69,7 @@ class Study:
     kind: Kind = "balanced"
     """How subsets are drawn, see Plan."""
     seed: int = 0
-    """Start of all randomness."""
+    """Random seed."""
     pool: tuple[int, ...] | None = None
     """Candidate-pool plans only, see Plan."""
     rest_ratio: float = 1.0
@@ -223,7 +223,7 @@ class Study:
                 "in and out"
             )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """What makes its trials comparable, JSON-ready: its hash is the study's identity."""
         return {
             "data": {
@@ -309,7 +309,7 @@ class Study:
         epsilon = max(self.epsilons)
         done = sum(key.epsilon == epsilon for key in store.done())
         trials = min(self.trials, max(2, math.ceil(done / block)) * block)
-        interim: list[dict[str, Any]] = []
+        interim: list[dict[str, object]] = []
         while True:
             progress = dataclasses.replace(self, trials=trials).train(resources, **settings)
             keys = sorted(k for k in store.done() if k.epsilon == epsilon and k.trial < trials)

@@ -84,7 +84,7 @@ def test_the_stage_gives_what_trials_give(in_trials, after):
     done = after.measure_curvature(engine="serial")
     tiny = torch.tensor(1e-310, dtype=torch.float64)
     assert tiny * 1.0 > 0  # the process computes as it did before
-    assert (done.models, done.tasks, done.done, done.bad) == (20, 80, 80, 0)
+    assert (done.models, done.total, done.done, done.bad) == (20, 80, 80, 0)
     assert done.images == 20 * (N + M)
     after.score()
     ours, theirs = after.scores(), in_trials.scores()

@@ -7,6 +7,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,9 +29,10 @@ from shard_files import WNIDS, ilsvrc, saved, write_ilsvrc, write_parquet, write
 from raymem import ExamplesError, StoreError, StoreHeldError, StudyMismatchError
 from raymem.cli import main
 from raymem.data import Cache, CachedExamples
-from raymem.data.shards import ingest, records
+from raymem.data.shards import Transform, ingest, ingestion, records
 from raymem.data.shards import pieces as pieces_module
 from raymem.data.shards.finish_cache import _against
+from raymem.data.shards.records import Shard
 from raymem.data.shards.splits import find_splits
 from raymem.errors import DamagedObjectError
 from raymem.fleet.cluster import CPU_NODE
@@ -507,6 +510,49 @@ def test_repeated_ids_are_an_error_within_and_across_splits(small, tmp_path):
         shards(tmp_path / name, t, v)
         with pytest.raises(ExamplesError, match=f"1 ids are not unique .*{train[2][0]} in shards/"):
             run(tmp_path / name, tmp_path / f"{name}-cache", on_bad="quarantine")
+
+
+@pytest.mark.parametrize("cache", ["local", "memory://ingest-ids/cache"])
+def test_the_command_for_repeated_ids_helps(small, tmp_path, cache):
+    cache = str(tmp_path / cache) if cache == "local" else cache
+    train, val = small
+    shards(tmp_path / "set", train, [*val, train[2]])
+    with pytest.raises(ExamplesError) as refused:
+        run(tmp_path / "set", cache)
+    command = shlex.split(re.search("`(.*)`", str(refused.value))[1])
+    if command[0] == "rm":
+        subprocess.run(command, check=True)
+    else:
+        assert command[:2] == ["python", "-c"]
+        exec(command[2], {})  # the store is in this process
+    shards(tmp_path / "set", train, val)
+    assert run(tmp_path / "set", cache).about["n_test"] == len(val)
+
+
+def test_small_folders_share_a_task():
+    transform = Transform(size=(8, 8), way="fit")
+
+    def tasks(*sizes, kind="folder"):
+        return [
+            ingestion.DecodeTask(
+                cache="cache",
+                split="train",
+                shard=Shard(url=str(k), name=str(k), kind=kind, files=("x",) * n),
+                transform=transform,
+            )
+            for k, n in enumerate(sizes)
+        ]
+
+    classes = tasks(*[1] * 1000)
+    runs = ingestion.batches(classes)
+    assert [task for run in runs for task in run] == classes
+    assert 60 < len(runs) < 70
+    assert max(map(len, ingestion.batches(tasks(*[20] * 100_000)))) == 50
+    large = tasks(*[1000] * 70)
+    assert ingestion.batches(large) == [[task] for task in large]
+    files = tasks(0, 0, 0, kind="tar")
+    assert ingestion.batches(files) == [[task] for task in files]
+    assert ingestion.batches([]) == []
 
 
 def test_classes_without_images(small, tmp_path):

@@ -18,11 +18,10 @@ from processes import no_survivors, wait_until
 
 ray = pytest.importorskip("ray")
 
-from ray.train import ScalingConfig  # noqa: E402
 from ray.util import placement_group_table  # noqa: E402
 
 from raymem.fleet.cluster import connected  # noqa: E402
-from raymem.fleet.placement import GroupTrainer, Placements, _silent_policy  # noqa: E402
+from raymem.fleet.placement import Placements  # noqa: E402
 
 pytestmark = pytest.mark.alone
 FOLDER = Path(__file__).parent / "cluster"
@@ -65,7 +64,7 @@ def test_a_dead_group_is_freed_and_no_other(monkeypatch):
 
         with monkeypatch.context() as patch:
             # A later Ray may not say whose a group is.
-            patch.setattr("raymem.fleet.placement.PlacementGroupTableData", None)
+            patch.setattr("raymem.fleet.ray_internals.PlacementGroupTableData", None)
             assert ours.free(["group-001"]) == 0
         assert ours.free(["group-001"]) == 2
         freed = ["REMOVED", "CREATED", "CREATED", "REMOVED"]
@@ -73,18 +72,6 @@ def test_a_dead_group_is_freed_and_no_other(monkeypatch):
         wait_until(lambda: ray.available_resources().get("CPU") == 1, 5)
         ours.close()
         assert [state(group) for group in groups[1:3]] == ["REMOVED", "CREATED"]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_installed_ray_lets_us_clean_up():
-    """Without what `placement` needs of Ray, groups that die hold their nodes."""
-    assert GroupTrainer.__module__ == "raymem.fleet.placement"
-    trainer = GroupTrainer(print, scaling_config=ScalingConfig(num_workers=1))
-    made = [type(callback).__name__ for callback in trainer._create_default_callbacks()]
-    assert "BackendSetupCallback" in made
-    assert "PlacementGroupCleanerCallback" not in made
-    # Sent by value: Ray Train's controller does not import this package.
-    assert "<locals>" in type(_silent_policy(trainer.scaling_config)).__qualname__
 
 
 @pytest.fixture

@@ -324,7 +324,7 @@ def _measure(study: Study, machine: Machine, *, asked: bool) -> None:
                 "--curvature-at"
             )
         return
-    click.echo(done.progress())
+    click.echo(str(done))
 
 
 def score_and_print(study: Study, rule: PairRule) -> None:

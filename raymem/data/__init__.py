@@ -14,16 +14,19 @@ from raymem.data.canaries import add_canaries
 from raymem.data.duplicates import near_duplicates
 from raymem.data.examples import Examples, fingerprint_of, group_column
 from raymem.data.flipped_labels import flip_labels
+from raymem.data.join import ABSENT, different, repeated, rows_of
 from raymem.data.load import NAMED, draw_training, load_examples
 from raymem.data.pixels import example_id
 
 __all__ = [
+    "ABSENT",
     "NAMED",
     "Cache",
     "CachedExamples",
     "Examples",
     "add_canaries",
     "arrays_of_npz",
+    "different",
     "draw_training",
     "example_id",
     "fingerprint_of",
@@ -32,4 +35,6 @@ __all__ = [
     "holds_cache",
     "load_examples",
     "near_duplicates",
+    "repeated",
+    "rows_of",
 ]

@@ -83,7 +83,7 @@ def repeated_ids(ids: Iterable[str]) -> list[str]:
 
 
 def encodable(text: str) -> bool:
-    """Can it be written as UTF-8? Names of files need not be text."""
+    """Can `text` be encoded as UTF-8? File names need not be."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -104,7 +104,7 @@ def arrays_of_npz(path: Path, error: type[RaymemError]) -> dict[str, NDArray[Any
             return {key: file[key] for key in file.files}
     except FileNotFoundError as cause:
         raise error(f"there is no file {path}; give the path of an .npz file") from cause
-    except Exception as cause:  # zip, npy header and pickle refusals all mean one thing to the user
+    except Exception as cause:  # errors of zip, npy header and pickle all mean the same to the user
         raise error(
             f"{path} cannot be read ({cause}); write it with numpy.savez, without object arrays"
         ) from cause

@@ -1,4 +1,4 @@
-"""A set that `raymem ingest` decoded once: `Cache` reads it, `CachedExamples` is it to a study.
+"""A set that `raymem ingest` decoded once: `Cache` reads it, studies use `CachedExamples`.
 
 _about.json                     what was asked for: size, channels, data, splits
 pieces/SPLIT/SHARD-000.npy      pixels, uint8 [rows, H, W, C], in the order of the shard
@@ -16,7 +16,7 @@ import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +35,27 @@ ABOUT, WHOLE, INDEX, REJECTS = "_about.json", "cache.json", "index.parquet", "re
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
 
 
+class CacheAbout(TypedDict):
+    """What cache.json holds."""
+
+    format: int
+    name: str
+    image_shape: tuple[int, int, int]
+    classes: list[str]
+    n_train: int
+    n_test: int
+    fingerprint: str
+    n_rejects: int
+    rejects: dict[str, int]
+    class_sizes: dict[str, dict[str, Any]]
+    duplicates: dict[str, int]
+    findings: list[str]
+    raymem: str
+
+
 class Cache:
-    """A finished cache at any fsspec URL. Raises ExamplesError if there is none, or half of one.
+    """A finished cache at any fsspec URL. Raises ExamplesError if there is none, or it is
+    unfinished.
 
     It pickles as its URL. Nothing but cache.json is read before it is needed.
     """
@@ -60,12 +79,12 @@ class Cache:
                 f"{self.url} is a cache of format {found}, this raymem reads {FORMAT}; take the "
                 "raymem that made it, or ingest again into another CACHE"
             )
-        self.about: dict[str, Any] = about
+        self.about: CacheAbout = about
         """cache.json: counts, classes, fingerprint, findings."""
 
     @property
     def url(self) -> str:
-        """Where it is; a plain absolute path on local disks."""
+        """URL of the cache; a plain absolute path on local disks."""
         local = "file" in self.fs.protocol
         return self._root if local else str(self.fs.unstrip_protocol(self._root))
 
@@ -100,7 +119,7 @@ class Cache:
                 != self.about["fingerprint"]
             ):
                 raise ValueError("it is another set's")
-            # Read beside torch, whose threads Arrow's would race with at exit.
+            # Arrow's threads would race with torch's at exit.
             return file.read(use_threads=False)
         except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
             raise DamagedObjectError(
@@ -111,7 +130,8 @@ class Cache:
     def split(self, name: str) -> pa.Table:
         """The rows of the index of one split, "train" or "test"."""
         start = 0 if name == "train" else self.about["n_train"]
-        return self.index().slice(start, self.about[f"n_{name}"])
+        n = self.about["n_train" if name == "train" else "n_test"]
+        return self.index().slice(start, n)
 
     def labels(self, split: str) -> NDArray[np.int64]:
         """The labels of one split, int64 [n]."""
@@ -159,12 +179,12 @@ class Cache:
 
 
 def holds_cache(url: str | os.PathLike[str]) -> bool:
-    """Is there a cache at `url`, whole or not?"""
+    """Is there a cache at `url`, finished or not?"""
     try:
         fs, root = _file_system(url)
         found = ask(fs, lambda: fs.ls(root, detail=False), str(url))
         names = {posixpath.basename(str(name).rstrip("/")) for name in found}
-    except Exception:  # file systems raise many kinds; whoever reads the set says what is wrong
+    except Exception:  # file systems raise many kinds; the reader of the set reports them
         return False
     return WHOLE in names or (ABOUT in names and not names.isdisjoint({"pieces", "shards"}))
 
@@ -203,7 +223,7 @@ class CachedExamples(Examples):
     cache: Cache
 
     def __init__(self, cache: Cache | str | os.PathLike[str]) -> None:
-        # No checks here: ingesting has made them.
+        # Ingest has checked it.
         object.__setattr__(self, "cache", cache if isinstance(cache, Cache) else Cache(cache))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -258,7 +278,7 @@ class CachedExamples(Examples):
 
     @property
     def name(self) -> str:
-        """What people call the set."""
+        """Name of the set."""
         return str(self.cache.about["name"])
 
     @property
@@ -268,7 +288,7 @@ class CachedExamples(Examples):
 
     @functools.cached_property
     def content_hashes(self) -> tuple[str, ...]:
-        """128 bits of SHA-256 over each image's shape and pixels, train then test."""
+        """128 bits of SHA-256 of each image's shape and pixels, train then test."""
         return tuple(self.cache.index()["content_hash"].to_pylist())
 
     @property

@@ -1,4 +1,4 @@
-"""Near duplicates: images whose pixels differ by less than recompression or a touch of noise.
+"""Near duplicates: images that differ by no more than recompression or slight noise.
 
 Shapes: n images of H x W pixels and C channels.
 """
@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 # Root mean square difference of pixels on the 0..255 scale, below which two images are near
 # duplicates.
 NEAR_RMS = 5.0
-# More multiplications than this are not spent on looking: minutes of one core. Nor are larger sets
-# taken into memory for it.
+# Limits of the search: multiplications (minutes of one core), and bytes in memory.
 MOST_WORK, MOST_BYTES = 5e12, 4e9
 GRID = 8
 TILE = 2048
-# Pairs compared whole: sets of nearly blank images would have all of them.
+# Limit of pairs that are compared in full: among nearly blank images, all would be.
 LOOKS_PER_IMAGE, SOME_LOOKS = 20, 100_000
 
 

@@ -62,12 +62,12 @@ class Examples:
     test_ids: tuple[str, ...] = ()
     """Ids of the test examples."""
     name: str = "arrays"
-    """What people call the set; not part of its identity."""
+    """Name of the set; not part of its identity."""
     source: str = ""
-    """What `load_examples` was given for it, so that its images can be found again; not part of its
+    """The argument of `load_examples`, so that the images can be found again; not part of the
     identity. Empty: arrays."""
     planted: tuple[int, ...] = ()
-    """Rows of training examples whose labels were made wrong on purpose; see `flip_labels`."""
+    """Rows of training examples whose labels were flipped on purpose; see `flip_labels`."""
     canaries: tuple[int, ...] = ()
     """Rows of training examples that were made for an audit; see `add_canaries`."""
 
@@ -126,7 +126,7 @@ class Examples:
 
     @property
     def n_classes(self) -> int:
-        """K."""
+        """K, the number of classes."""
         return len(self.classes)
 
     @property
@@ -157,7 +157,7 @@ class Examples:
 
         See `near_duplicates`; in sets too large for its search, the exact duplicates.
         """
-        # Asked first: pixels of large sets may not be at hand.
+        # Checked first: pixels of large sets may not be at hand.
         if not is_searchable(len(set(self.content_hashes)), self.image_shape):
             return self.duplicate_groups()
         found = near_duplicates(np.concatenate([self.x_train, self.x_test]))
@@ -191,7 +191,7 @@ class Examples:
         )
 
     def describe(self) -> str:
-        """One line a person reads, with what is suspicious about the set."""
+        """The set in one line, with what is suspicious about it."""
         H, W, C = self.image_shape
         groups, conflicts = self.duplicate_groups(), self.label_conflicts()
         text = (

@@ -1,4 +1,4 @@
-"""Label errors made on purpose: what a method that finds label errors can be judged by."""
+"""Labels flipped on purpose: a ground truth for methods that find label errors."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _digits() -> Examples:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    # Intensities are 0..16; the file is sorted by writer, so the split is drawn, by hash: for ever.
+    # Intensities are 0..16; the file is sorted by writer, so the split is drawn, by a fixed hash.
     x = np.round(digits.images * (255 / 16)).astype(np.uint8)
     key = [hashlib.sha256(f"raymem digits {row}".encode()).digest() for row in range(len(x))]
     order = sorted(range(len(x)), key=key.__getitem__)
@@ -145,7 +145,7 @@ def _torchvision(name: str, root: Path, download: bool) -> Examples:
         return _idx(name, root / name, tuple(reader.classes))
     try:
         train, test = (reader(str(root), train=t, download=download) for t in (True, False))
-    except Exception as error:  # torchvision raises RuntimeError, download errors are of any kind
+    except Exception as error:  # torchvision raises RuntimeError, downloads raise many kinds
         raise ExamplesError(
             f"{name} is not in {root} ({error}); add --download, or put torchvision's files into "
             f"{root / folder}, or point --data-root at a folder that has {folder}"

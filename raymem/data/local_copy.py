@@ -1,4 +1,4 @@
-"""A cache's pixels on this node's disk: copied once, checked, mapped by every process.
+"""The pixels of a cache on this node's disk: copied once, checked, mapped by every process.
 
 One .npy file per split, uint8 [n, H, W, C] in the order of the index: the same bytes whatever the
 pieces are. It is written under a temporary name by whoever holds the folder's lock, and renamed
@@ -28,7 +28,7 @@ from raymem.data.pixels import content_hash
 from raymem.errors import DamagedObjectError, StoreFullError, first_line
 
 READERS = 8
-# Copies smaller than this are over before a person wonders.
+# Smaller copies are too quick to need a progress line.
 LARGE_BYTES, LOG_SECONDS = 2_000_000_000, 30.0
 Shape = tuple[int, int, int]
 
@@ -42,9 +42,9 @@ class Split:
     pieces: pa.ChunkedArray
     """Key of the piece of each image."""
     rows: pa.ChunkedArray
-    """Its row there."""
+    """Row of each image in its piece."""
     hashes: pa.ChunkedArray
-    """Its content hash."""
+    """Content hash of each image."""
 
 
 def copied(
@@ -61,7 +61,7 @@ def copied(
     folder.mkdir(parents=True, exist_ok=True)
     if not all(_is_whole(folder, split, image_shape) for split in splits):
         with _locked(folder):
-            # Whoever held the lock before may have copied it, or have died and left a part.
+            # An earlier holder of the lock may have copied it, or died and left a part.
             for left in folder.glob("*.part"):
                 left.unlink()
             missing = [s for s in splits if not _is_whole(folder, s, image_shape)]
@@ -98,7 +98,7 @@ def images_of(data: bytes) -> NDArray[np.uint8]:
 
 
 def damaged(url: str, piece: str, why: str) -> DamagedObjectError:
-    """What to say of a piece that is not what its shard's object says."""
+    """The error for a piece that differs from its shard's record."""
     shard = piece.replace("pieces/", "shards/", 1).rpartition("-")[0]
     return DamagedObjectError(
         f"{url}/{piece} is damaged ({why}); delete it, {shard}.parquet and cache.json there, and "
@@ -210,7 +210,7 @@ def _in_threads(
     place: Callable[[str, NDArray[np.int64]], None],
     work: Iterator[tuple[str, NDArray[np.int64]]],
 ) -> None:
-    """All of the work; the first error ends it."""
+    """Do all of the work; the first error ends it."""
     with ThreadPoolExecutor(READERS) as pool:
         futures = [pool.submit(place, piece, at) for piece, at in work]
         try:
@@ -221,7 +221,7 @@ def _in_threads(
 
 
 class _Progress:
-    """A line on stderr that renews itself, or a line now and then in a log; for large copies."""
+    """Progress of large copies on stderr: one line, rewritten, or a line every 30 s in a log."""
 
     def __init__(self, total: int, folder: Path) -> None:
         self.total, self.folder, self.done = total, folder, 0
@@ -243,7 +243,7 @@ class _Progress:
             print(file=sys.stderr, flush=True)
 
     def add(self, n: int) -> None:
-        """So many bytes more are in place."""
+        """Count bytes that were copied."""
         with self._lock:
             self.done += n
             now = time.monotonic()

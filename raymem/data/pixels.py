@@ -1,4 +1,4 @@
-"""Encoded images -> uint8 pixels, the one way for readers, caches and streams; and their hash."""
+"""Encoded images -> uint8 pixels, for readers, caches and streams; and the hash of pixels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WNID = re.compile(r"n\d{8}")
 def open_image(file: str | Path | IO[bytes], *, grey: bool) -> Image.Image:
     """A decoded image, upright, of mode L or RGB. Raises whatever Pillow raises for bad files."""
     with warnings.catch_warnings():
-        # Pillow warns of what it reads all the same: very large images, odd metadata.
+        # Pillow warns of images that it reads nevertheless: very large ones, odd metadata.
         warnings.simplefilter("ignore")
         with Image.open(file) as opened:
             if opened.mode.startswith(("I", "F")):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from raymem.fleet.fleet import Stopped, run_fleet, stop_signals
+    from raymem.fleet.fleet import run_fleet
     from raymem.fleet.forecast import estimated_trial, group_size, timed_group, timed_trial
+    from raymem.fleet.long_stage import LongStage, StageProgress, Stopped
     from raymem.fleet.progress_line import ProgressLine, duration
     from raymem.fleet.repeat import Repeat, repeat_trial
     from raymem.fleet.resources import Engine, Resources
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Engine",
+    "LongStage",
     "Progress",
     "ProgressLine",
     "Repeat",
     "Resources",
+    "StageProgress",
     "Stopped",
     "TrialOptions",
     "TrialQueue",
@@ -32,7 +35,6 @@ __all__ = [
     "group_size",
     "repeat_trial",
     "run_fleet",
-    "stop_signals",
     "timed_group",
     "timed_trial",
 ]

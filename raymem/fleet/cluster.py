@@ -8,12 +8,10 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
-# One for the whole process: Ray reads it once.
+# One per process: Ray reads it once.
 TOKEN = secrets.token_hex(32)
 _OURS: list[bool] = []
-HEAD_RESOURCE = "node:__internal_head__"
 # What nodes without GPUs have in our cluster files, and the head, to say that there are such nodes.
 CPU_NODE = "raymem_cpu"
 QUIET_LOGGERS = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
@@ -65,16 +63,18 @@ def connected(
 
 
 def is_private() -> bool:
-    """Is the connected Ray this process's own, which nothing scales?"""
+    """Is the connected Ray local to this process, so that no autoscaler grows it?"""
     return bool(_OURS)
 
 
-def on_head() -> dict[str, Any]:
-    """Options of an actor that must live on the head node: other nodes may be lost."""
+def on_head() -> dict[str, object]:
+    """Options of an actor that must run on the head node: other nodes may be lost."""
+    from raymem.fleet.ray_internals import HEAD_RESOURCE
+
     return _where(HEAD_RESOURCE)
 
 
-def on_cpu_nodes() -> dict[str, Any]:
+def on_cpu_nodes() -> dict[str, object]:
     """Options of tasks that need no GPU: on nodes without, where the cluster has such.
 
     Beyond what these nodes hold, other waiting tasks make Ray start nodes with GPUs. It is no label
@@ -83,22 +83,11 @@ def on_cpu_nodes() -> dict[str, Any]:
     return _where(CPU_NODE)
 
 
-def _where(resource: str) -> dict[str, Any]:
+def _where(resource: str) -> dict[str, object]:
     import ray
 
     known = any(resource in node["Resources"] for node in ray.nodes() if node["Alive"])
     return {"resources": {resource: 0.001}} if known else {}
-
-
-def draining_nodes() -> set[str]:
-    """The ids of nodes that are about to go: preempted, or scaled down."""
-    import ray
-
-    try:
-        # Ray has no public way to ask; its own libraries ask so.
-        return set(ray._private.state.state.get_draining_nodes())
-    except Exception:  # a later Ray: lost nodes are noticed anyway, checkpoints are older then
-        return set()
 
 
 @contextlib.contextmanager

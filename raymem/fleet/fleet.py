@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -19,9 +16,9 @@ from raymem.errors import (
     ResultMismatchError,
     StoreError,
     StoreFullError,
-    StoreHeldError,
 )
-from raymem.fleet.progress_line import ProgressLine
+from raymem.fleet.long_stage import LongStage, Stopped
+from raymem.fleet.progress_line import describe
 from raymem.fleet.resources import Resources
 from raymem.fleet.trial_queue import Lost, Progress, TrialQueue
 from raymem.fleet.worker import Job, TrialOptions, work
@@ -33,23 +30,12 @@ from raymem.training import Recipe, check_private_recipe, default_device
 
 # In driver.json, for `raymem status`.
 NOTICES_SHOWN = 10
-PREEMPTED = signal.SIGUSR1
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
     "store": StoreError,
     "error": FleetError,
 }
-
-
-class Stopped(RaymemError):
-    """A signal stopped it before the end; what is committed is kept."""
-
-    exit_code = 5
-
-
-class _StopNow(BaseException):
-    """Raised by the signal, wherever the process is. Whatever a trial catches, it is not this."""
 
 
 class _Watched(Protocol):
@@ -89,9 +75,8 @@ def run_fleet(
     if options.mechanisms:
         check_private(model, examples.image_shape)
         check_private_recipe(recipe, resources.workers_per_trial)
-    line = ProgressLine()
-    latest: dict[str, Any] = {}
-    with DriverLock(store.files, progress=lambda: latest) as lock, stop_signals() as stops:
+    latest: dict[str, object] = {}
+    with DriverLock(store.files, progress=lambda: latest) as lock, LongStage(lock) as stage:
         target = store.target
         wanted, done = target.wanted(), store.done()
         for key in store.checkpointed() & done:  # their worker died between commit and clearing up
@@ -113,32 +98,29 @@ def run_fleet(
                 notices=progress.notices[-NOTICES_SHOWN:],
             )
             for notice in progress.notices[notices_said[0] :]:
-                line.say(notice)
+                stage.line.say(notice)
             notices_said[0] = len(progress.notices)
             for lost in watched.take_lost():
                 store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
-            line.show(progress)
-            if lock.lost.is_set():
-                raise StoreHeldError(
-                    f"another driver took {store.url} over; see `raymem status` for who it is"
-                )
-            if stops.preempted.is_set() and stopping[0] != "preempted":
+            stage.show(describe(progress), last=progress.complete)
+            if stage.preempted.is_set() and stopping[0] != "preempted":
                 stopping[0] = "preempted"
                 watched.preempt()
-                line.say("time is nearly up: no new trials; those that are training are saved")
-            elif stops.count == 1 and stopping[0] is None:
+                stage.line.say(
+                    "time is nearly up: no new trials; those that are training are saved"
+                )
+            elif stage.stop_asked and stopping[0] is None:
                 stopping[0] = "stopped"
                 watched.stop()
-                line.say("stopping: running trials finish first; press Ctrl-C again to stop now")
+                stage.line.say(
+                    "stopping: running trials finish first; press Ctrl-C again to stop now"
+                )
 
-        try:
-            progress = queue.progress()
-            if not progress.complete:
-                job = Job.of(examples, plan, recipe, store, options, resources)
-                run = _run_serial if resources.engine == "serial" else _run_ray
-                progress = run(queue, job, watch, resources, stops)
-        finally:
-            line.close()
+        progress = queue.progress()
+        if not progress.complete:
+            job = Job.of(examples, plan, recipe, store, options, resources)
+            run = _run_serial if resources.engine == "serial" else _run_ray
+            progress = run(queue, job, watch, resources, stage.preempted)
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
     if stopping[0] is not None and progress.done + progress.failed < progress.total:
@@ -154,7 +136,7 @@ def _run_serial(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
-    stops: Stops,
+    preempted: threading.Event,
 ) -> Progress:
     if resources.workers_per_trial > 1:
         raise FleetError("several workers per trial need engine='ray'")
@@ -164,7 +146,7 @@ def _run_serial(
         job,
         torch.device("cpu") if resources.gpus_per_trial == 0 else default_device(),
         "serial",
-        preempted=stops.preempted,
+        preempted=preempted,
         after_trial=lambda: watch(queue, queue.progress()),
     )
     return queue.progress()
@@ -175,7 +157,7 @@ def _run_ray(
     job: Job,
     watch: Callable[[_Watched, Progress], None],
     resources: Resources,
-    stops: Stops,
+    preempted: threading.Event,
 ) -> Progress:
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import connected
@@ -202,47 +184,3 @@ def _gpus_there(resources: Mapping[str, float]) -> float:
             "1 or 0"
         )
     return 1.0 if resources.get("GPU") else 0.0
-
-
-class Stops:
-    """What the process was asked by signals."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        """How often to stop: once, when what is running is finished; more often, now."""
-        self.preempted = threading.Event()
-        """Set if its machines are about to go, so that what is running is saved too."""
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stops]:
-    """Counts Ctrl-C, the second ends at once, as SIGTERM does. SIGUSR1, which schedulers of batch
-    jobs send before time is up, stops as the first does and sets `preempted`.
-
-    Only the main thread can do this.
-    """
-    stops = Stops()
-    if threading.current_thread() is not threading.main_thread():
-        yield stops
-        return
-
-    def count(number: int, frame: FrameType | None) -> None:
-        if number == PREEMPTED:
-            stops.preempted.set()
-            stops.count = max(1, stops.count)
-            return
-        stops.count += 2 if number == signal.SIGTERM else 1
-        if stops.count > 1:
-            raise _StopNow
-
-    before = {
-        number: signal.signal(number, count)
-        for number in (signal.SIGINT, signal.SIGTERM, PREEMPTED)
-    }
-    try:
-        yield stops
-    except _StopNow:
-        raise Stopped("stopped at once; run the same command again to go on") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

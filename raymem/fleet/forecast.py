@@ -94,8 +94,14 @@ def timed_group(
     members = []
     for trial in range(models):
         asked = options.of(TrialKey(math.inf, trial))
-        del asked["mechanism"]
-        members.append(Member(mask=plan.mask(trial), seeds=plan.seeds(trial), **asked))
+        members.append(
+            Member(
+                mask=plan.mask(trial),
+                seeds=plan.seeds(trial),
+                curvature=asked["curvature"],
+                keep_weights=asked["keep_weights"],
+            )
+        )
     images = _images(examples)
     start = time.perf_counter()
     outcomes = run_group(images, members, recipe, subset_size=plan.subset_size, threads=threads)

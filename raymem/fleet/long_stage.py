@@ -25,8 +25,13 @@ from raymem.store import DriverLock
 Result = TypeVar("Result")
 
 
+PREEMPTED = signal.SIGUSR1
+
+
 class Stopped(RaymemError):
-    """The user stopped a long stage; what is committed is kept."""
+    """A signal stopped a long stage before the end; what is committed is kept."""
+
+    exit_code = 5
 
 
 class _StopNow(BaseException):
@@ -96,17 +101,20 @@ class StageProgress:
 class LongStage:
     """A stage under way. Ctrl-C is counted while the `with` block runs.
 
-    The second one, and SIGTERM, end the block at once. Raises Stopped then.
+    The second one, and SIGTERM, end the block at once. Raises Stopped then. SIGUSR1, which
+    schedulers of batch jobs send before time is up, stops as the first does and sets `preempted`.
     """
 
     def __init__(self, lock: DriverLock) -> None:
         self.lock, self.line = lock, ProgressLine()
+        self.preempted = threading.Event()
+        """Set if its machines are about to go, so that what is running is saved too."""
         self._asked = 0
 
     def __enter__(self) -> Self:
         self._handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other thread can do this
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, PREEMPTED):
                 self._handlers[number] = signal.signal(number, self._count)
         return self
 
@@ -123,6 +131,10 @@ class LongStage:
             raise Stopped("stopped at once; run the same command again to go on") from None
 
     def _count(self, number: int, frame: FrameType | None) -> None:
+        if number == PREEMPTED:
+            self.preempted.set()
+            self._asked = max(1, self._asked)
+            return
         self._asked += 2 if number == signal.SIGTERM else 1
         if self._asked > 1:
             raise _StopNow

@@ -1,4 +1,4 @@
-"""What a fleet shows on Ray's metrics endpoint, for Prometheus; each tagged with the study's hash.
+"""Metrics of a fleet on Ray's endpoint for Prometheus, tagged with the study's hash.
 
 ray_raymem_trials_committed_total, ray_raymem_trials_failed_total   of this run
 ray_raymem_trials_running                                           now
@@ -27,7 +27,7 @@ class FleetMetrics:
         self._last = (0, 0)
 
     def show(self, progress: Progress) -> None:
-        """Bring the metrics up to `progress`."""
+        """Update the metrics."""
         committed, failed = self._last
         self._last = (progress.committed, progress.failed)
         for counter, more in (

@@ -1,4 +1,4 @@
-"""Telling a person how a fleet is doing: a line that renews itself, or log lines now and then."""
+"""Progress of long stages: one line that is rewritten, or a log line every half minute."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ LOG_SECONDS = 30.0
 
 
 class ProgressLine:
-    """Prints progress to stderr: one moving line on a terminal, a line now and then in a log."""
+    """Prints progress to stderr: one line, rewritten, on a terminal; every 30 s in a log."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._last_text, self._last_time = "", -LOG_SECONDS
-
-    def show(self, progress: Progress) -> None:
-        """Show where the fleet is, if it is time."""
-        self.show_text(describe(progress), last=progress.complete)
 
     def show_text(self, text: str, *, last: bool) -> None:
         """Show a line, if it is time; the last one always."""
@@ -34,11 +30,11 @@ class ProgressLine:
         self._last_text, self._last_time = text, now
 
     def say(self, message: str) -> None:
-        """A message that stays."""
+        """Print a message on a line of its own."""
         print(f"\r\033[K{message}" if self._terminal else message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the moving line."""
+        """End the line that is rewritten."""
         if self._terminal and self._last_text:
             print(file=sys.stderr, flush=True)
 
@@ -67,7 +63,7 @@ def describe(progress: Progress) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time a person reads.
+    """A duration as people write it.
 
     >>> duration(0.25), duration(59), duration(61), duration(7300), duration(200_000)
     ('0.25 s', '59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h')

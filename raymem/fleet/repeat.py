@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,7 @@ class Repeat:
     identical: bool
     """Are all data columns the same, to the last bit?"""
     changed: float
-    """Share of the N + M examples that are right once and wrong once."""
+    """Share of the N + M examples that are right in one run and wrong in the other."""
     drift: float
     """Largest difference of a margin, in nats of log odds."""
     comparable: bool
@@ -38,7 +37,7 @@ class Repeat:
 
     @property
     def text(self) -> str:
-        """What came out, in words."""
+        """The result in a sentence."""
         if self.identical:
             return f"trial {self.trial} trained again: the same, to the last bit"
         return (
@@ -47,7 +46,7 @@ class Repeat:
             + ("" if self.comparable else " (on other hardware, a GPU, or with secret noise)")
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON-ready."""
         epsilon = "inf" if math.isinf(self.epsilon) else self.epsilon
         return {**vars(self), "epsilon": epsilon, "text": self.text}

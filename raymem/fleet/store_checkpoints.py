@@ -12,11 +12,10 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from raymem.store import Store, TrialKey
 
-# Once its node is about to go, a trial is saved so often.
+# Interval of checkpoints once the node is about to go.
 PREEMPTED_SECONDS = 20.0
 
 
@@ -27,7 +26,7 @@ class StoreCheckpoints:
         self,
         store: Store,
         key: TrialKey,
-        identity: dict[str, Any],
+        identity: dict[str, object],
         seconds: float,
         preempted: threading.Event,
         clock: Callable[[], float] = time.monotonic,
@@ -72,7 +71,7 @@ class StoreCheckpoints:
         return self._clock() - self._last >= wait
 
     def save(self, data: bytes) -> None:
-        """Put it in place of the last one. Raises StoreFullError."""
+        """Replace the last checkpoint. Raises StoreFullError."""
         self._saved_when_preempted = self.preempted.is_set()
         self._last = self._clock()
         about = {

@@ -1,4 +1,4 @@
-"""Who trains which trial now. Holds leases only: the truth of what is done is the store.
+"""The queue of trials and their leases. Which trials are done, the store says.
 
 A plain class without Ray and without I/O; a Ray actor of it serves a fleet, the serial engine and
 simulations use it as it is. Workers call `register`, then `lease` and `finish` in turn, `heartbeat`
@@ -47,7 +47,7 @@ class Lease:
 
 @dataclass(frozen=True, kw_only=True)
 class Lost:
-    """A trial this run gave up on without its worker recording why."""
+    """A trial that this run gave up, whose worker could not record why."""
 
     key: TrialKey
     attempt: int
@@ -169,8 +169,6 @@ class TrialQueue:
         self._stopped = self._preempted = False
         self._fatal: tuple[str, str] | None = None
 
-    # For workers
-
     def register(
         self, worker: str, worker_group: str, rank: int, location: Location | None = None
     ) -> None:
@@ -189,10 +187,10 @@ class TrialQueue:
         self._blame.arrive(worker_group, rank, location)
 
     def lease(self, worker: str) -> Lease | None:
-        """The next trial for this worker; None when it can exit.
+        """The next trial for this worker; None when it may exit.
 
-        So can a worker that is retired: others of its worker group go on, and as long as they do,
-        Ray Train starts nobody in its place.
+        A retired worker may exit too: as long as others of its worker group go on, Ray Train starts
+        no worker in its place.
         """
         leases = self.lease_group(worker, 1)
         return None if leases is None else leases[0]
@@ -237,7 +235,7 @@ class TrialQueue:
         return self._preempted or self._worker_groups[me.worker_group].draining
 
     def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
-        """A worker is through with a trial. After its lease ran out, only a commit counts."""
+        """A worker finished a trial. After its lease expired, only a commit counts."""
         me = self._workers.get(worker)
         in_time = me is not None and key in me.keys
         if me is not None and in_time:
@@ -247,14 +245,11 @@ class TrialQueue:
             self._fatal = (outcome, message)
         elif outcome in COMMITTED and key not in self._done:
             if not in_time and key in self._pending:
-                # It waits to be trained again. Nobody may be left to ask for it, and to be told
-                # that it is done.
+                # It was queued again. No worker may be left to lease it and learn that it is done.
                 self._pending.remove(key)
             self._commit(key, outcome, me)
         elif outcome not in COMMITTED and me is not None and in_time and key not in self._done:
             self._fail(me.place, key, outcome, message)
-
-    # For the driver
 
     def expect(self, worker_group: str, workers: int) -> None:
         """A worker group starts: whether most workers fail is not decided without these, and groups
@@ -263,7 +258,7 @@ class TrialQueue:
         self._blame.expect(worker_group, workers)
 
     def release_worker_group(self, worker_group: str) -> None:
-        """A worker group is gone, with its node: its trials go back, and are not blamed."""
+        """A worker group is lost with its node: its trials are queued again, without blame."""
         self._remove(worker_group, None, blame=False)
         self._expected.pop(worker_group, None)
         self._blame.leave(worker_group)
@@ -283,7 +278,7 @@ class TrialQueue:
         self._stopped = self._preempted = True
 
     def is_broken(self, worker_group: str) -> bool:
-        """Did it restart again and again without committing anything, or is nobody left there?"""
+        """Did it restart repeatedly without a commit, or are all of its workers retired?"""
         state = self._worker_groups.get(worker_group)
         if state is None:
             return False
@@ -321,8 +316,6 @@ class TrialQueue:
             notices=tuple(self._blame.notices),
         )
 
-    # Inside
-
     def _next_group(self, place: Place, n: int) -> list[TrialKey]:
         """Trials to train together. Those whose worker died are tried in a smaller group, then
         alone, so that the one that kills is found by few more deaths."""
@@ -343,7 +336,7 @@ class TrialQueue:
         return keys
 
     def _idle(self) -> int:
-        """Workers that could train, and those that were announced and are not here yet."""
+        """Workers that could train, and announced workers that have not registered yet."""
         here = Counter(worker.worker_group for worker in self._workers.values())
         starting = sum(
             max(0, number - here[worker_group]) for worker_group, number in self._expected.items()
@@ -358,7 +351,7 @@ class TrialQueue:
     def _next(
         self, place: Place, needs: Iterable[Need], deaths: int | None = None
     ) -> TrialKey | None:
-        """Taken from those that are pending; with so many `deaths`, if that is said."""
+        """The next pending trial, taken from the queue; with exactly `deaths`, if given."""
         # Trials whose worker died are suspects: one at a time per worker group, so that a trial
         # that kills its worker is told from those that only ran beside it.
         suspect_runs = self._deaths > 0 and any(
@@ -393,12 +386,12 @@ class TrialQueue:
             if outcome in ("error", "store"):
                 self._lose(key, "error", message)
         else:
-            # First of all: whether it fails elsewhere tells who is to blame.
+            # At the front: whether it fails elsewhere decides who is to blame.
             self._pending.appendleft(key)
         self._reconsider(freed)
 
     def _reconsider(self, freed: Iterable[TrialKey]) -> None:
-        """Trials that were given up for failures of a worker that is retired now go back."""
+        """Queue trials again that were given up because of a worker that is now retired."""
         for key in freed:
             died = self._trials[key].deaths >= DEATHS_ALLOWED
             if key in self._given_up and not died and not self._blame.is_hopeless(key):
@@ -412,7 +405,7 @@ class TrialQueue:
                 del self._workers[name]
 
     def _release(self, worker: _Worker, *, blame: bool) -> None:
-        """Its trials go back. One in a group that died is as suspect as one that was alone."""
+        """Queue its trials again. In a group that died, each trial is as suspect as one alone."""
         keys, worker.keys = sorted(worker.keys - self._done), set()
         self._deaths += blame and bool(keys)
         for key in keys:

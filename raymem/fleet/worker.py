@@ -1,4 +1,4 @@
-"""What a worker does: lease, train, commit, again. The same code in-process and on Ray."""
+"""The loop of a worker: lease, train, commit. The same code in this process and on Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypedDict, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from raymem.fleet.trial_queue import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
 from raymem.store import Store, TrialKey, trial_table
+from raymem.store.trials import CurvatureProvenance, Provenance
 from raymem.store.weights import weights_digest
 from raymem.training import (
     ALONE,
@@ -53,6 +54,14 @@ Arrays = tuple[
 ]  # x_train, y_train, x_test, y_test
 
 
+class TrialArguments(TypedDict):
+    """What `run_trial` is given for one trial."""
+
+    curvature: CurvatureRule | None
+    keep_weights: bool
+    mechanism: Mechanism | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialOptions:
     """What trials do beyond the recipe, and which of them."""
@@ -68,7 +77,7 @@ class TrialOptions:
     mechanisms: Mapping[float, Mechanism] = field(default_factory=dict)
     """Of private studies: what trials at each epsilon do, epsilon inf among them."""
 
-    def of(self, key: TrialKey) -> dict[str, Any]:
+    def of(self, key: TrialKey) -> TrialArguments:
         """Arguments for `run_trial`."""
         measured = self.curvature_trials is None or key.trial < self.curvature_trials
         return {
@@ -101,7 +110,7 @@ class InMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """All a worker needs to know, sent to each node once; its arrays are mapped, not copied."""
+    """Everything a worker needs, sent to each node once; its arrays are mapped, not copied."""
 
     store_url: str
     study_hash: str
@@ -153,7 +162,7 @@ class Job:
 
     @property
     def data_bytes(self) -> int:
-        """What travels to each node through Ray's object store."""
+        """Bytes that are sent to each node through Ray's object store."""
         if not isinstance(self.source, InMemory):
             return 0
         return self.source.x_train.nbytes + self.source.x_test.nbytes
@@ -164,7 +173,7 @@ class Job:
 
 
 def source_of(examples: Examples) -> Source:
-    """The set's cache, if it has one, else its arrays."""
+    """The cache of the data set, if it has one, else its arrays."""
     if isinstance(examples, CachedExamples):
         return examples.cache
     return InMemory(
@@ -233,7 +242,7 @@ def _with_others(queue: QueueClient, worker: str, attempt: Attempt, lease: Lease
     outcome, message = attempt(lease)
     failed = FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
     if outcome == "peer":
-        # Another of them failed, and says so; or it died, which the trial queue finds out.
+        # Another rank failed and reports it, or died, which the trial queue detects.
         raise failed
     if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
         queue.finish(worker, key, outcome, message)
@@ -253,7 +262,7 @@ class Attempt:
     count_images: Callable[[int], None]
 
     def __call__(self, lease: Lease) -> tuple[Any, str]:
-        """What became of the trial, and why; "peer" if another rank failed and this one not."""
+        """The outcome of the trial, and why; "peer" if another rank failed and this one did not."""
         return self._outcome(lease, lambda: self._train(lease))
 
     def together(
@@ -309,7 +318,7 @@ class Attempt:
             return "mismatch", str(error)
         except TrialError as error:
             self.store.record_failure(key, lease.attempt, error.cause, str(error))
-            # It would lead there again.
+            # Resuming from it would fail again.
             self.store.delete_checkpoint(key)
             return error.cause, str(error)
         except StoreError as error:  # tried again for as long as that makes sense
@@ -360,7 +369,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a leased trial is trained on."""
+    """The inputs of a leased trial."""
 
     mask: NDArray[np.bool_]
     seeds: Seeds
@@ -393,33 +402,33 @@ def _raised(error: Exception) -> Outcome:
 
 def provenance(
     job: Job, key: TrialKey, lease: Lease, seeds: Seeds, result: TrialResult, device: torch.device
-) -> dict[str, Any]:
-    """How a trial came about, for the metadata of its object."""
-    measured = result.curvature
-    curvature = {} if measured is None else {"curvature": curvature_about(job, measured)}
+) -> Provenance:
+    """The provenance of a trial."""
     mechanism = job.options.mechanisms.get(key.epsilon)
-    privacy = {} if mechanism is None else {"privacy": mechanism.as_dict()}
     # Results that nobody can repeat are not to agree with each other.
     by_itself = f" {uuid.uuid4().hex}" if mechanism is not None and mechanism.secure_mode else ""
-    return {
-        **curvature,
-        **privacy,
-        "study_hash": job.study_hash,
-        "attempt": lease.attempt,
-        "seeds": vars(seeds),
-        "seconds": round(result.seconds, 3),
-        "device": device.type,
-        "arithmetic": arithmetic(device, job.threads, job.recipe, result.how)
-        + _of_curvature(measured)
+    about = Provenance(
+        study_hash=job.study_hash,
+        attempt=lease.attempt,
+        seeds=vars(seeds),
+        seconds=round(result.seconds, 3),
+        device=device.type,
+        arithmetic=arithmetic(device, job.threads, job.recipe, result.how)
+        + _of_curvature(result.curvature)
         + by_itself,
-        "host": socket.gethostname(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "raymem": VERSION,
-    }
+        host=socket.gethostname(),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        raymem=VERSION,
+    )
+    if result.curvature is not None:
+        about["curvature"] = curvature_about(job, result.curvature)
+    if mechanism is not None:
+        about["privacy"] = mechanism.as_dict()
+    return about
 
 
 def arithmetic(device: torch.device, threads: int, recipe: Recipe, how: str) -> str:
-    """Two results of a trial may differ between these, and must not within one.
+    """The arithmetic of a trial: results may differ between two of these, never within one.
 
     `how` is the result's: alone, or in a group of how many.
     """
@@ -436,10 +445,10 @@ def _of_curvature(measured: Measured | None) -> str:
     return f", curvature in {measured.precision.precision}"
 
 
-def curvature_about(job: Job, measured: Measured) -> dict[str, Any]:
-    """How curvature was measured, for the metadata beside it."""
+def curvature_about(job: Job, measured: Measured) -> CurvatureProvenance:
+    """How curvature was measured, for the provenance."""
     rule = None if job.options.curvature is None else job.options.curvature.as_dict()
-    about = {
+    about: CurvatureProvenance = {
         "mode": measured.mode,
         "rule": rule,
         "seconds": round(measured.seconds, 3),

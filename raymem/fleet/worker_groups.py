@@ -26,10 +26,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from raymem.errors import FleetError
 from raymem.fleet.blame import Location
-from raymem.fleet.cluster import draining_nodes, is_private, on_head
+from raymem.fleet.cluster import is_private, on_head
 from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.metrics import FleetMetrics, image_counter
-from raymem.fleet.placement import RUNNER_ENVIRONMENT, GroupTrainer, Placements
+from raymem.fleet.placement import Placements
+from raymem.fleet.ray_internals import RUNNER_ENVIRONMENT, GroupTrainer, draining_nodes
 from raymem.fleet.remote_queue import RemoteQueue
 from raymem.fleet.resources import Resources
 from raymem.fleet.trial_queue import Progress, TrialQueue
@@ -80,7 +81,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
 
 def _location(config: dict[str, Any], rank: int) -> Location:
-    """Where this worker runs, as the trial queue blames nodes and devices."""
+    """Where this worker runs, so that the queue can blame nodes and devices."""
     devices = ray.get_gpu_ids()
     # Worker groups of several workers have no fixed slot on their node's CPUs.
     slot = config["worker_group"] if config["together"] else f"slot {rank}"
@@ -96,7 +97,7 @@ def _location(config: dict[str, Any], rank: int) -> Location:
 def _sending_heartbeats(
     queue: RemoteQueue, worker: str, preempted: threading.Event
 ) -> Iterator[None]:
-    """Says that the worker lives, and hears that its node is about to go."""
+    """Send heartbeats of the worker; set `preempted` when its node is about to go."""
     done = threading.Event()
 
     def heartbeat() -> None:
@@ -114,7 +115,7 @@ def _sending_heartbeats(
 
 
 class WorkerGroupRunner:
-    """Hosts one worker group's fit(); its node's death is the worker group's."""
+    """Hosts the fit() of one worker group, and dies with its node."""
 
     def run(
         self, config: dict[str, Any], selector: dict[str, str], workers: int, resources: Resources
@@ -153,8 +154,7 @@ class _WorkerGroup:
 
 
 class WorkerGroups:
-    """The worker groups of one fleet: starts them on nodes that have room, and notices those that
-    end."""
+    """The worker groups of one fleet: starts them on nodes with room, and detects their end."""
 
     def __init__(self, queue: RemoteQueue, actor: Any, job: Job, resources: Resources) -> None:
         self._queue, self._resources = queue, resources
@@ -180,7 +180,7 @@ class WorkerGroups:
         """
         self._drop_ended()
         self._placements.free([worker_group.name for worker_group in self._worker_groups])
-        going = draining_nodes()
+        going = _draining_nodes()
         for worker_group in self._worker_groups:
             if worker_group.node_id in going or (going and not worker_group.node_id):
                 self._queue.drain(worker_group.name)
@@ -315,6 +315,13 @@ class WorkerGroups:
         if self._demand is not None:
             self._demand.ask(0, known=())
             self._placements.close()
+
+
+def _draining_nodes() -> set[str]:
+    try:
+        return draining_nodes()
+    except Exception:  # a later Ray: lost nodes are noticed anyway, checkpoints are older then
+        return set()
 
 
 def run_on_ray(

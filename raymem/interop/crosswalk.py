@@ -1,4 +1,4 @@
-"""Whose row is whose: a fleet's rows joined to a data set's examples, checked or refused.
+"""Joins the rows of a fleet to the examples of a data set; refuses what cannot be checked.
 
 Fleets in published files are in an order of their own (that of TFDS, of torchvision, or anyone's).
 The order is never assumed: rows are joined by ids or content hashes that the user gives, or by
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raymem.data import Examples, example_id
+from raymem.data import ABSENT, Examples, example_id, repeated, rows_of
 from raymem.errors import ImportFileError
 from raymem.interop.safe import array_of, as_text, whole_numbers
 
@@ -50,7 +50,7 @@ def labels_in(path: str | os.PathLike[str]) -> NDArray[np.int64]:
 
 
 def with_labels(arrays: Arrays, labels: NDArray[np.int64]) -> Arrays:
-    """The arrays with y_train; refused if they have other labels already."""
+    """The arrays with y_train. Raises ImportFileError if they have other labels already."""
     known = arrays.get("y_train")
     if known is not None and not np.array_equal(known, labels):
         raise ImportFileError("the labels given are not those of the fleet; is the order another?")
@@ -128,15 +128,15 @@ def _places(
     given: Sequence[str], own: Sequence[str], hashes: Sequence[str], split: str
 ) -> NDArray[np.int64]:
     """For each example of the set, its row in the fleet."""
-    row = {name: k for k, name in enumerate(given)}
-    row |= {example_id(name): k for k, name in enumerate(given)}
-    if len(set(given)) != len(given):
+    if repeated(given):
         raise ImportFileError(f"{split} ids repeat; each row needs its own")
-    found = [row.get(name, row.get(sha)) for name, sha in zip(own, hashes, strict=True)]
-    missing = [name for name, place in zip(own, found, strict=True) if place is None]
+    rows = rows_of(own, [example_id(name) for name in given])
+    for names in (own, hashes):
+        rows = np.where(rows == ABSENT, rows_of(names, given), rows)
+    missing = [own[k] for k in np.flatnonzero(rows == ABSENT).tolist()]
     if missing:
         raise ImportFileError(
             f"{len(missing):,} {split} examples have no row in the fleet, such as "
             f"{', '.join(missing[:SHOWN])}; is it another set?"
         )
-    return np.array(found, np.int64)
+    return rows

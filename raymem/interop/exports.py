@@ -76,7 +76,7 @@ def _split(store: Store) -> dict[str, pa.Table]:
 
 
 def _trial(store: Store, key: TrialKey, N: int) -> dict[str, NDArray[Any]]:
-    """Its columns, train and test apart."""
+    """The columns of the index, by split."""
     table = store.trial(key, ["in_subset", "correct", "margin"])
     correct, margin = (table[name].to_numpy() for name in ("correct", "margin"))
     return {

@@ -171,7 +171,7 @@ def _masks_of(path: Path) -> Path:
 def _right(
     margins: NDArray[Any], done: NDArray[np.int64], models: int, folder: Path
 ) -> NDArray[np.bool_]:
-    """Of the models `done`, read some at a time."""
+    """Which outcomes of the models `done` are right; read some models at a time."""
     if margins.ndim != 2 or len(margins) != models:
         raise ImportFileError(
             f"margins in {folder} are {margins.shape}, but there are {models} masks"
@@ -189,7 +189,7 @@ def _right(
 
 
 def _check_room(outcomes: int, path: Path) -> None:
-    """A byte for each outcome, and as much again while they are put in order."""
+    """Raises ImportFileError if the outcomes, a byte each, do not fit in memory twice."""
     needed, there = 2 * outcomes, psutil.virtual_memory().available
     if needed > there:
         raise ImportFileError(
@@ -254,7 +254,7 @@ def read_lira(path: Path, labels: NDArray[np.int64] | None, trials: int | None) 
 
 
 def _check_keeps(path: Path, folders: set[Path]) -> None:
-    """Every model has its keep.npy, of as many examples."""
+    """Raises ImportFileError unless every model has a keep.npy of the same length."""
     lost = sorted(
         {file.parent for name in ("scores.npy", "correct.npy", "logits.npy")
          for file in path.rglob(name)} - folders
@@ -317,7 +317,7 @@ def _check_length(found: int, wanted: int, what: str) -> None:
 
 
 def _natural(path: Path) -> list[Any]:
-    """Sorts 2 before 10."""
+    """Sort key: 2 before 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 

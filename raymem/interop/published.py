@@ -1,4 +1,4 @@
-"""Published scores without a fleet -> a store whose scores and pairs can be read and joined.
+"""Published scores without a fleet -> a store of scores and pairs.
 
 fz-scores   Feldman & Zhang's *_infl_matrix.npz (tr_mem, tr_labels, tt_labels, infl_matrix_class{K},
             tr_classidx_{K}, tt_classidx_{K}), with their *_index.npz beside it if there is one; or
@@ -37,7 +37,7 @@ from raymem.scores import PairRule
 from raymem.store import Store, columns
 
 Arrays = dict[str, NDArray[Any]]
-# What names of Feldman & Zhang's files of one set have after the set's name.
+# Endings of the names of Feldman & Zhang's files of one set.
 PARTS = ("infl_matrix", "index", "high_infl_pairs")
 PAIRS = {"tr_idx", "tt_idx", "infl", "mem"}
 SAME = 1e-4
@@ -218,7 +218,7 @@ def _names(values: NDArray[Any] | None, split: str, n: int) -> NDArray[Any]:
 
 
 def _joined(found: Arrays, data: Examples) -> Arrays:
-    """In the order of `data`."""
+    """The arrays in the order of `data`."""
     out, places = dict(found), {}
     for split, own in (("train", data.train_ids), ("test", data.test_ids)):
         labels = found[f"y_{split}"]

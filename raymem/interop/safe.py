@@ -1,4 +1,4 @@
-"""Arrays of strangers' files. Nothing that a file says is ever run.
+"""Arrays from untrusted files. Code in a file is never run.
 
 Numeric arrays are read as numpy reads them without pickles. Object arrays, which are pickles, are
 read by an unpickler that knows arrays and byte strings and refuses all else.
@@ -49,7 +49,7 @@ def array_of(path: Path) -> NDArray[Any]:
 
 @contextmanager
 def laid_out(path: Path, format: str) -> Iterator[None]:
-    """What no check foresaw of a file in another layout is an ImportFileError all the same."""
+    """Turns unforeseen errors of files in another layout into ImportFileError."""
     try:
         yield
     except ImportFileError:
@@ -89,12 +89,13 @@ def truths(array: NDArray[Any], ndim: int, what: str) -> NDArray[np.bool_]:
 
 
 def truths_in(path: Path) -> NDArray[np.bool_]:
-    """Of an .npy file of true and false, or 0 and 1. Raises ImportFileError for other values."""
+    """The booleans in an .npy file. Raises ImportFileError for values other than 0 and 1."""
     return truths(array_of(path), 1, str(path))
 
 
 def mapped(path: Path) -> NDArray[Any]:
-    """The array of an .npy file, of which only what is looked at is read. Raises as `array_of`."""
+    """The array of an .npy file, mapped, so that only what is used is read. Raises as
+    `array_of`."""
     try:
         found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:

@@ -7,13 +7,13 @@ another order, cannot be mistaken for this one.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raymem.data import ABSENT, different, rows_of
 from raymem.errors import StoreError
 from raymem.links.column_arrays import floats, train_at
 from raymem.links.correlation import OTHER, Correlation, correlate, known_measures
@@ -21,6 +21,8 @@ from raymem.links.sums import FixedSums, JoinedSums, Sums
 from raymem.store import Store
 
 SHOWN = 3
+# Columns that must agree where both stores have them, and what they are of.
+CHECKED = {"content_hash": "pixels", "label": "labels"}
 
 
 def correlations_across(
@@ -64,31 +66,25 @@ def joined(first: Store, second: Store) -> NDArray[np.int64]:
     Raises StoreError naming the ids where ids, pixels or labels differ.
     """
     mine, others = _train(first), _train(second)
-    place = {row["example_id"]: k for k, row in enumerate(others)}
-    missing = [row["example_id"] for row in mine if row["example_id"] not in place]
+    ids = mine["example_id"]
+    places = rows_of(ids, others["example_id"])
+    missing = ids.filter(pa.array(places == ABSENT)).to_pylist()
     if missing:
         raise StoreError(
             f"{len(missing):,} training examples of {first.url} are not in {second.url}, such as "
             f"{', '.join(missing[:SHOWN])}; take two studies of one set"
         )
-    known = [
-        name
-        for name in ("content_hash", "label")
-        if any(row[name] is not None for row in mine)
-        and any(row[name] is not None for row in others)
-    ]
-    if not known:
+    if all(
+        any(table[name].null_count == table.num_rows for table in (mine, others))
+        for name in CHECKED
+    ):
         raise StoreError(
             f"{first.url} and {second.url} have neither pixels' hashes nor labels in common, only "
             "ids, which two sets can share by accident; import with y_train"
         )
-    places = np.array([place[row["example_id"]] for row in mine], np.int64)
-    for name, what in (("content_hash", "pixels"), ("label", "labels")):
-        wrong = [
-            row["example_id"]
-            for row, k in zip(mine, places, strict=True)
-            if None not in (row[name], others[k][name]) and row[name] != others[k][name]
-        ]
+    theirs = others.take(places)
+    for name, what in CHECKED.items():
+        wrong = ids.take(different(mine[name], theirs[name])).to_pylist()
         if wrong:
             raise StoreError(
                 f"{len(wrong):,} training examples have other {what} in {second.url} than in "
@@ -97,10 +93,9 @@ def joined(first: Store, second: Store) -> NDArray[np.int64]:
     return places
 
 
-def _train(store: Store) -> list[dict[str, Any]]:
-    index: pa.Table = store.examples()
-    rows = index.filter(pc.equal(index["split"], "train"))
-    return list(rows.select(["example_id", "content_hash", "label"]).to_pylist())
+def _train(store: Store) -> pa.Table:
+    index = store.examples()
+    return index.filter(pc.equal(index["split"], "train"))
 
 
 def _last(scores: pa.Table) -> float:

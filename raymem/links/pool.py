@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raymem.data import Examples
+from raymem.data import ABSENT, Examples, different, rows_of
 from raymem.errors import PlanError
 from raymem.experiments import (
     COUNTS,
@@ -109,27 +110,23 @@ def ranked(
 
 def _rows_of(examples: Examples, source: Store, ids: Sequence[str], what: str) -> list[int]:
     """Rows of these examples of `source`. Raises PlanError if they are not the same examples."""
-    index = source.examples()
-    place = {example_id: row for row, example_id in enumerate(examples.train_ids)}
-    there = {
-        row["example_id"]: row
-        for row in index.filter(pc.equal(index["split"], "train")).to_pylist()
-    }
-    hashes = examples.content_hashes
-    wrong = [
-        example_id
-        for example_id in ids
-        if example_id not in place
-        or there[example_id]["label"] != int(examples.y_train[place[example_id]])
-        or there[example_id]["content_hash"] not in (None, hashes[place[example_id]])
-    ]
+    there = source.examples()
+    there = there.filter(pc.equal(there["split"], "train"))
+    there = there.take(rows_of(ids, there["example_id"]))
+    rows, N = rows_of(ids, examples.train_ids), len(examples.y_train)
+    here = pa.table({"label": examples.y_train, "content_hash": examples.content_hashes[:N]})
+    here = here.take(pa.array(rows, mask=rows == ABSENT))
+    bad = pc.or_(pc.is_null(here["label"]), pc.is_null(there["label"])).to_numpy()
+    for name in ("label", "content_hash"):
+        bad[different(there[name], here[name])] = True
+    wrong = [ids[row] for row in np.flatnonzero(bad).tolist()]
     if wrong:
         raise PlanError(
             f"{len(wrong):,} of the {len(ids):,} {what} examples of {source.url} are not in "
             f"{examples.name} with the same pixels and label, such as {', '.join(wrong[:SHOWN])}; "
             "take the store of a study of the same set"
         )
-    return [place[example_id] for example_id in ids]
+    return list(rows.tolist())
 
 
 def leave_one_out_by_scores(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from raymem.errors import PrivacyError, first_line
+from raymem.privacy.opacus_internals import privacy_loss
 
 # Relative width at which the search for the noise ends.
 TOLERANCE = 2e-3
@@ -167,15 +168,12 @@ def privacy_profile(
     >>> round(delta, 2)  # 2 Phi(1 / (2 sigma)) - 1 = 0.1974
     0.2
     """
-    from opacus.accountants import PRVAccountant
-
-    counter = PRVAccountant()
-    counter.history = [(noise_multiplier, sample_rate, steps)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # opacus shows epsilon at delta only; the distribution it comes from has every delta.
-            loss = counter._get_dprv(eps_error=error, delta_error=error / 10)
+            loss = privacy_loss(
+                noise_multiplier, sample_rate, steps, eps_error=error, delta_error=error / 10
+            )
         # Gopi et al. 2021, Theorem 5.5: shifted by the errors, the estimate is an upper bound.
         deltas = [float(loss.compute_delta_estimate(e - error)) + error / 10 for e in epsilons]
     except (RuntimeError, ValueError, FloatingPointError, MemoryError, IndexError):

@@ -9,7 +9,6 @@ Shapes: N training examples, G of them with copies in training, T trials.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +43,7 @@ def copies_in(index: pa.Table) -> Copies:
     return Copies(rows=rows, group=number[rows])
 
 
-def group_columns(copies: Copies, outcomes: Outcomes, n_rows: int) -> dict[str, Any]:
+def group_columns(copies: Copies, outcomes: Outcomes, n_rows: int) -> dict[str, object]:
     """The columns n_out_group and group_memorization* of scores/examples.parquet, train first.
 
     The in-arm of an example is the trials with it, as in memorization; its out-arm is the trials
@@ -60,7 +59,7 @@ def group_columns(copies: Copies, outcomes: Outcomes, n_rows: int) -> dict[str, 
         (right & inside).sum(axis=0), inside.sum(axis=0), (right & nobody).sum(axis=0), n_out
     )
 
-    def spread(values: NDArray[Any]) -> NDArray[np.float64]:
+    def spread(values: NDArray[np.generic]) -> NDArray[np.float64]:
         whole = np.full(n_rows, np.nan)
         whole[copies.rows] = values
         return whole

@@ -1,4 +1,4 @@
-"""Attacks by their number of reference models: what 2, 4 or 8 of them would have been enough for.
+"""Attacks by number of reference models: the rates with only 2, 4 or 8 of them.
 
 In:  the trials of one epsilon. Out: each attack's rates with K references, for rising K.
 
@@ -33,12 +33,12 @@ SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class WithReferences:
-    """What attacks reached with so many reference models."""
+    """Rates of the attacks with a given number of reference models."""
 
     references: int
-    """Reference trials of each example in each attack on it."""
+    """Number of reference trials of each example in each attack on it."""
     references_in: int
-    """Of these, trials that trained on it."""
+    """How many of these trained on it."""
     examples: int
     """Training examples that have so many for some target."""
     attacks: list[Attack]

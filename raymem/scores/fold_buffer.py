@@ -1,4 +1,4 @@
-"""Sums of folds on the local disk, until it is known what their table says about itself.
+"""Buffers the sums of folds on the local disk until the metadata of their table is known.
 
 The metadata of scores/folds.parquet has results of all folds, so it is written last. For ImageNet a
 fold's sums are 122 MB and there are 20: they wait in a file without a name, where TMPDIR says.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -202,14 +201,14 @@ def pairs_work(
     return trials * float(pairs_per_class(y_train, y_test)) + gathered * WORK_PER_GATHERED_BIT
 
 
-def of_one_class(rule: PairRule, y_train: NDArray[Any], y_test: NDArray[Any]) -> bool:
+def of_one_class(rule: PairRule, y_train: NDArray[np.generic], y_test: NDArray[np.generic]) -> bool:
     """Does `rule` leave pairs of two classes out, for these labels?"""
     if rule.same_class is not None:
         return rule.same_class
     return len(np.union1d(y_train, y_test)) >= CLASSES_FOR_SAME_CLASS_ONLY
 
 
-def pairs_per_class(y_train: NDArray[Any], y_test: NDArray[Any]) -> int:
+def pairs_per_class(y_train: NDArray[np.generic], y_test: NDArray[np.generic]) -> int:
     """Pairs of one class, summed over classes."""
     labels, counts = np.unique(y_train, return_counts=True)
     tests = dict(zip(*np.unique(y_test, return_counts=True), strict=True))

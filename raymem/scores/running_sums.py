@@ -1,4 +1,4 @@
-"""Reading trials one by one into running sums, and packed bits for what sums cannot say.
+"""Reads trials one by one into running sums, and into packed bits where sums do not suffice.
 
 `interim_result` reads no more than a stopping rule needs, without scoring.
 
@@ -25,7 +25,7 @@ from raymem.scores.estimates import reliability
 from raymem.scores.stopping import InterimResult
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.store import Store, TrialKey, columns, read_ahead
-from raymem.store.trials import metadata_of, train_part
+from raymem.store.trials import CurvatureOverTraining, Provenance, metadata_of, train_part
 
 LARGEST_NUMBER_OF_FOLDS = 20
 NEEDED = (
@@ -37,9 +37,9 @@ Sums = dict[str, NDArray[Any]]
 
 
 class Outcomes:
-    """Of each trial, as packed bits: its mask, and which test examples it gets right.
+    """The mask of each trial, and which test examples it gets right, as packed bits.
 
-    Beside them, unpacked, the same of the training examples in `members`: those with copies.
+    Also, unpacked, masks and outcomes of the training examples in `members`: those with copies.
     """
 
     def __init__(self, n_train: int, n_test: int, members: NDArray[np.int64]) -> None:
@@ -102,10 +102,10 @@ def trial_folds(keys: Sequence[TrialKey], plan: Plan) -> Callable[[TrialKey], in
 
 def _read_ahead(
     store: Store, keys: Sequence[TrialKey], streamed: StreamedCurvature
-) -> Iterator[tuple[TrialKey, tuple[pa.Table, dict[str, Any]]]]:
+) -> Iterator[tuple[TrialKey, tuple[pa.Table, Provenance]]]:
     """Tables and metadata of trials in order, the next few being read while one is used."""
 
-    def read(key: TrialKey) -> tuple[pa.Table, dict[str, Any]]:
+    def read(key: TrialKey) -> tuple[pa.Table, Provenance]:
         table = store.trial(key, NEEDED)
         return streamed.beside(key, table, metadata_of(table, key.object_key))
 
@@ -113,7 +113,7 @@ def _read_ahead(
 
 
 def zeros(n_rows: int) -> Sums:
-    """Empty sums, those of curvature left out: they come with the first trial that has it."""
+    """Empty sums; those of curvature are added with the first trial that has it."""
     return _zeros(n_rows, columns.SUMS)
 
 
@@ -134,7 +134,7 @@ def _add(
     sums: Sums,
     key: TrialKey,
     table: pa.Table,
-    about: dict[str, Any],
+    about: Provenance,
     study_hash: str,
     outcomes: Outcomes,
 ) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _add_history(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None
 
 
 def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> None:
-    """Sums of each arm. Where a value is missing nothing is added, and nothing counted."""
+    """Add curvature to the sums of each arm; missing values are neither added nor counted."""
     found = {
         name: _numpy(table, name, np.nan).astype(np.float64)
         for name in columns.TRIAL_CURVATURE
@@ -208,7 +208,7 @@ def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> No
     }
     for name, zero in _zeros(table.num_rows, columns.sums_of_curvature(found)).items():
         sums.setdefault(name, zero)
-    # One count for all: an example counts where everything that was measured is a number.
+    # One count for all measures: an example counts if all of them are finite.
     has = np.logical_and.reduce([np.isfinite(values) for values in found.values()])
     for arm, member in (("in", inside & has), ("out", ~inside & has)):
         sums[f"n_curvature_{arm}"] += member
@@ -219,7 +219,7 @@ def _add_curvature(sums: Sums, table: pa.Table, inside: NDArray[np.bool_]) -> No
 
 
 def _curvature_row(
-    table: pa.Table, about: dict[str, Any], inside: NDArray[np.bool_], out: NDArray[np.bool_]
+    table: pa.Table, about: Provenance, inside: NDArray[np.bool_], out: NDArray[np.bool_]
 ) -> dict[str, Any]:
     if "curvature" not in table.column_names:
         return {}
@@ -233,7 +233,7 @@ def _curvature_row(
     }
 
 
-def _over_training_row(about: dict[str, Any] | None) -> dict[str, Any]:
+def _over_training_row(about: CurvatureOverTraining | None) -> dict[str, Any]:
     if about is None:
         return {}
     return {"curvature_epochs": about["epochs"], "curvature_epochs_seconds": about["seconds"]}
@@ -268,7 +268,10 @@ def _mean(values: NDArray[Any]) -> float | None:
 
 
 def interim_result(store: Store, keys: Sequence[TrialKey]) -> InterimResult:
-    """Of the trials `keys` of one epsilon, in the folds that scores have too."""
+    """How well memorization is known from the trials `keys` of one epsilon.
+
+    Its folds are those of the scores.
+    """
     plan = store.plan()
     fold_of = trial_folds(keys, plan)
     n_folds = len({fold_of(key) for key in keys})

@@ -40,7 +40,7 @@ from raymem.scores.running_sums import Outcomes, Sums, fold_sums, total
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.store import Store, TrialKey, columns
 
-# Split halves of more examples than this would only cost memory.
+# More examples than this would add nothing to split halves but memory.
 EXAMPLES_FOR_RELIABILITY = 100_000
 FOR_RELIABILITY = ("n_in", "n_out", "correct_in", "correct_out", "p_true_in", "p_true_out")
 TARGETS = (0.9, 0.95, 0.98)
@@ -50,7 +50,7 @@ FALSE_DISCOVERIES = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class EpsilonSummary:
-    """What the trials at one epsilon say together."""
+    """Summary of the trials at one epsilon."""
 
     epsilon: float
     trials: int
@@ -64,11 +64,11 @@ class EpsilonSummary:
     reliability: float
     """Split-half reliability of memorization (bit); NaN with fewer than two blocks."""
     reliability_soft: float
-    """The same for memorization_soft."""
+    """Split-half reliability of memorization_soft."""
     forecast: dict[str, float]
     """Trials that would reach a reliability (bit), by reliability."""
     null: dict[str, int]
-    """How many training examples have no memorization, by reason."""
+    """Number of training examples without memorization, by reason."""
     memorized: int
     """Training examples on the list memorized above 0.25, at a false-discovery rate of 5%."""
     strong_pairs: int
@@ -80,9 +80,9 @@ class EpsilonSummary:
     pairs_considered: int
     """Pairs among which strong ones were looked for."""
     curvature_modes: tuple[str, ...]
-    """How trials computed curvature's trace; more than one do not belong in one mean."""
+    """How trials computed the trace; values of different modes must not be averaged."""
     pairs_dropped: int
-    """Pairs that --max-pairs left no room for."""
+    """Pairs dropped because of --max-pairs."""
 
 
 def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
@@ -138,7 +138,7 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Scores one epsilon after the other of one study."""
+    """Scores the epsilons of one study, one after the other."""
 
     store: Store
     plan: Plan
@@ -170,7 +170,7 @@ class _Scorer:
         return _summary(epsilon, rows, table, sampled, pairs), rows
 
     def _kept(self, epsilon: float, folds: Iterable[Sums], sampled: list[Sums]) -> Iterator[Sums]:
-        """The folds, kept for their table, and what split halves need of them."""
+        """Pass the folds on; keep them for their table, and a sample for split halves."""
         N = self.plan.n
         train = slice(0, N, math.ceil(N / EXAMPLES_FOR_RELIABILITY))
         for number, sums in enumerate(folds):
@@ -242,7 +242,7 @@ def _example_table(
 
 
 def _with_privacy(table: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """The table, with what its epsilon cost; all trials of one epsilon had the same mechanism."""
+    """The table with the columns of privacy; all trials at one epsilon share a mechanism."""
     private = [row for row in rows if "spent_epsilon" in row]
     if not private:
         return table

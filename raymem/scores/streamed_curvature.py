@@ -19,12 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raymem.data import ABSENT, different, repeated, rows_of
 from raymem.errors import StoreError
 from raymem.store import Store, TrialKey, columns
+from raymem.store.trials import CurvatureProvenance, Provenance
 
 
 class StreamedCurvature:
-    """What a store has of it; none if its study measures no curvature."""
+    """The streamed curvature of a store; empty if its study measures none."""
 
     def __init__(self, store: Store, index: pa.Table) -> None:
         """`index` is examples.parquet, train first."""
@@ -34,12 +36,12 @@ class StreamedCurvature:
         self._there = set() if self._rule is None else set(store.streamed_models())
         self._size = list(study.image_shape[:2])
         train = index.filter(pc.equal(index["split"], "train"))
-        self._ids = train["example_id"].combine_chunks() if self._there else None
+        self._ids = train["example_id"]
 
     def beside(
-        self, key: TrialKey, table: pa.Table, about: dict[str, Any]
-    ) -> tuple[pa.Table, dict[str, Any]]:
-        """A trial's table and metadata, with what was measured after training.
+        self, key: TrialKey, table: pa.Table, about: Provenance
+    ) -> tuple[pa.Table, Provenance]:
+        """A trial's table and provenance, with curvature that was measured after training.
 
         Raises StoreError if that was another model's.
         """
@@ -54,28 +56,29 @@ class StreamedCurvature:
                 f"curvature/{name} was measured under another model than that of {key}; delete "
                 "that folder, and run the job's `curvature` stage again"
             )
-        return self._with(table, self._store.curvature(name)), {
-            **about,
-            "curvature": {"mode": record["mode"], "seconds": None},
+        measured: CurvatureProvenance = {
+            "mode": record["mode"],
+            "rule": record["rule"],
+            "seconds": None,
         }
+        return self._with(table, self._store.curvature(name)), {**about, "curvature": measured}
 
     def _is_ours(self, record: Mapping[str, Any]) -> bool:
-        """By the study's rule, and of images as the study has them."""
+        """Was it measured by the study's rule, on images as the study has them?"""
         transform = record["transform"]
         same_images = transform["way"] == "fit" and transform["size"] == self._size
         return bool(same_images and record["rule"] == self._rule)
 
     def _with(self, table: pa.Table, streamed: pa.Table) -> pa.Table:
         streamed = streamed.filter(streamed["ok"])
-        at = pc.index_in(self._ids, value_set=streamed["example_id"].combine_chunks())
-        known = np.flatnonzero(at.is_valid().to_numpy(zero_copy_only=False))
-        rows = at.drop_null().to_numpy()
+        rows = rows_of(self._ids, streamed["example_id"])
+        known = np.flatnonzero(rows != ABSENT)
         for name in columns.TRIAL_CURVATURE:
             if name not in streamed.column_names:
                 continue
             found = streamed[name].combine_chunks().to_numpy(zero_copy_only=False)
             values = np.full(table.num_rows, np.nan, np.float32)
-            values[known] = found[rows]
+            values[known] = found[rows[known]]
             table = table.append_column(name, pa.array(values, from_pandas=True))
         return table
 
@@ -88,29 +91,25 @@ def join_curvature(store: Store, scores: pa.Table, model: str) -> pa.Table:
     """
     streamed = store.curvature(model)
     streamed = streamed.filter(streamed["ok"])
-    ids = streamed["example_id"].to_pylist()
-    row_of = {example: row for row, example in enumerate(ids)}
-    if len(row_of) < len(ids):
-        twice = next(i for i, example in enumerate(ids) if row_of[example] != i)
+    twice = repeated(streamed["example_id"])
+    if twice:
         raise StoreError(
-            f"curvature/{model} has {ids[twice]} more than once; score shards whose ids are unique"
+            f"curvature/{model} has {twice[0]} more than once; score shards whose ids are unique"
         )
-    wanted = scores["example_id"].to_pylist()
-    rows = pa.array([row_of.get(example) for example in wanted], pa.int64())
-    if rows.null_count == len(rows):
+    rows = rows_of(scores["example_id"], streamed["example_id"])
+    if (rows == ABSENT).all():
+        there, here = (", ".join(t["example_id"][:2].to_pylist()) for t in (streamed, scores))
         raise StoreError(
             f"no example of the scores is in curvature/{model}: ids there are like "
-            f"{', '.join(ids[:2]) or 'none'}, here like {', '.join(wanted[:2])}"
+            f"{there or 'none'}, here like {here}"
         )
-    found = streamed.take(rows)
-    both = pc.and_(found["label"].is_valid(), scores["label"].is_valid())
-    wrong = pc.and_(both, pc.not_equal(found["label"], scores["label"].cast(pa.int64())))
-    differ = np.flatnonzero(wrong.fill_null(False).to_numpy())
-    if len(differ):
+    found = streamed.take(pa.array(rows, mask=rows == ABSENT))
+    wrong = different(found["label"], scores["label"])
+    if len(wrong):
         raise StoreError(
-            f"{len(differ):,} examples have another label in curvature/{model}, such as "
-            f"{wanted[differ[0]]}: the ids mean other images there, or classes are numbered "
-            "otherwise"
+            f"{len(wrong):,} examples have another label in curvature/{model}, such as "
+            f"{scores['example_id'][wrong[0]]}: the ids mean other images there, or classes are "
+            "numbered otherwise"
         )
     for name in columns.STREAMED_VALUES:
         if name in found.column_names:

@@ -84,7 +84,10 @@ def _until(store: Store) -> str:
 def _cost(store: Store, done: Sequence[TrialKey]) -> str:
     step = math.ceil(len(done) / SAMPLED_TRIALS)
     sample = [store.provenance(key) for key in done[::step]]
-    seconds = [trial["seconds"] + trial.get("curvature", {}).get("seconds", 0) for trial in sample]
+    seconds = [
+        trial["seconds"] + ((trial["curvature"]["seconds"] or 0.0) if "curvature" in trial else 0.0)
+        for trial in sample
+    ]
     mean = math.fsum(seconds) / len(sample)
     devices = " and ".join(sorted({trial["device"] for trial in sample}))
     about = "" if len(sample) == len(done) else f", from {len(sample)} of them"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 from PIL import Image
 
+from raymem.data import ABSENT, rows_of
 from raymem.errors import DamagedObjectError, RaymemError
 from raymem.show.notebook import Opened, as_image
 from raymem.store import Store
@@ -41,20 +42,20 @@ def thumbnails(
         data = opened.data()
     except RaymemError as error:
         return kept, str(error)
-    place = {i: ("train", row) for row, i in enumerate(data.train_ids)}
-    place |= {i: ("test", row) for row, i in enumerate(data.test_ids)}
-    for example_id in missing:
-        if example_id in place:
-            split, row = place[example_id]
-            pixels = (data.x_train if split == "train" else data.x_test)[row]
+    own, N = (*data.train_ids, *data.test_ids), len(data.train_ids)
+    for example_id, row in zip(missing, rows_of(missing, own).tolist(), strict=True):
+        if row != ABSENT:
+            pixels = data.x_train[row] if row < N else data.x_test[row - N]
             kept[example_id] = encoded(as_image(pixels))
     if not keep:
         return kept, ""
-    hashes = dict(zip((*data.train_ids, *data.test_ids), data.content_hashes, strict=True))
     table = pa.table(
         {
             "example_id": list(kept),
-            "content_hash": [hashes.get(i) for i in kept],
+            "content_hash": [
+                None if row == ABSENT else data.content_hashes[row]
+                for row in rows_of(list(kept), own).tolist()
+            ],
             "image": list(kept.values()),
         },
         schema=SCHEMA,

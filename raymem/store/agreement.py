@@ -1,13 +1,12 @@
-"""Do stores of one study agree where they have the same things? Reads, and writes nothing."""
+"""Checks that stores of one study agree on what they share. Read-only."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 from raymem.errors import (
     DamagedObjectError,
@@ -19,13 +18,13 @@ from raymem.errors import (
 from raymem.privacy import Mechanism
 from raymem.store.store import READERS, Store
 from raymem.store.study_record import SHOWN, differences
-from raymem.store.trials import TrialKey, may_differ
+from raymem.store.trials import Provenance, TrialKey, may_differ
 
 COMPARED = ("digest", "arithmetic", "device")
 
 
 def describe_differences(first: Store, one: object, second: Store, other: object) -> str:
-    """How what two stores have differs, on one line."""
+    """The differences between two values of two stores, on one line."""
     found = differences(one, other)
     shown = [f"{name}: {first.url} has {a}, {second.url} has {b}" for name, a, b in found[:SHOWN]]
     return "; ".join(shown + [f"{len(found) - SHOWN} more"] * (len(found) > SHOWN))
@@ -33,7 +32,7 @@ def describe_differences(first: Store, one: object, second: Store, other: object
 
 @contextmanager
 def named(store: Store, key: str) -> Iterator[None]:
-    """What is damaged is named with its store, and how to repair it."""
+    """Errors about a damaged object name its store, and the command that repairs it."""
     try:
         yield
     except (DamagedObjectError, PlanError, ValueError, KeyError, TypeError) as error:
@@ -45,9 +44,9 @@ def named(store: Store, key: str) -> Iterator[None]:
 
 
 class Agreement:
-    """What several stores of one study have, in the order of whose results stay.
+    """The contents of several stores of one study, in order of precedence.
 
-    The first of them is the one that is written to: what it has is never replaced.
+    The first store is the one that is written to; its objects are never replaced.
     """
 
     def __init__(self, stores: Sequence[Store]) -> None:
@@ -55,14 +54,14 @@ class Agreement:
         self.done = {store: store.done() for store in stores}
         self.kept = {store: store.kept() for store in stores}
         self.every = sorted(set().union(*self.done.values()))
-        """All trials that anyone has."""
+        """All trials that any store has."""
 
     def having(self, key: TrialKey) -> list[Store]:
-        """Who has a trial, in order."""
+        """The stores that have a trial, in order."""
         return [store for store in self.stores if key in self.done[store]]
 
-    def about(self, store: Store, key: TrialKey) -> dict[str, Any]:
-        """What a store records of a trial. Raises DamagedObjectError."""
+    def about(self, store: Store, key: TrialKey) -> Provenance:
+        """The provenance of a trial in one store. Raises DamagedObjectError."""
         with named(store, key.object_key):
             about = store.provenance(key)
             lacks = [name for name in COMPARED if name not in about]
@@ -71,9 +70,9 @@ class Agreement:
         return about
 
     def drift(self) -> int:
-        """Trials of which other hardware, or a GPU, gave another result.
+        """Number of trials whose results differ because of other hardware, or a GPU.
 
-        Raises ResultMismatchError naming the trials of which the same hardware did.
+        Raises ResultMismatchError naming the trials that differ on the same hardware.
         """
         shared = [key for key in self.every if len(self.having(key)) > 1]
         with ThreadPoolExecutor(READERS, thread_name_prefix="raymem-read") as pool:
@@ -91,7 +90,7 @@ class Agreement:
         return sum(bool(pairs) for pairs in differ.values())
 
     def _differ(self, key: TrialKey) -> list[tuple[tuple[Store, Store], bool]]:
-        """Who have two results of a trial, and whether they may."""
+        """Pairs of stores whose results of a trial differ, and whether they may."""
         found = [(store, self.about(store, key)) for store in self.having(key)]
         return [
             ((one, other), may_differ(a, b))
@@ -99,9 +98,9 @@ class Agreement:
             if a["digest"] != b["digest"]
         ]
 
-    def lead(self, key: TrialKey) -> tuple[Store, dict[str, Any]]:
-        """Whose result stays, and what is recorded of it: the first's, or of equal ones the first
-        with kept weights."""
+    def lead(self, key: TrialKey) -> tuple[Store, Provenance]:
+        """The store whose result is kept, and its provenance: the first store, or of equal results
+        the first with kept weights."""
         found = [(store, self.about(store, key)) for store in self.having(key)]
         lead, about = found[0]
         for store, its in found[1:]:
@@ -110,10 +109,10 @@ class Agreement:
                 lead, about = store, its
         return lead, about
 
-    def _keeps(self, store: Store, key: TrialKey, about: Mapping[str, Any]) -> bool:
+    def _keeps(self, store: Store, key: TrialKey, about: Provenance) -> bool:
         return key in self.kept[store] and about.get("weights") is not None
 
-    def _json(self, store: Store, key: str) -> dict[str, Any]:
+    def _json(self, store: Store, key: str) -> dict[str, object]:
         with named(store, key):
             body = json.loads(store.files.read(key))
             if not isinstance(body, dict):
@@ -121,8 +120,8 @@ class Agreement:
             return body
 
     def mechanisms(self) -> dict[str, Store]:
-        """Where each epsilon's mechanism is. Raises StudyMismatchError if two have two."""
-        found: dict[str, tuple[Store, dict[str, Any]]] = {}
+        """The store of each mechanism. Raises StudyMismatchError if two stores disagree."""
+        found: dict[str, tuple[Store, dict[str, object]]] = {}
         for store in self.stores:
             for key in store.files.list("privacy"):
                 body = self._json(store, key)
@@ -138,10 +137,10 @@ class Agreement:
         return {key: store for key, (store, _) in found.items()}
 
     def curvature(self) -> list[tuple[Store, str]]:
-        """The objects in curvature/ of which there is to be a copy, and who has them.
+        """The objects in curvature/ that are to be copied, and the stores that have them.
 
-        Left out is what was measured under a model that is not the one whose trial stays. Raises
-        StudyMismatchError if the shards of one model were made in two ways.
+        Scores under a model whose trial is not kept are left out. Raises StudyMismatchError if the
+        shards of one model were scored with different settings.
         """
         trials = {key.name: key for key in self.every}
         streamed = {store: store.streamed() for store in self.stores}
@@ -166,8 +165,8 @@ class Agreement:
                 found += [(store, key) for key in sorted(shards)]
         return found
 
-    def _record(self, store: Store, key: str) -> dict[str, Any]:
-        """How the shards beside `key` were made, whichever raymem did; empty if nobody says."""
+    def _record(self, store: Store, key: str) -> dict[str, object]:
+        """The settings of the shards beside `key`, without the version; empty if unknown."""
         if not store.files.exists(key):
             return {}
         return {**self._json(store, key), "raymem": None}

@@ -1,4 +1,4 @@
-"""What is made of a study's trials, for reading and for replacing whole."""
+"""Objects derived from the trials of a study: scores, notes, streamed curvature."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Note = Literal["links", "repeat", "command", "until", "membership", "removal", "
 
 
 class Derived:
-    """Scores, notes and streamed curvature of one store, and the study they are of."""
+    """Scores, notes and streamed curvature of one store, and its study."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.files = Files(url)
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """URL of the store."""
         return self.files.url
 
     def study(self) -> StudyRecord:
@@ -41,14 +41,18 @@ class Derived:
             ) from error
         return StudyRecord.decode(data, self.url)
 
-    def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, Any]) -> None:
+    def write_scores(self, name: str, table: pa.Table, metadata: Mapping[str, object]) -> None:
         """Replace scores/NAME.parquet whole."""
         self.files.replace(f"scores/{name}.parquet", trials.encode(table, dict(metadata)))
 
     def write_scores_in_parts(
-        self, name: str, schema: pa.Schema, parts: Iterable[pa.Table], metadata: Mapping[str, Any]
+        self,
+        name: str,
+        schema: pa.Schema,
+        parts: Iterable[pa.Table],
+        metadata: Mapping[str, object],
     ) -> None:
-        """The same, from parts of the table, of which one is in memory at a time."""
+        """Replace scores/NAME.parquet from parts of it, of which one is in memory at a time."""
 
         def write(file: IO[bytes]) -> None:
             trials.encode_parts(file, schema, parts, dict(metadata))
@@ -69,7 +73,7 @@ class Derived:
         return table
 
     def scored(self, epsilon: float) -> list[TrialKey]:
-        """The trials that scores at `epsilon` are made of, in order; later ones are not in them.
+        """The trials from which the scores at `epsilon` were computed, in order.
 
         Raises StoreError without scores.
         """
@@ -77,8 +81,8 @@ class Derived:
         done = {r["trial"] for r in rows if r["epsilon"] == epsilon and r["status"] == "done"}
         return [TrialKey(epsilon, trial) for trial in sorted(done)]
 
-    def write_note(self, name: Note, body: Mapping[str, Any]) -> None:
-        """Replace NAME.json: what was found out about the study beside its scores."""
+    def write_note(self, name: Note, body: Mapping[str, object]) -> None:
+        """Replace NAME.json, a result beside the scores."""
         self.files.replace(f"{name}.json", as_json(body))
 
     def note(self, name: Note) -> dict[str, Any] | None:
@@ -87,8 +91,6 @@ class Derived:
             return dict(json.loads(self.files.read(f"{name}.json")))
         except (FileNotFoundError, ValueError):
             return None
-
-    # What is streamed
 
     def streamed(self) -> dict[str, set[str]]:
         """The shards that were scored, by model: a listing, nothing is read."""
@@ -101,7 +103,7 @@ class Derived:
         return found
 
     def streamed_models(self) -> list[str]:
-        """The models in curvature/."""
+        """Names of the models in curvature/."""
         return sorted(self.streamed())
 
     def streamed_shards(self, model: str) -> set[str]:
@@ -115,7 +117,7 @@ class Derived:
         }
 
     def write_streamed(
-        self, model: str, shard: str, table: pa.Table, about: Mapping[str, Any]
+        self, model: str, shard: str, table: pa.Table, about: Mapping[str, object]
     ) -> bool:
         """Create curvature/MODEL/SHARD.parquet, once; False if it is there."""
         key = f"curvature/{model}/{shard}.parquet"
@@ -137,5 +139,5 @@ class Derived:
         try:
             return trials.decode(self.files.read(key), key)
         except (FileNotFoundError, NotADirectoryError) as error:
-            self.study()  # says so if there is no store at all
+            self.study()  # raises if there is no store at all
             raise StoreError(f"{self.url} has no {key} yet; {advice}") from error

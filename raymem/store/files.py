@@ -25,7 +25,7 @@ from raymem.retry import ask, error_code, is_local, open_fs, patiently
 T = TypeVar("T")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-# So many objects are read, or wait, at once.
+# Number of objects that are read at once.
 AHEAD = 8
 FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK)
@@ -50,7 +50,7 @@ class Files:
     @property
     def fs(self) -> Any:
         """The fsspec file system."""
-        if self._process != os.getpid():  # connections stay the parent's after a fork
+        if self._process != os.getpid():  # connections belong to the parent after a fork
             self._process, (self._fs, _) = os.getpid(), open_fs(self._given)
         return self._fs
 
@@ -66,8 +66,8 @@ class Files:
     def create(self, key: str, data: bytes) -> bool:
         """Write `key` whole unless it is there; False if it is. Raises StoreFullError.
 
-        On object stores True also if it is there with these very bytes: then it is ours, and the
-        answer that said so was lost.
+        On object stores True also if it is there with the same bytes: then an earlier attempt wrote
+        it, and only the answer was lost.
         """
         if self.local:
             with _disk_errors(self.url):
@@ -87,7 +87,7 @@ class Files:
             _sync_folder(target.parent)
 
     def replace_with(self, key: str, write: Callable[[IO[bytes]], None]) -> None:
-        """The same with what `write` writes to a local file: for objects too large for memory."""
+        """Replace `key` by what `write` writes to a local file: for objects larger than memory."""
         if not self.local:
             with tempfile.NamedTemporaryFile() as file:
                 write(file)
@@ -113,7 +113,7 @@ class Files:
     def exists(self, key: str) -> bool:
         """Is there an object `key`, as of now?"""
         try:
-            # fsspec's `exists` takes all errors for a no, on some file systems.
+            # On some file systems fsspec's `exists` answers no on any error.
             self._ask(lambda: self.fs.info(self.path(key)))
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -136,12 +136,12 @@ class Files:
             self._ask(lambda: self.fs.rm_file(self.path(key)))
 
     def move(self, key: str, to: str) -> None:
-        """Put `key` where `to` says."""
+        """Move an object from `key` to `to`."""
         self.replace(to, self.read(key))
         self.delete(key)
 
     def temporaries(self) -> Iterator[Path]:
-        """What killed writers left behind on a local disk."""
+        """Temporary files of killed writers on a local disk."""
         if self.local and Path(self.root).is_dir():
             yield from Path(self.root).rglob(".*.tmp")
 
@@ -177,7 +177,7 @@ class Files:
             return False
 
     def _prove_create(self) -> None:
-        """Once per process: some servers, and old file systems, overwrite what they should not."""
+        """Check once per process that create-if-absent holds: some servers overwrite."""
         if self.url in PROVEN:
             return
         probe = f".probe-{uuid.uuid4().hex}"
@@ -204,7 +204,7 @@ def _create_local(target: Path, data: bytes) -> bool:
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            # No hard links on this disk: rename would overwrite, so the last check is ours.
+            # No hard links on this disk, and rename would overwrite: check once more.
             if target.exists():
                 return False
             os.rename(temporary, target)

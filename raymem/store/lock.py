@@ -1,4 +1,4 @@
-"""Who drives a store now: `driver.json`, a lock that a dead driver never holds.
+"""`driver.json`: the lock of the process that drives a store; a dead one never holds it.
 
 It holds host, pid, the process's start and a counter that moves while the driver lives. On the
 same host a dead pid is seen at once; from another host a driver is dead when its counter stood
@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import psutil
 
@@ -26,6 +26,21 @@ from raymem.store.files import Files
 
 KEY = "driver.json"
 INTERVAL = 5.0
+
+
+class DriverRecord(TypedDict):
+    """What driver.json holds."""
+
+    token: str
+    host: str
+    pid: int
+    process_started: float
+    started: str
+    interval: float
+    counter: int
+    """Moves while the driver lives."""
+    progress: dict[str, Any]
+    """For `raymem status`: where its stage is."""
 
 
 class DriverLock:
@@ -39,7 +54,7 @@ class DriverLock:
         files: Files,
         *,
         interval: float = INTERVAL,
-        progress: Callable[[], Mapping[str, Any]] = dict,
+        progress: Callable[[], Mapping[str, object]] = dict,
     ) -> None:
         self.files, self.interval, self.progress = files, interval, progress
         self.lost = threading.Event()
@@ -60,7 +75,7 @@ class DriverLock:
                     f"since {holder['started']}; wait for it, or end it, then run the same "
                     "command again"
                 )
-            # Only what was judged dead may go: another driver may have been quicker.
+            # Only the record that was judged dead may be deleted: another driver may be quicker.
             if read_driver(self.files) == holder:
                 self.files.delete(KEY)
         self._thread = threading.Thread(
@@ -77,7 +92,7 @@ class DriverLock:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        # A lock that cannot be removed is a dead driver's as soon as this one ends.
+        # A lock that cannot be deleted counts as a dead driver's once this process ends.
         with contextlib.suppress(StoreError):
             holder = read_driver(self.files)
             if holder is not None and holder["token"] == self._token:
@@ -104,11 +119,11 @@ class DriverLock:
                 self.files.replace(KEY, self._record())
             except (
                 Exception
-            ):  # a missed heartbeat is no harm; a store that stays away stops the workers
+            ):  # one missed heartbeat does no harm; if the store stays away, workers stop
                 continue
 
     def _record(self) -> bytes:
-        record = {
+        record: DriverRecord = {
             "token": self._token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -121,10 +136,10 @@ class DriverLock:
         return json.dumps(record, indent=1).encode()
 
 
-def read_driver(files: Files) -> dict[str, Any] | None:
-    """The driver's record, or None if nobody drives or the record is no record."""
+def read_driver(files: Files) -> DriverRecord | None:
+    """The record of the current driver; None if there is none or it cannot be read."""
     try:
-        record = json.loads(files.read(KEY))
+        record: Any = json.loads(files.read(KEY))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -133,10 +148,10 @@ def read_driver(files: Files) -> dict[str, Any] | None:
     if not isinstance(record, dict) or "token" not in record:
         files.delete(KEY)
         return None
-    return record
+    return cast(DriverRecord, record)
 
 
-def is_alive(holder: Mapping[str, Any], files: Files, *, wait: bool = True) -> bool:
+def is_alive(holder: DriverRecord, files: Files, *, wait: bool = True) -> bool:
     """Does the driver of this record still live? From another host this takes two intervals.
 
     With `wait=False` a driver on another host is taken to live.

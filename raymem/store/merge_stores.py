@@ -1,4 +1,4 @@
-"""Two stores of one study become one: what two clusters trained apart.
+"""Merges two stores of one study, such as two clusters trained.
 
 In:  two stores of one study, whose trials are disjoint, or the same where both have them.
 Out: a store that has what either has, byte for byte. Scores, links and the report are made of all
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from raymem.errors import DamagedObjectError, StoreError, StudyMismatchError
 from raymem.store.agreement import Agreement, describe_differences, named
@@ -25,7 +24,7 @@ from raymem.store.lock import DriverLock
 from raymem.store.store import Store
 from raymem.store.study_record import StudyRecord
 from raymem.store.target import Target
-from raymem.store.trials import TrialKey
+from raymem.store.trials import Provenance, TrialKey
 from raymem.store.verify_store import check_index, check_table, check_trial, sound_study
 
 Place = Store | str | os.PathLike[str]
@@ -34,14 +33,14 @@ Step = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSummary:
-    """What one merge did, and what the merged store has."""
+    """What one merge did, and what the merged store has now."""
 
     url: str
     """Where the merged store is."""
     trials: int
     """Trials that it has now."""
     missing: int
-    """Trials that either store wanted and nobody has trained yet."""
+    """Trials of either target that are not trained yet."""
     there: int
     """Trials that it had before."""
     copied: int
@@ -49,7 +48,7 @@ class MergeSummary:
     in_both: int
     """Trials that both stores have."""
     drift: int
-    """Trials that have another result elsewhere, of other hardware or a GPU; the first stayed."""
+    """Trials with different results on other hardware or a GPU; the first result was kept."""
     weights: int
     """Models whose weights were copied."""
     failures: int
@@ -93,7 +92,7 @@ def merge(
     if _where(into.files) == _where(a.files):
         into = a
     _check_places(a, b, into)
-    # And once more when nobody else can make another study in `out`.
+    # Checked again under the lock, when nobody else can create a study in `out`.
     record = _check_studies(a, b, into)
     work = _Merge(a, b, into, record)
     with DriverLock(into.files, progress=lambda: {"stage": "merge", "left": work.left}) as lock:
@@ -120,7 +119,7 @@ def _check_places(first: Store, second: Store, out: Store) -> None:
 
 
 def _check_studies(first: Store, second: Store, out: Store) -> StudyRecord:
-    """The study of all three."""
+    """The study of all three stores. Raises StudyMismatchError if they differ."""
     record = sound_study(first)
     others = [second]
     if out is not first and out.files.exists("study.json"):
@@ -149,7 +148,7 @@ class _Merge:
         """Parts that are not copied yet."""
 
     def run(self, lock: DriverLock, progress: Callable[[int, int], None]) -> MergeSummary:
-        """Compare all that can be compared without reading trials whole, then copy."""
+        """Compare what can be compared without reading whole trials, then copy."""
         self.both = both = Agreement([self.out, *self.others])
         drift, mechanisms, curvature = both.drift(), both.mechanisms(), both.curvature()
         self._write_study(mechanisms)
@@ -203,7 +202,7 @@ class _Merge:
             )
 
     def _copy_trial(self, key: TrialKey) -> None:
-        """Weights first: that the trial is there means that all of it is."""
+        """Weights first: once the trial is there, it is complete."""
         if self.out is not self.first and key in self.both.done[self.out]:
             if any(key in self.both.kept[store] for store in self.others):
                 self._copy_weights(key, self.both.about(self.out, key))
@@ -219,8 +218,8 @@ class _Merge:
         if lead is not self.out:
             self.counts["trials"] += self.out.files.create(key.object_key, data)
 
-    def _copy_weights(self, key: TrialKey, about: Mapping[str, Any]) -> None:
-        """Those of the run that `about` is of, if anybody kept them."""
+    def _copy_weights(self, key: TrialKey, about: Provenance) -> None:
+        """Copy the weights that `about` names, if any store keeps them."""
         from raymem.store.weights import decode_weights
 
         name, committed = key.weights_key, key in self.both.done[self.out]
@@ -237,7 +236,7 @@ class _Merge:
                     raise DamagedObjectError(f"is of another run of {key}")
             created = self.out.files.create(name, data)
             if not created and not committed and self.out.files.read(name) != data:
-                # A run that was killed before it committed the trial left others.
+                # Another run was killed before it committed the trial, and left its weights.
                 self.out.files.replace(name, data)
                 created = True
             self.counts["weights"] += created

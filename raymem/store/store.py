@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -47,9 +47,7 @@ class Store(Derived):
     set()
     """
 
-    # What the study is
-
-    def open_study(self, identity: Mapping[str, Any], examples: Examples) -> None:
+    def open_study(self, identity: Mapping[str, object], examples: Examples) -> None:
         """Create the study in this store, or check that it is the one that is there.
 
         `identity` is JSON-ready data: all that makes trials comparable. Raises StudyMismatchError
@@ -70,7 +68,7 @@ class Store(Derived):
             self.create_index(index, record)
 
     def import_study(self, record: StudyRecord, index: pa.Table) -> None:
-        """The same for a fleet whose images are not at hand, only their index.
+        """Create or check the study of a fleet whose images are not at hand, only their index.
 
         Raises StudyMismatchError if the store has another study.
         """
@@ -116,7 +114,7 @@ class Store(Derived):
 
     @property
     def target(self) -> Target:
-        """What the study wants to have; no trials if nothing was asked for yet."""
+        """The target of the study; zero trials before the first run."""
         try:
             body = json.loads(self.files.read("target.json"))
             epsilons = tuple(float(epsilon) for epsilon in body["epsilons"])
@@ -135,13 +133,13 @@ class Store(Derived):
         if target == self.target and self.files.exists("target.json"):
             return
         epsilons = [epsilon_name(epsilon) for epsilon in target.epsilons]
-        body: dict[str, Any] = {"trials": target.trials, "epsilons": epsilons}
+        body: dict[str, object] = {"trials": target.trials, "epsilons": epsilons}
         if target.part is not None:
             body["part"] = vars(target.part)
         self.files.replace("target.json", as_json(body))
 
     def mechanism(self, epsilon: float) -> Mechanism | None:
-        """What private trials at `epsilon` do, all of them; None if that was not fixed yet."""
+        """The mechanism of all private trials at `epsilon`; None if it is not fixed yet."""
         try:
             return Mechanism.from_dict(json.loads(self.files.read(_mechanism_key(epsilon))))
         except (FileNotFoundError, NotADirectoryError):
@@ -153,7 +151,7 @@ class Store(Derived):
             ) from error
 
     def fix_mechanism(self, mechanism: Mechanism) -> Mechanism:
-        """Fix it for the store's life, once; returns the one that is fixed.
+        """Fix the mechanism of an epsilon for the life of the store; returns the fixed one.
 
         Another version of an accountant may find another noise for the same epsilon.
         """
@@ -161,8 +159,6 @@ class Store(Derived):
         fixed = self.mechanism(mechanism.epsilon)
         assert fixed is not None
         return fixed
-
-    # What is done
 
     def done(self) -> set[TrialKey]:
         """The trials that are committed: a listing, nothing is read."""
@@ -188,7 +184,7 @@ class Store(Derived):
                 f"{key} is damaged ({error}); run `raymem verify STORE --repair`"
             ) from error
 
-    def commit(self, key: TrialKey, table: pa.Table, provenance: Mapping[str, Any]) -> str:
+    def commit(self, key: TrialKey, table: pa.Table, provenance: Mapping[str, object]) -> str:
         """Commit one trial, once. Returns "committed", or "duplicate" if the same result is there,
         or "drift" if a result from other hardware is there and differs; the first one stays.
 
@@ -209,7 +205,7 @@ class Store(Derived):
         )
 
     def keep_weights(
-        self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]
+        self, key: TrialKey, weights: Mapping[str, Tensor], provenance: Mapping[str, object]
     ) -> None:
         """Keep a trial's weights, before it is committed with their digest."""
         from raymem.store.weights import encode_weights  # torch, which readers of tables never need
@@ -247,22 +243,22 @@ class Store(Derived):
         return weights
 
     def write_checkpoint(self, key: TrialKey, data: bytes) -> None:
-        """Save a trial that is being trained, in place of what was saved before."""
+        """Replace the checkpoint of a trial."""
         self.files.replace(key.checkpoint_key, data)
 
     def read_checkpoint(self, key: TrialKey) -> bytes | None:
-        """What was saved of a trial that is not done, or None."""
+        """The checkpoint of a trial, or None."""
         try:
             return self.files.read(key.checkpoint_key)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
     def delete_checkpoint(self, key: TrialKey) -> None:
-        """What was saved of a trial is needed no more."""
+        """Delete the checkpoint of a trial."""
         self.files.delete(key.checkpoint_key)
 
     def checkpointed(self) -> set[TrialKey]:
-        """The trials that were saved while they trained: a listing, nothing is read."""
+        """The trials that have a checkpoint: a listing, nothing is read."""
         found = (TrialKey.parse(key) for key in self.files.list("checkpoints"))
         return {key for key in found if key is not None}
 
@@ -280,17 +276,20 @@ class Store(Derived):
     def train_rows(self, key: TrialKey, names: Sequence[str]) -> pa.Table:
         """Columns of one trial's N training examples, in their order.
 
-        Memorization, twins and attacks are of training examples only.
+        Memorization, twins and attacks concern training examples only.
         """
         asked = [*names, *([] if "in_subset" in names else ["in_subset"])]
         table = self.trial(key, asked)
         return trials.train_part(table, key).select(list(names))
 
-    def provenance(self, key: TrialKey) -> dict[str, Any]:
-        """What is recorded of how one trial came about; reads the object's footer only."""
+    def provenance(self, key: TrialKey) -> trials.Provenance:
+        """The provenance of one trial; reads the footer of its object only."""
         name = key.object_key
         with self._trial_named(key):
-            return trials.metadata_at_end(lambda size: self.files.read_end(name, size), name)
+            about: trials.Provenance = trials.metadata_at_end(
+                lambda size: self.files.read_end(name, size), name
+            )
+        return about
 
     @contextmanager
     def _trial_named(self, key: TrialKey) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What a study wants to have, and what failed on the way."""
+"""The target of a study, and the failures on the way there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from raymem.store.trials import TrialKey
 class Part:
     """One of several parts of a study's trials, which clusters train apart and `merge` joins.
 
-    Parts are whole blocks, dealt out in turn: each is balanced by itself, and more trials later
-    move none from one part to another.
+    Parts are whole blocks, dealt out in turn: each part is balanced by itself, and a larger target
+    moves no trial from one part to another.
 
     >>> half = Part(number=1, of=2, block=20)
     >>> [trial for trial in (0, 19, 20, 39, 40) if half.has(trial)]
@@ -26,7 +26,7 @@ class Part:
     """From 1 to `of`."""
     of: int
     block: int
-    """Trials of a block of the plan."""
+    """Number of trials in a block of the plan."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.of or self.block < 1:
@@ -42,21 +42,21 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a study wants to have: replaceable, not part of its identity."""
+    """The trials a study is to have: replaceable, not part of its identity."""
 
     trials: int
     """Trials at each epsilon."""
     epsilons: tuple[float, ...] = (math.inf,)
     """Privacy budgets; inf is not private. Rounded to the twelve digits that folders have."""
     part: Part | None = None
-    """Only these of the trials; None: all."""
+    """Train only this part of the trials; None: all."""
 
     def __post_init__(self) -> None:
         named = tuple(float(epsilon_name(epsilon)) for epsilon in self.epsilons)
         object.__setattr__(self, "epsilons", named)
 
     def wanted(self) -> list[TrialKey]:
-        """All trials wanted; every epsilon of one subset before the next subset."""
+        """All trials of the target; every epsilon of one subset before the next subset."""
         mine = [t for t in range(self.trials) if self.part is None or self.part.has(t)]
         return [TrialKey(e, t) for t in mine for e in self.epsilons]
 

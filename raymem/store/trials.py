@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ KEY = re.compile(
     r"(?:trials/eps-[^/]+/\d+\.parquet|failed/eps-[^/]+/\d+\.\d+\.json"
     r"|models/eps-[^/]+/\d+\.safetensors|checkpoints/eps-[^/]+/\d+/state)"
 )
-# As many as pyarrow puts into one by itself.
+# pyarrow's own default.
 ROWS_PER_GROUP = 1024 * 1024
 METADATA, CHECKSUM = b"raymem", b"raymem_checksum"
 # A trial's Parquet footer is a few thousand bytes.
@@ -53,26 +53,26 @@ class TrialKey(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name where trials of all epsilons are in one folder: eps-inf-000017."""
+        """Its name in folders of trials of all epsilons: eps-inf-000017."""
         return f"{self.folder}-{self.trial:06d}"
 
     @property
     def object_key(self) -> str:
-        """Where its result is; that it exists means the trial is done."""
+        """Key of its result, whose existence means that the trial is done."""
         return f"trials/{self.folder}/{self.trial:06d}.parquet"
 
     @property
     def weights_key(self) -> str:
-        """Where its model's weights are, if the study keeps them."""
+        """Key of its weights, if the study keeps them."""
         return f"models/{self.folder}/{self.trial:06d}.safetensors"
 
     @property
     def checkpoint_key(self) -> str:
-        """Where it is saved while it trains; gone when it is done."""
+        """Key of its checkpoint, which is deleted when it is done."""
         return f"checkpoints/{self.folder}/{self.trial:06d}/state"
 
     def failed_key(self, attempt: int) -> str:
-        """Where a failed attempt is recorded."""
+        """Key of the record of a failed attempt."""
         return f"failed/{self.folder}/{self.trial:06d}.{attempt}.json"
 
     @classmethod
@@ -86,7 +86,7 @@ class TrialKey(NamedTuple):
         except ValueError:
             return None
         own = (found.object_key, found.weights_key, found.checkpoint_key)
-        # eps-2.0/17.parquet is nobody's.
+        # eps-2.0/17.parquet is not written by raymem.
         failed = found.failed_key(int(name.split(".")[1])) if key.startswith("failed/") else ""
         return found if key in (*own, failed) else None
 
@@ -103,7 +103,7 @@ def trial_table(key: TrialKey, mask: NDArray[np.bool_], result: TrialResult) -> 
     N, M = len(mask), len(result.test.correct)
     subset = np.flatnonzero(mask)
 
-    def over_all(values: NDArray[Any], missing: NDArray[np.bool_]) -> pa.Array:
+    def over_all(values: NDArray[np.generic], missing: NDArray[np.bool_]) -> pa.Array:
         spread = np.zeros(N + M, values.dtype)
         spread[subset] = values
         absent = np.ones(N + M, bool)
@@ -165,7 +165,7 @@ def digest(table: pa.Table) -> str:
     return sha.hexdigest()
 
 
-def may_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+def may_differ(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
     """May two runs of one trial give two results, by what is recorded of them?
 
     They may on different hardware, and on a GPU.
@@ -173,7 +173,7 @@ def may_differ(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     return bool(first["arithmetic"] != second["arithmetic"] or second["device"] != "cpu")
 
 
-def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
+def encode(table: pa.Table, metadata: Mapping[str, object]) -> bytes:
     """Parquet bytes: zstd, statistics, page checksums, and `metadata` as JSON under `raymem`."""
     sink = pa.BufferOutputStream()
     schema = _with_metadata(table.schema, metadata)
@@ -184,7 +184,7 @@ def encode(table: pa.Table, metadata: dict[str, Any]) -> bytes:
 
 
 def encode_parts(
-    sink: IO[bytes], schema: pa.Schema, parts: Iterable[pa.Table], metadata: dict[str, Any]
+    sink: IO[bytes], schema: pa.Schema, parts: Iterable[pa.Table], metadata: Mapping[str, object]
 ) -> None:
     """Write tables of one schema, one after the other, as one: the bytes `encode` has for it.
 
@@ -196,14 +196,14 @@ def encode_parts(
             writer.write_table(group.cast(schema))
 
 
-def _with_metadata(schema: pa.Schema, metadata: dict[str, Any]) -> pa.Schema:
+def _with_metadata(schema: pa.Schema, metadata: Mapping[str, object]) -> pa.Schema:
     words = [(f.name, str(f.type), sorted((f.metadata or {}).items())) for f in schema]
     written = {"pyarrow": pa.__version__, "words": _checksum(repr(words).encode()).decode()}
     text = json.dumps({**metadata, **written}).encode()
     return schema.with_metadata({METADATA: text, CHECKSUM: _checksum(text)})
 
 
-def _options(names: Sequence[str]) -> dict[str, Any]:
+def _options(names: Sequence[str]) -> dict[str, object]:
     return {
         "compression": "zstd",
         "use_dictionary": [name for name in ("split", "device", "host") if name in names],
@@ -224,6 +224,49 @@ def _row_groups(parts: Iterable[pa.Table]) -> Iterator[pa.Table]:
             yield pa.concat_tables([*held, last.slice(0, room)]).combine_chunks()
             held = [last.slice(room)]
     yield pa.concat_tables(held).combine_chunks()
+
+
+class CurvatureOverTraining(TypedDict):
+    """How curvature over training was measured."""
+
+    epochs: int
+    seconds: float
+
+
+class CurvatureProvenance(TypedDict, total=False):
+    """How a trial's curvature was measured; of streamed curvature, seconds are unknown."""
+
+    mode: str
+    rule: Mapping[str, object] | None
+    seconds: float | None
+    precision: str
+    precision_differences: Mapping[str, float]
+    over_training: CurvatureOverTraining
+
+
+class Provenance(TypedDict, total=False):
+    """How a trial was made: the metadata of its object. The last five are optional."""
+
+    study_hash: str
+    attempt: int
+    seeds: dict[str, int]
+    seconds: float
+    device: str
+    arithmetic: str
+    host: str
+    finished: str
+    raymem: str
+    digest: str
+    pyarrow: str
+    weights: str
+    """Digest of the weights that are kept."""
+    resumed: bool
+    """Was it resumed from a checkpoint?"""
+    workers: int
+    """Number of workers that trained it together, if not one."""
+    curvature: CurvatureProvenance
+    privacy: dict[str, object]
+    """Its mechanism."""
 
 
 def decode(data: bytes, key: str, names: list[str] | None = None) -> pa.Table:
@@ -247,7 +290,7 @@ def is_as_written(data: bytes, table: pa.Table) -> bool:
     return metadata["pyarrow"] != pa.__version__ or encode(table, metadata) == data
 
 
-def metadata_at_end(read_end: Callable[[int], bytes], key: str) -> dict[str, Any]:
+def metadata_at_end(read_end: Callable[[int], bytes], key: str) -> Any:
     """What `encode` put beside the columns; of the object, only the end is read.
 
     `read_end` gives the last so many bytes. Raises DamagedObjectError.
@@ -265,19 +308,18 @@ def metadata_at_end(read_end: Callable[[int], bytes], key: str) -> dict[str, Any
     return metadata_of(schema, key)
 
 
-def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> dict[str, Any]:
+def metadata_of(table_or_schema: pa.Table | pa.Schema, key: str) -> Any:
     """What `encode` put beside the columns. Raises DamagedObjectError if there is nothing."""
     schema = table_or_schema.schema if isinstance(table_or_schema, pa.Table) else table_or_schema
     try:
         text = schema.metadata[METADATA]
         if schema.metadata[CHECKSUM] != _checksum(text):
             raise ValueError("its checksum does not fit")
-        metadata: dict[str, Any] = json.loads(text)
+        return json.loads(text)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedObjectError(
             f"{key} has no sound raymem metadata ({error}); run `raymem verify STORE --repair`"
         ) from error
-    return metadata
 
 
 def _checksum(text: bytes) -> bytes:

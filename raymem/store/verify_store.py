@@ -1,4 +1,4 @@
-"""Read every object of a store back: what is damaged, foreign, missing."""
+"""Reads every object of a store back, and lists those damaged, foreign or missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ LAYOUT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One object that is not what it should be."""
+    """One object that is damaged, foreign or missing."""
 
     kind: Literal["damaged", "foreign", "missing"]
     key: str
@@ -92,7 +92,7 @@ def _problems(store: Store) -> Iterator[Problem]:
 
 
 def _streamed_problems(store: Store) -> Iterator[Problem]:
-    """Of a store that holds streamed curvature only."""
+    """Problems of a store that holds streamed curvature only."""
     for key in store.files.list():
         if not LAYOUT.fullmatch(key):
             yield Problem(kind="foreign", key=key, detail="not part of a store")
@@ -157,11 +157,11 @@ def check_table(data: bytes, key: str) -> pa.Table:
     return table
 
 
-def check_trial(data: bytes, key: TrialKey, plan: Plan, study_hash: str) -> dict[str, Any]:
+def check_trial(data: bytes, key: TrialKey, plan: Plan, study_hash: str) -> trials.Provenance:
     """What is recorded of the trial in these bytes. Raises DamagedObjectError if it is not sound,
     of another study, or not the trial that `key` names."""
     table = check_table(data, key.object_key)
-    about = trials.metadata_of(table, key.object_key)
+    about: trials.Provenance = trials.metadata_of(table, key.object_key)
     if about.get("study_hash") != study_hash:
         raise DamagedObjectError("belongs to another study")
     if trials.digest(table) != about.get("digest"):

@@ -1,11 +1,10 @@
-"""Weights as safetensors bytes: reading them runs no code, and a digest says if they changed."""
+"""Weights as safetensors bytes: reading runs no code, and a digest detects changes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -16,7 +15,7 @@ from raymem.errors import DamagedObjectError
 METADATA, CHECKSUM = "raymem", "raymem_checksum"
 
 
-def encode_weights(weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
+def encode_weights(weights: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
     """safetensors bytes of a state dict on the CPU, `about` and its digest in the metadata."""
     text = json.dumps({**about, "digest": weights_digest(weights)})
     metadata = {METADATA: text, CHECKSUM: _checksum(text)}
@@ -24,14 +23,14 @@ def encode_weights(weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> b
     return data
 
 
-def decode_weights(data: bytes, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def decode_weights(data: bytes, key: str) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The state dict and what is recorded beside it. Raises DamagedObjectError."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header["__metadata__"]
         if metadata[CHECKSUM] != _checksum(metadata[METADATA]):
             raise ValueError("the checksum of its metadata does not fit")
-        about: dict[str, Any] = json.loads(metadata[METADATA])
+        about: dict[str, object] = json.loads(metadata[METADATA])
         weights = safetensors.torch.load(data)
         if weights_digest(weights) != about["digest"]:
             raise ValueError("its digest does not fit")

@@ -1,9 +1,8 @@
-"""Rows of scores, gathered until their shard is whole, and what a run did."""
+"""Gathers rows of scores until their shard is complete, and sums up what a run did."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from raymem.curvature.streaming.scoring_model import ScoringModel
 from raymem.data.shards.records import Shard
 from raymem.data.shards.transform import Batch
 from raymem.errors import ExamplesError
-from raymem.fleet import duration
+from raymem.fleet import StageProgress
 from raymem.store import Store, columns
 
 
@@ -36,21 +35,21 @@ class StreamSummary:
     shards: int
     """Shards of the set."""
     done_before: int
-    """That were in the store already."""
+    """Shards that were in the store already."""
     scored: int = 0
     """Images scored by this run."""
     bad: list[BadImage] = dataclasses.field(default_factory=list)
-    """Images that could not be."""
+    """Images that could not be scored."""
     repeated: list[str] = dataclasses.field(default_factory=list)
-    """Shards in which ids are not unique."""
+    """Shards with repeated ids."""
     seconds: float = 0.0
-    """Wall time, that of starting workers included."""
+    """Wall time, including the start of workers."""
     mode: str = ""
     """How the trace was computed."""
 
 
 class Gathered:
-    """Rows of shards under way; writes a shard when it is whole."""
+    """Rows of unfinished shards; writes each shard when it is complete."""
 
     def __init__(
         self,
@@ -63,15 +62,17 @@ class Gathered:
     ) -> None:
         self.store, self.model, self.task, self.about = store, model, task, about
         self.summary, self.skip_bad = summary, skip_bad
-        self.left = len(task.shards)
+        self.progress = StageProgress(
+            unit="shards", total=summary.shards, done_before=summary.done_before
+        )
         self._rows: dict[int, dict[int, dict[str, Any]]] = {}
         self._total: dict[int, int] = {}
-        self._start = time.monotonic()
 
     def add(self, batch: Batch) -> None:
         """Take rows of any shards, in any order, and write the shards that they complete."""
         names = list(batch)
         touched = set()
+        scored, bad = self.summary.scored, len(self.summary.bad)
         for values in zip(*(batch[name].tolist() for name in names), strict=True):
             row = dict(zip(names, values, strict=True))
             number = row.pop("shard")
@@ -84,10 +85,15 @@ class Gathered:
             else:
                 self.summary.scored += 1
             self._rows.setdefault(number, {})[row["position"]] = row
-        for number in touched:
-            if len(self._rows.get(number, ())) == self._total.get(number, -1):
-                self._write(number)
-        self.summary.seconds = time.monotonic() - self._start
+        whole = [n for n in touched if len(self._rows.get(n, ())) == self._total.get(n, -1)]
+        for number in whole:
+            self._write(number)
+        self.progress.add(
+            done=len(whole),
+            images=self.summary.scored - scored,
+            bad=len(self.summary.bad) - bad,
+        )
+        self.summary.seconds = self.progress.seconds
 
     def _bad(self, shard: Shard, row: Mapping[str, Any]) -> None:
         if not self.skip_bad:
@@ -129,16 +135,3 @@ class Gathered:
         self.store.write_streamed(
             self.model.name, shard.name, pa.Table.from_arrays(arrays, schema=schema), about
         )
-        self.left -= 1
-
-    def progress(self) -> str:
-        """One line: shards, images, rate, time left."""
-        s, done = self.summary, len(self.task.shards) - self.left
-        parts = [f"shards {s.done_before + done:,}/{s.shards:,}", f"{s.scored:,} images"]
-        if s.bad:
-            parts.append(f"{len(s.bad):,} BAD")
-        if s.seconds > 0 and s.scored:
-            parts.append(f"{s.scored / s.seconds:,.1f} images/s")
-        if done and self.left:
-            parts.append(f"{duration(s.seconds / done * self.left)} left")
-        return ", ".join(parts)

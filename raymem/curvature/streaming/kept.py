@@ -8,10 +8,8 @@ reads what trials measured themselves: probes have the trial's own seed, so the 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +22,8 @@ from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
 from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
 from raymem.data.shards.records import Shard
 from raymem.data.shards.transform import Batch
-from raymem.errors import StoreError, StoreHeldError
-from raymem.fleet import Engine, ProgressLine, Stopped, duration, stop_signals
+from raymem.errors import StoreError
+from raymem.fleet import Engine, LongStage, StageProgress
 from raymem.store import DriverLock, Store, TrialKey
 from raymem.training import batch_of
 
@@ -35,7 +33,7 @@ MOST_BLOCKS = 5_000
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What every task needs to know."""
+    """What all tasks share."""
 
     store_url: str
     keys: tuple[TrialKey, ...]
@@ -48,33 +46,16 @@ class Stage:
 
 
 @dataclass(kw_only=True)
-class StageSummary:
-    """What one run did."""
+class StageSummary(StageProgress):
+    """What one run did; its units are pairs of a model and a shard."""
 
     models: int
-    tasks: int
-    """Pairs of a model and a shard."""
-    done_before: int
-    done: int = 0
-    images: int = 0
-    """Images measured by this run, once for each model."""
-    bad: int = 0
-    """Images that could not be, once for each model."""
     modes: set[str] = field(default_factory=set)
     """How traces were computed."""
-    seconds: float = 0.0
 
-    def progress(self) -> str:
-        """One line: tasks, rate, time left."""
-        done = self.done_before + self.done
-        parts = [f"curvature of {self.models:,} models: parts {done:,}/{self.tasks:,}"]
-        if self.images and self.seconds > 0:
-            parts.append(f"{self.images / self.seconds:,.1f} images/s")
-        if self.bad:
-            parts.append(f"{self.bad:,} BAD")
-        if self.done and done < self.tasks:
-            parts.append(f"{duration(self.seconds / self.done * (self.tasks - done))} left")
-        return ", ".join(parts)
+    def __str__(self) -> str:
+        """One line: pairs, images (once for each model), rate, time left."""
+        return f"curvature of {self.models:,} models: {super().__str__()}"
 
 
 def measure_kept(
@@ -103,7 +84,7 @@ def measure_kept(
             f"{len(absent)} models are not there, such as that of {absent[0]}; train first, with "
             "--keep-models for trials that are done"
         )
-    stage = Stage(
+    stage_task = Stage(
         store_url=store.url,
         keys=tuple(keys),
         shards=tuple(shards),
@@ -112,47 +93,30 @@ def measure_kept(
         batch_size=batch_size,
         threads=threads,
     )
-    tasks = _missing(store, stage)
+    tasks = _missing(store, stage_task)
     total = len(keys) * len(shards)
-    summary = StageSummary(models=len(keys), tasks=total, done_before=total - len(tasks))
+    summary = StageSummary(
+        unit="pairs of a model and a shard",
+        total=total,
+        done_before=total - len(tasks),
+        models=len(keys),
+    )
     if not tasks:
         return summary
-    run: Callable[..., Generator[Batch]] = _on_ray if engine == "ray" else _in_process
-    start, line = time.monotonic(), ProgressLine()
-    line.show_text(summary.progress() + ", workers are starting", last=False)
+    run = _on_ray if engine == "ray" else _in_process
+    status = {"stage": "curvature"}
+
+    def take(batch: Batch) -> None:
+        summary.modes |= set(batch["mode"].tolist())
+        counts = {name: int(batch[name].sum()) for name in ("images", "bad")}
+        summary.add(done=len(batch["images"]), **counts)
+
     with (
-        DriverLock(
-            store.files,
-            progress=lambda: {
-                "stage": "curvature",
-                "left": total - summary.done_before - summary.done,
-            },
-        ) as lock,
-        stop_signals() as stops,
+        DriverLock(store.files, progress=lambda: {**status, "left": summary.left}) as lock,
+        LongStage(lock) as stage,
     ):
-        try:
-            work = run(stage, tasks, scorers, gpus_per_scorer, verbose)
-            with contextlib.closing(work) as batches:
-                for batch in batches:
-                    summary.done += len(batch["images"])
-                    summary.images += int(batch["images"].sum())
-                    summary.bad += int(batch["bad"].sum())
-                    summary.modes |= set(batch["mode"].tolist())
-                    summary.seconds = time.monotonic() - start
-                    finished = summary.done_before + summary.done == total
-                    line.show_text(summary.progress(), last=finished)
-                    if lock.lost.is_set():
-                        raise StoreHeldError(
-                            f"another driver took {store.url} over; see `raymem status` for who "
-                            "it is"
-                        )
-                    if stops.count and not finished:
-                        raise Stopped(
-                            f"stopped after {summary.done_before + summary.done:,} of {total:,} "
-                            "parts; run the same command again to go on"
-                        )
-        finally:
-            line.close()
+        stage.show(f"{summary}, workers are starting", last=False)
+        stage.collect(run(stage_task, tasks, scorers, gpus_per_scorer, verbose), take, summary)
     return summary
 
 
@@ -166,14 +130,14 @@ def _missing(store: Store, stage: Stage) -> list[tuple[int, int]]:
 
 
 class KeptScorer:
-    """Does one task after the other; holds the model of the last one."""
+    """Runs tasks one after the other; keeps the model of the last one."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.store = stage, Store(stage.store_url)
         self._held: int | None = None
 
     def __call__(self, batch: Batch) -> Batch:
-        """Tasks as columns `model` and `shard` -> what each gave."""
+        """Run the tasks in columns `model` and `shard`; returns a row of counts for each."""
         done = [
             self._do(int(m), int(s)) for m, s in zip(batch["model"], batch["shard"], strict=True)
         ]
@@ -245,7 +209,7 @@ def _on_ray(
 
 
 class RayKeptScorer:
-    """The same as an actor of Ray Data."""
+    """A `KeptScorer` as an actor of Ray Data."""
 
     def __init__(self, stage: Any) -> None:
         import ray

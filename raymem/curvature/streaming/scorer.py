@@ -1,4 +1,4 @@
-"""What workers do: read and decode a shard in chunks of rows, and score batches of them.
+"""The work of workers: read and decode a shard in chunks of rows, and score batches of rows.
 
 The same code in this process and in Ray Data's tasks and actors.
 """
@@ -23,7 +23,7 @@ from raymem.data.shards.transform import LARGEST_LABEL, Batch, Transform, decode
 from raymem.store import columns
 from raymem.training import Meter, default_device, fast_arithmetic
 
-# Rows that a reading task hands on at once.
+# Rows in a chunk.
 CHUNK = 64
 # The position of the row after a shard's last; its label says how many there were.
 LAST = -1
@@ -31,7 +31,7 @@ LAST = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What reading and scoring need to know, sent to every worker."""
+    """The settings of reading and scoring, sent to every worker."""
 
     shards: Sequence[Shard]
     transform: Transform
@@ -45,18 +45,18 @@ class Task:
 
 def read(task: Task, number: int) -> Iterator[Batch]:
     """A shard in chunks of rows, and a last row that says how many there were."""
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     H, W = task.transform.size
     blank = np.zeros((H, W, 1 if task.transform.grey else 3), np.uint8)
 
-    def row(position: int, **values: Any) -> dict[str, Any]:
+    def row(position: int, **values: Any) -> dict[str, object]:
         empty = {"example_id": "", "label": -1, "content_hash": "", "error": "", "pixels": blank}
         return {"shard": number, "position": position, **empty, **values}
 
     position = 0
     for record in read_shard(task.shards[number]):
         pixels, error = decode(record, task.transform, task.n_classes)
-        values: dict[str, Any] = {"example_id": record.example_id, "error": error}
+        values: dict[str, object] = {"example_id": record.example_id, "error": error}
         if record.label is not None and 0 <= record.label < LARGEST_LABEL:
             values["label"] = record.label
         if pixels is not None:
@@ -70,7 +70,7 @@ def read(task: Task, number: int) -> Iterator[Batch]:
     yield _columns(rows)
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> Batch:
+def _columns(rows: Sequence[Mapping[str, object]]) -> Batch:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 

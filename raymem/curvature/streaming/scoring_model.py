@@ -38,9 +38,9 @@ class ScoringModel:
     """A model, ready to score: takes float images in [0, 1], normalizes inside, in eval mode."""
 
     name: str
-    """Of its folder in the store."""
+    """Name of its folder in the store."""
     net: nn.Module = field(repr=False)
-    """With its normalization."""
+    """The network, with its normalization."""
     transform: Transform
     n_classes: int
     classes: tuple[str, ...] | None = None
@@ -58,7 +58,7 @@ class ScoringModel:
         object.__setattr__(self, "digest", weights_digest(self.net.eval().state_dict()))
 
     def as_dict(self) -> dict[str, Any]:
-        """What is recorded beside its scores."""
+        """The record of the model beside its scores."""
         return {
             "model": self.name,
             "weights": self.digest,
@@ -200,7 +200,7 @@ def identity_of(
     """curvature/MODEL/_about.json, made or checked: what makes its shards comparable."""
     # With an underscore, so that Arrow and pandas read the folder as one table, this left out.
     key = f"curvature/{model.name}/_about.json"
-    # Names of shards are relative to the set: another set's would be taken for done.
+    # Names of shards are relative to the set: those of another set would count as done.
     about = {"data": shards[0].root, **model.as_dict(), "rule": rule.as_dict(), "seed": seed}
     here = json.loads(json.dumps(about))
     if not store.files.exists(key):
@@ -222,7 +222,7 @@ def identity_of(
 
 
 def _pick_mode(model: ScoringModel, shards: Sequence[Shard], seed: int) -> str:
-    """From the first few images that can be read."""
+    """The mode of the trace that suits the model, found on the first few readable images."""
     found: list[NDArray[np.uint8]] = []
     labels: list[int] = []
     first = ""

@@ -7,9 +7,8 @@ until a shard is whole. What is in the store is not scored again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 
 from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming.gather import Gathered, StreamSummary
@@ -18,8 +17,8 @@ from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
 from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
 from raymem.data.shards.records import Shard
 from raymem.data.shards.transform import Batch
-from raymem.errors import CurvatureError, StoreHeldError
-from raymem.fleet import Engine, ProgressLine, Stopped, stop_signals
+from raymem.errors import CurvatureError
+from raymem.fleet import Engine, LongStage
 from raymem.store import DriverLock, Files, Store
 from raymem.training import batch_of
 
@@ -73,32 +72,16 @@ def stream_curvature(
         threads=threads,
         channels_last=model.channels_last,
     )
-    run: Callable[..., Generator[Batch]] = _on_ray if engine == "ray" else _in_process
+    run = _on_ray if engine == "ray" else _in_process
     gathered = Gathered(store, model, task, about, summary, skip_bad)
-    line = ProgressLine()
     folder = Files(f"{store.url}/curvature/{model.name}")
+    status = {"stage": "curvature"}
     with (
-        DriverLock(folder, progress=lambda: {"shards_left": gathered.left}) as lock,
-        stop_signals() as stops,
+        DriverLock(folder, progress=lambda: {**status, "left": gathered.progress.left}) as lock,
+        LongStage(lock) as stage,
     ):
-        try:
-            # Closed at once, whatever happens, so that workers end with the run.
-            with contextlib.closing(run(task, model, scorers, gpus_per_scorer, verbose)) as batches:
-                for batch in batches:
-                    gathered.add(batch)
-                    line.show_text(gathered.progress(), last=gathered.left == 0)
-                    if lock.lost.is_set():
-                        raise StoreHeldError(
-                            f"another driver took {folder.url} over; its shards will be in the "
-                            "store: see `raymem status` of it"
-                        )
-                    if stops.count and gathered.left:
-                        raise Stopped(
-                            f"stopped after {summary.shards - gathered.left:,} of "
-                            f"{summary.shards:,} shards; run the same command again to go on"
-                        )
-        finally:
-            line.close()
+        results = run(task, model, scorers, gpus_per_scorer, verbose)
+        stage.collect(results, gathered.add, gathered.progress)
     return summary
 
 
@@ -120,7 +103,7 @@ def _on_ray(
             [{"number": number} for number in range(len(task.shards))],
             override_num_blocks=len(task.shards),
         )
-        # In a list a reference stays one; alone, Ray Data would put its value in its place.
+        # In a list the reference is passed on; alone, Ray Data would replace it by its value.
         shared, net = [ray.put(task)], [ray.put(model)]
         decoded = rows.map_batches(
             read_on_ray, batch_size=1, num_cpus=1, fn_kwargs={"task": shared}
@@ -129,7 +112,7 @@ def _on_ray(
             RayScorer,
             batch_size=task.batch_size,
             compute=ray.data.ActorPoolStrategy(size=n),
-            # Other than the reader's, so that Ray Data does not put decoding into these actors.
+            # Differs from the reader's, so that Ray Data does not fuse decoding into these actors.
             scheduling_strategy="SPREAD",
             fn_constructor_args=(shared, net),
             **held,

@@ -1,4 +1,4 @@
-"""All shards of a set are decoded -> which records are examples, and the cache made whole.
+"""Finishes a cache whose shards are decoded: decides which records are examples.
 
 Shapes: K classes.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raymem.data.array_checks import some
-from raymem.data.cache import FORMAT, INDEX, REJECTS, SPLITS, WHOLE
+from raymem.data.cache import FORMAT, INDEX, REJECTS, SPLITS, WHOLE, CacheAbout
 from raymem.data.examples import fingerprint_of
+from raymem.data.join import repeated
 from raymem.data.pixels import ILSVRC, WNID, example_id
 from raymem.data.shards.pieces import shard_key, shard_rows
 from raymem.data.shards.records import Shard
@@ -38,7 +39,7 @@ WORDS = {"train": "training", "test": "test"}
 
 @dataclass(frozen=True, kw_only=True)
 class Reject:
-    """An image that is no example of the set."""
+    """An image that was left out of the set."""
 
     split: str
     example_id: str
@@ -50,25 +51,25 @@ class IngestSummary:
     """What is in a cache, and what one run did to make it."""
 
     cache: str
-    """Its URL."""
-    about: dict[str, Any]
-    """Its cache.json."""
+    """URL of the cache."""
+    about: CacheAbout
+    """The contents of cache.json."""
     shards: int = 0
     """Shards of the set."""
     done_before: int = 0
-    """That were decoded by earlier runs."""
+    """Shards decoded by earlier runs."""
     images: int = 0
     """Images decoded by this run."""
     seconds: float = 0.0
-    """Wall time of decoding, that of starting workers included."""
+    """Wall time of decoding, including the start of workers."""
     left_out: str = ""
-    """What is in the set and was not read."""
+    """What is in the set but was not read."""
     rejects: list[Reject] = dataclasses.field(default_factory=list)
-    """Images that were left out, by this run or the one that made the cache whole."""
+    """Images that were left out, by this run or the one that finished the cache."""
 
 
 def summary_of(files: Files) -> IngestSummary:
-    """Of a cache that is whole."""
+    """The summary of a finished cache."""
     table = decode(files.read(REJECTS), REJECTS).select(["split", "example_id", "error"])
     return IngestSummary(
         cache=files.url,
@@ -86,7 +87,7 @@ def finish(
     for classes without training examples.
     """
     found = _records(files, splits)
-    _check_ids(found)
+    _check_ids(found, files)
     classes = _classes(found, splits)
     errors = _errors(found, len(classes))
     rejects = found.append_column("why", pa.array(errors, pa.string()))
@@ -109,14 +110,14 @@ def finish(
 
 
 def _records(files: Files, splits: Splits) -> pa.Table:
-    """What is recorded of all shards, with `split` and `shard`, the key of the shard's object."""
+    """The records of all shards, with `split` and `shard`, the key of the shard's object."""
     of = [(split, s) for split in SPLITS for s in getattr(splits, split)]
 
     def read(at: tuple[str, Shard]) -> pa.Table:
         split, shard = at
         key = shard_key(split, shard.name)
         table = shard_rows(files, key).replace_schema_metadata()
-        _check_files(table, shard, f"{files.url}/{key}")
+        _check_files(table, shard, files, key)
         n = table.num_rows
         table = table.append_column("split", pa.array([split] * n, pa.string()))
         return table.append_column("shard", pa.array([key] * n, pa.string()))
@@ -125,32 +126,42 @@ def _records(files: Files, splits: Splits) -> pa.Table:
         return pa.concat_tables(list(pool.map(read, of)))
 
 
-def _check_files(table: pa.Table, shard: Shard, key: str) -> None:
-    """Was a folder decoded when it had the files that it has now?"""
+def _check_files(table: pa.Table, shard: Shard, files: Files, key: str) -> None:
+    """Raises DamagedObjectError if a folder had other files when it was decoded."""
     if shard.kind != "folder":
         return
     at = shard.url.removeprefix(shard.root).lstrip("/")
     if table["example_id"].to_pylist() != [example_id(f"{at}/{name}") for name in shard.files]:
         raise DamagedObjectError(
-            f"{key} was decoded when the folder had other images than now; delete it, and run the "
-            "same command again"
+            f"{files.url}/{key} was decoded when the folder had other images than now; run "
+            f"{_deletion(files, {key})}, then the same command again"
         )
 
 
-def _check_ids(found: pa.Table) -> None:
-    counts = pc.value_counts(found["example_id"])
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    if len(repeated) == 0:
+def _check_ids(found: pa.Table, files: Files) -> None:
+    twice = repeated(found["example_id"])
+    if not twice:
         return
-    rows = found.filter(pc.is_in(found["example_id"], repeated)).select(["example_id", "shard"])
+    rows = found.filter(pc.is_in(found["example_id"], pa.array(twice)))
+    rows = rows.select(["example_id", "shard"])
     at: dict[str, list[str]] = {}
     for row in rows.to_pylist():
         at.setdefault(row["example_id"], []).append(row["shard"])
     shown = (f"{id_} in {' and '.join(dict.fromkeys(keys))}" for id_, keys in sorted(at.items()))
+    command = _deletion(files, {key for keys in at.values() for key in keys})
     raise ExamplesError(
         f"{len(at):,} ids are not unique over both splits: {some(shown)}; rename or remove those "
-        "images, delete these objects of the cache, and run the same command again"
+        f"images, forget what was decoded of them with {command}, and run the same command again"
     )
+
+
+def _deletion(files: Files, keys: Set[str]) -> str:
+    """The command that deletes objects of a cache."""
+    if files.local:
+        return f"`rm {' '.join(shlex.quote(files.path(key)) for key in sorted(keys))}`"
+    deleted = "".join(f"files.delete({key!r}); " for key in sorted(keys)).removesuffix("; ")
+    code = f"from raymem.store import Files; files = Files({files.url!r}); {deleted}"
+    return f"`python -c {shlex.quote(code)}`"
 
 
 def _classes(found: pa.Table, splits: Splits) -> tuple[str, ...]:
@@ -188,7 +199,7 @@ def _wnids(ids: Sequence[str], labels: NDArray[np.int64], K: int) -> tuple[str, 
 
 
 def _errors(found: pa.Table, K: int) -> list[str | None]:
-    """Why each record is no example; None if it is."""
+    """Why each record is left out; None for examples."""
     errors: list[str | None] = found["error"].to_pylist()
     labels = found["label"].to_pylist()
     return [error or label_error(y, K) or None for error, y in zip(errors, labels, strict=True)]
@@ -243,7 +254,7 @@ def _about(
     classes: Sequence[str],
     shape: tuple[int, int, int],
     name: str,
-) -> dict[str, Any]:
+) -> CacheAbout:
     """cache.json."""
     n = {split: pc.sum(pc.equal(index["split"], split)).as_py() for split in SPLITS}
     labels = index["label"].to_numpy()
@@ -254,7 +265,7 @@ def _about(
     return {
         "format": FORMAT,
         "name": name,
-        "image_shape": list(shape),
+        "image_shape": shape,
         "classes": list(classes),
         "n_train": n["train"],
         "n_test": n["test"],
@@ -268,7 +279,7 @@ def _about(
     }
 
 
-def _extremes(sizes: NDArray[np.int64], classes: Sequence[str]) -> dict[str, Any]:
+def _extremes(sizes: NDArray[np.int64], classes: Sequence[str]) -> dict[str, object]:
     small, large = int(sizes.argmin()), int(sizes.argmax())
     return {
         "smallest": {"class": classes[small], "images": int(sizes[small])},
@@ -293,7 +304,7 @@ def _findings(
     copies: Mapping[str, int],
     classes: Sequence[str],
 ) -> list[str]:
-    """What is unusual about the set, in words."""
+    """What is unusual about the set, in sentences."""
     found = []
     empty = [classes[k] for k in np.flatnonzero(sizes["test"] == 0).tolist()]
     if empty:

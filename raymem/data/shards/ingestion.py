@@ -7,11 +7,9 @@ records and makes the cache whole.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +23,20 @@ from raymem.data.pixels import content_hash
 from raymem.data.shards.finish_cache import IngestSummary, finish, summary_of
 from raymem.data.shards.pieces import PieceWriter, shard_key
 from raymem.data.shards.ray_data import batches_of, ray_data
-from raymem.data.shards.records import Shard
+from raymem.data.shards.records import FOLDER_FILES, Shard
 from raymem.data.shards.shard_readers import read_shard
 from raymem.data.shards.splits import find_splits
 from raymem.data.shards.transform import LARGEST_LABEL, Batch, Transform, pixels_of
-from raymem.errors import ExamplesError, FleetError, StoreHeldError, StudyMismatchError
-from raymem.fleet import Engine, ProgressLine, Stopped, duration, stop_signals
+from raymem.errors import ExamplesError, FleetError, StudyMismatchError
+from raymem.fleet import Engine, LongStage, StageProgress
 from raymem.store import DriverLock, Files, columns
 from raymem.store.trials import encode
 from raymem.version import VERSION
 
 OnBad = Literal["fail", "quarantine"]
+Counts = dict[str, int]
+# Tasks of Ray that a set of many small folders is cut into, so that every CPU has some.
+LEAST_TASKS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def ingest(
 
     Images become the largest centred square, resized, antialiased. `train` and `val` say where the
     splits are, and `val_labels` which classes a flat folder of validation images has, where that
-    cannot be found out; see `find_splits` and `read_labels`. Images that cannot be used are an
+    cannot be detected; see `find_splits` and `read_labels`. Images that cannot be used are an
     error when all shards are decoded, or left out and listed with on_bad="quarantine".
 
     Raises ExamplesError for sets that cannot be used, StudyMismatchError if `cache` was begun with
@@ -100,9 +101,11 @@ def ingest(
         for split, shards in (("train", splits.train), ("test", splits.test))
         for shard in shards
     ]
-    progress = _Progress(tasks)
-    with DriverLock(files, progress=lambda: {"shards_left": progress.left}) as lock:
-        _decode_all(files, progress, lock, _on_ray if engine == "ray" else _in_process, verbose)
+    progress = StageProgress(unit="shards", total=len(tasks))
+    status = {"stage": "ingest"}
+    with DriverLock(files, progress=lambda: {**status, "left": progress.left}) as lock:
+        run = _on_ray if engine == "ray" else _in_process
+        _decode_all(files, tasks, progress, lock, run, verbose)
         summary = finish(files, splits, transform, _name(data), on_bad == "quarantine")
     summary.done_before, summary.images = progress.done_before, progress.images
     summary.seconds = progress.seconds
@@ -115,14 +118,14 @@ def _absolute(at: str | os.PathLike[str]) -> str:
 
 
 def _name(data: str) -> str:
-    """What people call the set: the last word of its path that says something."""
+    """Name of the set: the last part of its path that is not a pattern."""
     path = data.partition("://")[2] or data
     names = [part for part in path.split("/") if part and "*" not in part]
     return names[-1] if names else "set"
 
 
-def _check(files: Files, settings: Mapping[str, Any]) -> None:
-    """Was the cache begun with these settings?"""
+def _check(files: Files, settings: Mapping[str, object]) -> None:
+    """Raises StudyMismatchError if the cache was begun with other settings."""
     there = json.loads(files.read(ABOUT))
     differences = [
         f"{name}: there {there.get(name)}, here {here}"
@@ -138,35 +141,19 @@ def _check(files: Files, settings: Mapping[str, Any]) -> None:
 
 def _decode_all(
     files: Files,
-    progress: _Progress,
+    tasks: Sequence[DecodeTask],
+    progress: StageProgress,
     lock: DriverLock,
-    run: Callable[[Sequence[DecodeTask], bool], Generator[Mapping[str, int]]],
+    run: Callable[[Sequence[DecodeTask], bool], Generator[Counts]],
     verbose: bool,
 ) -> None:
-    missing = progress.skip(set(files.list("shards")))
+    missing = _missing(tasks, files)
+    progress.done_before = len(tasks) - len(missing)
     if not missing:
         return
-    line = ProgressLine()
-    with stop_signals() as stops:
-        try:
-            # Closed at once, whatever happens, so that workers end with the run.
-            with contextlib.closing(run(missing, verbose)) as done:
-                for counts in done:
-                    progress.add(counts)
-                    line.show_text(progress.text(), last=progress.left == 0)
-                    if lock.lost.is_set():
-                        raise StoreHeldError(
-                            f"another run took {files.url} over while this one stood still; leave "
-                            "it to that one"
-                        )
-                    if stops.count and progress.left:
-                        raise Stopped(
-                            f"stopped after {progress.total - progress.left:,} of "
-                            f"{progress.total:,} shards; run the same command again to go on"
-                        )
-        finally:
-            line.close()
-    lost = progress.skip(set(files.list("shards")))
+    with LongStage(lock) as stage:
+        stage.collect(run(missing, verbose), lambda n: progress.add(done=1, **n), progress)
+    lost = _missing(tasks, files)
     if lost:
         raise FleetError(
             f"{len(lost)} shards were decoded, but are not in {files.url}; CACHE must be a folder "
@@ -174,56 +161,15 @@ def _decode_all(
         )
 
 
-class _Progress:
-    """How many shards and images there are, and how fast."""
-
-    def __init__(self, tasks: Sequence[DecodeTask]) -> None:
-        self.tasks, self.total = tasks, len(tasks)
-        self.done = self.done_before = self.images = self.bad = 0
-        self._start = time.monotonic()
-
-    def skip(self, there: set[str]) -> list[DecodeTask]:
-        """The tasks whose objects are not `there`."""
-        missing = [t for t in self.tasks if shard_key(t.split, t.shard.name) not in there]
-        if self.done == 0:
-            self.done_before = self.total - len(missing)
-        return missing
-
-    @property
-    def left(self) -> int:
-        """Shards that are not decoded yet."""
-        return self.total - self.done_before - self.done
-
-    @property
-    def seconds(self) -> float:
-        """Wall time so far."""
-        return time.monotonic() - self._start
-
-    def add(self, counts: Mapping[str, int]) -> None:
-        """A shard is done."""
-        self.done += 1
-        self.images += counts["images"]
-        self.bad += counts["bad"]
-
-    def text(self) -> str:
-        """One line: shards, images, rate, time left."""
-        parts = [
-            f"shards {self.done_before + self.done:,}/{self.total:,}",
-            f"{self.images:,} images",
-        ]
-        if self.bad:
-            parts.append(f"{self.bad:,} BAD")
-        if self.images:
-            parts.append(f"{self.images / self.seconds:,.1f} images/s")
-        if self.left:
-            parts.append(f"{duration(self.seconds / self.done * self.left)} left")
-        return ", ".join(parts)
+def _missing(tasks: Sequence[DecodeTask], files: Files) -> list[DecodeTask]:
+    done = set(files.list("shards"))
+    return [task for task in tasks if shard_key(task.split, task.shard.name) not in done]
 
 
-def decode_shard(task: DecodeTask) -> dict[str, int]:
-    """Decode a shard into the cache, and commit it; how many images were decoded and how many not.
+def decode_shard(task: DecodeTask) -> Counts:
+    """Decode a shard into the cache and commit it; returns the numbers of good and bad images.
 
-    Labels are only recorded: which of them are classes is known when all shards are there.
+    Labels are only recorded: the classes are known when all shards are decoded.
     """
     files, shard, transform = Files(task.cache), task.shard, task.transform
     shape = (*transform.size, 1 if transform.grey else 3)
@@ -250,22 +196,44 @@ def decode_shard(task: DecodeTask) -> dict[str, int]:
     return {"images": good, "bad": len(cells["ok"]) - good}
 
 
-def _in_process(tasks: Sequence[DecodeTask], verbose: bool) -> Generator[Mapping[str, int]]:
+def _in_process(tasks: Sequence[DecodeTask], verbose: bool) -> Generator[Counts]:
     yield from map(decode_shard, tasks)
 
 
-def decode_on_ray(batch: Batch) -> Batch:
-    counts = decode_shard(pickle.loads(batch["task"][0]))
-    return {name: np.array([count]) for name, count in counts.items()}
+def batches(tasks: Sequence[DecodeTask]) -> list[list[DecodeTask]]:
+    """Batches of consecutive tasks: a task of Ray for each small folder would be mostly overhead.
+
+    A batch has at most FOLDER_FILES files, and at most a share of the set that leaves work for
+    every CPU. Shards that are single files are not batched: their number of images is unknown.
+    """
+    files = sum(len(task.shard.files) for task in tasks)
+    most = min(FOLDER_FILES, -(-files // LEAST_TASKS))
+    runs: list[list[DecodeTask]] = []
+    held = 0
+    for task in tasks:
+        n = len(task.shard.files)
+        if not runs or n == 0 or held == 0 or held + n > most:
+            runs.append([])
+            held = 0
+        runs[-1].append(task)
+        held += n
+    return runs
 
 
-def _on_ray(tasks: Sequence[DecodeTask], verbose: bool) -> Generator[Mapping[str, int]]:
+def decode_on_ray(batch: Batch) -> Generator[Batch]:
+    """Decode a batch of shards in one task of Ray; each shard is committed by itself."""
+    for task in pickle.loads(batch["tasks"][0]):
+        yield {name: np.array([count]) for name, count in decode_shard(task).items()}
+
+
+def _on_ray(tasks: Sequence[DecodeTask], verbose: bool) -> Generator[Counts]:
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import on_cpu_nodes
 
+    runs = batches(tasks)
     with ray_data(verbose=verbose) as ray:
         rows = ray.data.from_items(
-            [{"task": pickle.dumps(task)} for task in tasks], override_num_blocks=len(tasks)
+            [{"tasks": pickle.dumps(run)} for run in runs], override_num_blocks=len(runs)
         )
         done = rows.map_batches(decode_on_ray, batch_size=1, num_cpus=1, **on_cpu_nodes())
         for batch in batches_of(ray, done, "decoding"):

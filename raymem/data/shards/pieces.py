@@ -1,4 +1,4 @@
-"""Pieces of a cache: pixels of a shard's images, written as they are decoded, and read as records.
+"""Pieces of a cache: pixels of a shard's images, written as decoded, and read back as records.
 
 A piece is pieces/SPLIT/SHARD-000.npy, uint8 [rows, H, W, C]; shards/SPLIT/SHARD.parquet says which
 image each row is.
@@ -21,12 +21,12 @@ from raymem.errors import DamagedObjectError
 from raymem.store import Files
 from raymem.store.trials import decode
 
-# A piece is in memory while it is written or read.
+# A whole piece is in memory while it is written or read.
 PIECE_BYTES = 128 << 20
 
 
 def shard_key(split: str, name: str) -> str:
-    """The object of a shard in a cache."""
+    """Key of a shard's records in a cache."""
     return f"shards/{split}/{name}.parquet"
 
 
@@ -43,7 +43,7 @@ class PieceWriter:
 
     @property
     def key(self) -> str:
-        """The piece that is written now."""
+        """Key of the piece that is being written."""
         return f"{self.stem}-{self.number:03d}.npy"
 
     def add(self, pixels: NDArray[np.uint8]) -> tuple[str, int]:
@@ -58,11 +58,11 @@ class PieceWriter:
         return self.key, self.rows - 1
 
     def flush(self) -> None:
-        """Write the piece, over what a killed run may have left."""
+        """Write the piece, replacing what a killed run may have left."""
         if self.rows == 0:
             return
         self._buffer.seek(0)
-        # As long as the one for no rows, which it replaces.
+        # The header has the same length as the one for no rows, which it replaces.
         self._buffer.write(npy_header(self.rows, self.shape))
         self.files.replace(self.key, self._buffer.getvalue())
         self._buffer, self.rows = io.BytesIO(), 0
@@ -107,7 +107,7 @@ def read_piece(shard: Shard) -> Iterator[Record]:
 
 
 def shard_rows(files: Files, key: str) -> pa.Table:
-    """What is recorded of a shard, one row per record. Raises DamagedObjectError."""
+    """The records of a shard, one row each. Raises DamagedObjectError."""
     try:
         return decode(files.read(key), key)
     except (DamagedObjectError, FileNotFoundError) as error:

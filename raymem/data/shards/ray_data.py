@@ -1,4 +1,4 @@
-"""Ray Data, connected and quiet, its errors as raymem's, and how many actors fit."""
+"""Connects to Ray Data, quietly; turns its errors into raymem's; counts the actors that fit."""
 
 from __future__ import annotations
 
@@ -55,10 +55,9 @@ def batches_of(ray: Any, rows: Any, what: str) -> Generator[Batch]:
 
 
 def with_readers() -> int:
-    """CPUs that a local Ray is to have: two slots for reading beside one for each core.
+    """Number of CPUs for a local Ray: one for each core, and two for reading.
 
-    An actor that had a core's slot for itself would leave none to read with on small machines, and
-    nothing would move.
+    On small machines scoring actors would otherwise hold all CPUs, and no task could read.
     """
     return (os.cpu_count() or 1) + READERS
 
@@ -66,7 +65,7 @@ def with_readers() -> int:
 def actors(
     resources: Mapping[str, float], threads: int, scorers: int | None, gpus: float | None
 ) -> tuple[int, dict[str, float]]:
-    """How many scoring actors, and what each of them holds.
+    """The number of scoring actors, and the resources of each.
 
     >>> actors({"CPU": 8, "GPU": 2}, 1, None, None), actors({"CPU": 4}, 1, None, None)
     ((2, {'num_gpus': 1.0}), (2, {'num_cpus': 1.0}))

@@ -1,4 +1,4 @@
-"""What a set in shards consists of: `Shard`, a part that is read in one go, and `Record`."""
+"""`Shard`, a part of a set that is read at once, and `Record`, an image in it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Kind = Literal["tar", "parquet", "folder", "cache"]
-# Folders with more files are cut: one task and one object for 50,000 images would be too much.
+# Folders with more files are split: 50,000 images are too many for one task and one object.
 FOLDER_FILES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A part of a set that is read in one go, and gives one object of scores."""
+    """A part of a set that is read at once, and has one object of scores."""
 
     url: str
-    """Of the file or folder."""
+    """URL of the file or folder."""
     name: str
     """Its path in the set without suffix: the name of its object."""
     kind: Kind
@@ -36,7 +36,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One encoded image, or what is known of one that cannot be read."""
+    """One encoded image, or an error in its place."""
 
     example_id: str
     label: int | None
@@ -51,7 +51,7 @@ def parts(
 ) -> list[Shard]:
     """The folder with these files, cut into parts of nearly equal length.
 
-    None has more than `most` files, by default FOLDER_FILES.
+    No part has more than `most` files, by default FOLDER_FILES.
 
     >>> folder = Shard(url="set/cat", name="cat", kind="folder", label=0)
     >>> [(part.name, part.files) for part in parts(folder, ["1.png", "2.png", "3.png"], most=2)]

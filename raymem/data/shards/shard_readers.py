@@ -1,4 +1,4 @@
-"""Shards of encoded images: what there is at a URL, and one shard record by record.
+"""Shards of encoded images: lists those at a URL, and reads one record by record.
 
 A shard is a WebDataset tar, a Parquet file with encoded images as on Hugging Face, a folder of
 images that are one class or a part of it, or a piece of a cache. Nothing is decoded here.
@@ -113,7 +113,7 @@ def list_files(data: str) -> tuple[Any, list[str], str]:
 
 def _listed(fs: Any, path: str) -> tuple[list[str], str]:
     try:
-        # fsspec's `isfile` takes all errors for a no.
+        # fsspec's `isfile` answers no on any error.
         kind = fs.info(path)["type"]
     except (FileNotFoundError, NotADirectoryError):
         kind = None
@@ -129,10 +129,10 @@ def _listed(fs: Any, path: str) -> tuple[list[str], str]:
 
 
 def _walked(folder: str) -> Iterator[str]:
-    """All files below a local folder, also behind links, which fsspec would leave out."""
+    """All files below a local folder, through links too, which fsspec does not follow."""
     for at, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(at) + "/"
-        # A link to a folder that it is in would be followed for ever.
+        # A link to one of its own parents would be followed endlessly.
         folders[:] = [
             f for f in folders if not here.startswith(os.path.realpath(f"{at}/{f}") + "/")
         ]
@@ -186,7 +186,7 @@ def _folders(
                 url=fs.unstrip_protocol(folder),
                 name=_below(folder, root) or posixpath.basename(folder),
                 kind="folder",
-                # Images in the set's own folder have no class.
+                # Images directly in the root have no class.
                 label=None if folder == root else known.index(posixpath.basename(folder)),
                 root=str(fs.unstrip_protocol(root)),
             ),
@@ -267,12 +267,12 @@ def _tar(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
 
 
 def _printable(name: str) -> str:
-    """Names that are not UTF-8 come as surrogates, which no table can hold."""
+    """The name with surrogates escaped: tables cannot hold names that are not UTF-8."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _of_members(key: str | None, members: Sequence[tuple[str, bytes | None]]) -> Iterator[Record]:
-    """The record of the members that share a key; those without an image are none."""
+    """The record of the members that share a key; none without an image."""
     images = [(n, data) for n, data in members if f".{n.rpartition('.')[2]}" in IMAGE_SUFFIXES]
     # Beside key.jpg there may be key.seg.png and the like.
     plain = [image for image in images if "." not in image[0]] or images

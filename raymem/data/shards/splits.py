@@ -1,4 +1,4 @@
-"""What is train and what is test in a large set, as people have it: its shards, and its classes.
+"""Finds train and test in a large set: their shards and classes.
 
 DATA/train/CLASS/*, DATA/val/CLASS/*     folders; also below Kaggle's ILSVRC/Data/CLS-LOC
 DATA/train/CLASS/*, DATA/val/*           val flat, with a map of labels (see val_labels)
@@ -34,23 +34,23 @@ SPLIT = re.compile(r"(?:^|[^a-z])(train|training|val|validation|valid|test|testi
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The shards of a set, and what is known of its classes before its images are read."""
+    """The shards of a set, and what is known of its classes before images are read."""
 
     train: tuple[Shard, ...]
     test: tuple[Shard, ...]
     folders: tuple[str, ...] | None = None
     """Names of the training folders, which are the classes."""
     names: tuple[str, ...] | None = None
-    """What a Parquet file's metadata call the classes."""
+    """Names of classes in the metadata of a Parquet file."""
     val_labels: str = ""
     """URL of the map of labels that was used, or ""."""
     val_labels_digest: str = ""
     """SHA-256 of that map."""
     left_out: str = ""
-    """What is there and is not read, for people."""
+    """What is there but is not read, in words."""
 
-    def facts(self) -> dict[str, Any]:
-        """What makes labels what they are, JSON-ready, to be recorded and compared."""
+    def facts(self) -> dict[str, object]:
+        """What the labels depend on, JSON-ready, to be recorded and compared."""
         names = self.folders and hashlib.sha256("\0".join(self.folders).encode()).hexdigest()
         return {
             "class_folders": len(self.folders) if self.folders else None,
@@ -69,9 +69,9 @@ def find_splits(
 ) -> Splits:
     """Train and test in the set at `data`; `train` and `val` say where, relative to it or as URLs.
 
-    What is below the URL `but`, a cache that may be inside of the set, is none of it.
+    What is below the URL `but`, a cache inside the set, is left out.
 
-    Raises ExamplesError if it cannot be told which is which, or if classes do not fit.
+    Raises ExamplesError if the splits cannot be identified, or if classes do not fit.
     """
     if (train is None) != (val is None):
         raise ExamplesError("--train and --val go together; give both, or neither")
@@ -104,7 +104,7 @@ def _root(data: str) -> tuple[Any, str]:
 
 
 def _split_folders(fs: Any, root: str) -> dict[str, str]:
-    """The folders in `root` that are called like splits, by name in lower case."""
+    """The folders in `root` with the names of splits, by name in lower case."""
     try:
         paths = [str(path).rstrip("/") for path in fs.ls(root, detail=False)]
         named = {posixpath.basename(path).lower(): path for path in paths}
@@ -115,7 +115,7 @@ def _split_folders(fs: Any, root: str) -> dict[str, str]:
             if name in named and fs.isdir(named[name])
         }
     except (FileNotFoundError, NotADirectoryError):
-        return {}  # a pattern, or nothing, of which list_shards will speak
+        return {}  # a pattern, or nothing, which list_shards reports
     except Exception as error:  # file systems raise many kinds
         raise ExamplesError(
             f"{root} cannot be listed ({first_line(error)}); check the URL and the network"
@@ -141,7 +141,7 @@ def _held_out(data: str, folders: Sequence[str]) -> str:
 
 
 def _by_names(data: str, but: str) -> Splits:
-    """Tars or Parquet, told apart by their names, the nearest word first."""
+    """Tars or Parquet files whose split is in their names; the last such word counts."""
     shards = list_shards(data)
     if but:
         shards = [s for s in shards if not _path(s.url).startswith(f"{_path(but)}/")]
@@ -189,7 +189,7 @@ def _path(url: str) -> str:
 
 
 def _of_two(train: str, val: str, val_labels: str | None) -> Splits:
-    """Each of the two is a folder of images, or tars or Parquet."""
+    """Each split is a folder of images, or tars or Parquet."""
     train_files, val_files = _split_files(train), _split_files(val)
     if not train_files.images:
         found = train_files.shards(train), val_files.shards(val)
@@ -307,7 +307,7 @@ def _names(shards: Sequence[Shard]) -> tuple[str, ...] | None:
         try:
             with fs.open(path, "rb") as file:
                 metadata = pq.read_schema(file).metadata or {}
-        except (pa.ArrowException, OSError):  # found again, and named, when it is decoded
+        except (pa.ArrowException, OSError):  # reported when it is decoded
             continue
         try:
             features = json.loads(metadata[b"huggingface"])["info"]["features"]

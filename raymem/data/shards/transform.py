@@ -16,9 +16,9 @@ from raymem.data.pixels import fit, open_image
 from raymem.data.shards.records import Record
 from raymem.errors import ExamplesError, first_line
 
-# A strip of one pixel by thousands, its short side made long, would fill the memory.
+# A strip of one pixel by thousands would fill the memory when its short side is resized.
 MOST_PIXELS = 100_000_000
-# Larger ones are no class numbers, and no table holds the largest.
+# Larger labels are not class numbers, and int64 columns cannot hold the largest.
 LARGEST_LABEL = 2**31
 Way = Literal["fit", "crop", "squash"]
 Batch = dict[str, NDArray[Any]]
@@ -46,7 +46,7 @@ class Transform:
 
     @property
     def values(self) -> int:
-        """Numbers in one image."""
+        """Number of values in one image."""
         return self.size[0] * self.size[1] * (1 if self.grey else 3)
 
     def __call__(self, data: bytes) -> NDArray[np.uint8]:
@@ -110,7 +110,7 @@ def of_timm(config: dict[str, Any]) -> Transform:
 def decode(
     record: Record, transform: Transform, n_classes: int
 ) -> tuple[NDArray[np.uint8] | None, str]:
-    """Pixels, or why there are none: never a stand-in. Raises ExamplesError; see `pixels_of`."""
+    """The pixels, or why there are none. Raises ExamplesError; see `pixels_of`."""
     if record.error:
         return None, record.error
     error = label_error(record.label, n_classes)
@@ -118,7 +118,7 @@ def decode(
 
 
 def label_error(label: int | None, n_classes: int) -> str:
-    """Why an example with this label is none of a set with so many classes; "" if it is."""
+    """Why a label is invalid in a set with `n_classes` classes; "" if it is valid."""
     if label is None:
         return "it has no label"
     return "" if 0 <= label < n_classes else f"label {label} is none of the {n_classes} classes"
@@ -148,5 +148,5 @@ def pixels_of(record: Record, transform: Transform) -> tuple[NDArray[np.uint8] |
         return None, "no image format that Pillow knows"
     except ExamplesError as error:
         return None, first_line(error)
-    except Exception as error:  # Pillow raises many kinds; what matters is which image it is
+    except Exception as error:  # Pillow raises many kinds
         return None, f"{type(error).__name__}: {first_line(error)}"

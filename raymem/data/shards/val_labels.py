@@ -20,7 +20,7 @@ from raymem.data.array_checks import some
 from raymem.data.pixels import example_id
 from raymem.errors import ExamplesError, first_line
 
-# What is looked for beside a set, in this order.
+# Names of files that are tried beside a set, in this order.
 NAMES = (
     "LOC_val_solution.csv",
     "imagenet_2012_validation_synset_labels.txt",
@@ -65,7 +65,7 @@ def read_labels(
 
 
 class _Classes:
-    """Class numbers by what maps call classes."""
+    """Class numbers by the names in maps."""
 
     def __init__(self, url: str, classes: Sequence[str]) -> None:
         self.url, self.n = url, len(classes)
@@ -147,7 +147,7 @@ def _synsets(fs: Any, path: str, url: str) -> Mapping[int, str]:
             f"{url} has ILSVRC ids, and there is no meta.mat beside it to say which classes they "
             "are; put the devkit's meta.mat there"
         ) from error
-    except Exception as error:  # scipy raises many kinds for files that are no .mat
+    except Exception as error:  # scipy raises many kinds for other files
         raise ExamplesError(
             f"{at} cannot be read ({first_line(error)}); take the devkit's meta.mat"
         ) from error
