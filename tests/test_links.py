@@ -103,7 +103,7 @@ def test_a_bin_holds_its_lower_end_however_it_was_computed(tmp_path, monkeypatch
 
 
 def test_more_examples_than_are_needed_are_drawn_once(study, monkeypatch):
-    from raymem.links import curvature as links
+    from raymem.links import correlation as links
 
     monkeypatch.setattr(links, "MOST_EXAMPLES", 700)
     ((_, found),) = correlations(Store(study.store)).items()
