@@ -9,7 +9,7 @@ of other trials, in STORE_scores or --scores-from: half choose the examples, hal
     python jobs/leave_one_out_digits.py
     python jobs/leave_one_out_digits.py --leave-one-out 96 --repeats 50
 
-400 models for the scores and 1,225 for the experiment. Not run yet: its numbers are to be the bias
+400 models for the scores and 980 for the experiment. Not run yet: its numbers are to be the bias
 of the three groups and the rank correlation, with their intervals.
 """
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
             store="runs/leave_one_out_digits",
             trials=400,
             examples=48,
-            repeats=25,
+            repeats=20,
         ),
         RECIPE,
     )

@@ -62,7 +62,7 @@ def test_scores_are_sorted_and_chosen(store):
     expected = Store(store).scores().to_pandas()
     train = expected[expected["split"] == "train"]
     rows = raymem("scores", store, "--top", 5).splitlines()
-    assert rows[0].split()[:2] == ["example_id", "label"]
+    assert rows[0].split()[:4] == ["example", "label", "memorization", "[95%]"]
     assert len(rows) == 6
     best = train.sort_values("memorization", ascending=False, kind="stable").iloc[0]
     assert rows[1].split()[0] == best["example_id"]
@@ -149,10 +149,19 @@ def test_a_job_runs_all_stages_or_one(tmp_path, capsys):
     job("score", "--store", tmp_path)
     text = capsys.readouterr().out
     assert "The ten most memorized" in text
-    assert len(re.findall(r"^train-\d+ +\d+ +\d+/\d+ ", text, re.MULTILINE)) == 10
+    assert len(re.findall(r"^train-\d+ +\d+ +[\d.]+ \[", text, re.MULTILINE)) == 10
     assert str(tmp_path / "scores" / "examples.parquet") in text
     job("--store", tmp_path, "--engine", "serial", "--trials", 25)
-    assert "25 trials; mean accuracy" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    # What was found and where it is; tables only when asked for.
+    assert "over 25 models" in " ".join(text.split())
+    assert f"report:  {tmp_path / 'report.html'}" in text
+    assert "models in/out" not in text
+    assert len(text.splitlines()) < 60
+    job("--store", tmp_path, "--engine", "serial", "--trials", 25, "--verbose")
+    text = capsys.readouterr().out
+    assert "25 trials; mean accuracy" in text
+    assert "models in/out" in text
     job("plan", "--store", tmp_path, "--trials", 40)
     assert "25 of 40 trials are done" in capsys.readouterr().out
 
@@ -192,7 +201,7 @@ def test_pairs_are_sorted_and_chosen(store):
     table = Store(store).scores("influence").to_pandas()
     assert len(table) > 10
     rows = raymem("pairs", store, "--top", 3).splitlines()
-    assert rows[0].split()[:3] == ["train_id", "train_label", "test_id"]
+    assert rows[0].split()[:3] == ["training", "example", "label"]
     assert len(rows) == 4
     first = table.sort_values("influence", ascending=False, kind="stable").iloc[0]
     assert rows[1].split()[0] == first["train_id"]

@@ -21,7 +21,6 @@ from raymem.links.split_half import partial_spearman
 from raymem.links.sums import Sums
 from raymem.scores import most_tied, spearman_ceiling
 from raymem.show import correlations_text
-from raymem.show.page_sections import compared_section
 
 LAWS = {
     "p(1-p)g": lambda loss, g: np.exp(-loss) * (1 - np.exp(-loss)) * g,
@@ -64,10 +63,7 @@ def correlated(sums, seed, replicates=30):
 def said(rows):
     """Everything that people read of one fleet, without its numbers."""
     found = {math.inf: rows}
-    parts = [
-        *map(str, verdicts_on_link1(found)), correlations_text(found),
-        compared_section(rows, [], math.inf),
-    ]  # fmt: skip
+    parts = [*map(str, verdicts_on_link1(found)), correlations_text(found)]
     return [re.sub(r"-?\d+(\.\d+)?(e-?\d+)?", "#", part) for part in parts]
 
 
@@ -194,7 +190,7 @@ def test_the_verdict_names_its_estimate_interval_and_limits():
     (verdict,) = verdicts_on_link1({math.inf: rows})
     rho = rows[0].spearman
     assert (verdict.estimate, verdict.low, verdict.high) == (rho.value, rho.low, rho.high)
-    assert f"Spearman {rho.shown(2)} of at most {rows[0].ceiling:.2f}" in verdict.text
+    assert f"Spearman {rho.format(2)} of at most {rows[0].ceiling:.2f}" in verdict.text
     assert "AUC" in verdict.text
     assert "The loss of the same models: Spearman" in verdict.text
     assert "the loss does not" in verdict.not_shown

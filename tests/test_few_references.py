@@ -18,8 +18,8 @@ from raymem.scores.attack_scores import ATTACKS, TargetScores, auc_by_example, b
 from raymem.scores.few_references import arms, reference_sums
 from raymem.scores.lira import Sums
 from raymem.scores.trial_margins import TrialMargins
-from raymem.show.page_sections import membership_section
-from raymem.show.terminal_membership import references_table
+from raymem.show import membership_text
+from raymem.show.result_tables import references_table
 
 SHIFT = 1.5
 
@@ -244,9 +244,9 @@ def test_what_was_found_is_shown_and_read_back(shifted):
     data = json.loads(json.dumps(found.as_dict(), allow_nan=False))["epsilons"][0]
     assert [row["references"] for row in data["by_references"]] == [2, 4, 8, 16, 32, 64]
     assert data["population"] == 1000
-    rows = references_table([here]).to_pylist()
-    assert [row["references"] for row in rows[:5]] == [2] * 5
-    assert "With fewer reference trials" in membership_section([here], "")
+    rows = references_table([here]).rows
+    assert [row[1] for row in rows[:5]] == [2] * 5
+    assert "with fewer reference trials" in membership_text(found)
     del data["by_references"], data["population"], data["best_attacks"]
     store.write_note("membership", {"epsilons": [data]})  # as earlier versions wrote it
     assert read_membership(store)[0].by_references == []

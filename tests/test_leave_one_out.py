@@ -403,7 +403,7 @@ def test_the_job_runs_from_nothing_to_the_report_and_again(capsys, tmp_path):
     place = str(tmp_path / "loo")
     out, code = job(capsys, "plan", "--store", place)
     assert code == 0, out
-    assert "First, the trials that score memorization" in out
+    assert "First, the trials that memorization is measured with" in out
     out, code = job(capsys, "--store", place)
     assert code == 0, out
     assert "leave one out: memorization at subset ratio 0.7 minus" in out

@@ -19,9 +19,10 @@ from raymem.links import (
     verdicts_on_link1,
 )
 from raymem.links.binned import crossed
-from raymem.links.correlation import MEASURES, Coefficient, correlate
-from raymem.links.sums import Sums
+from raymem.links.correlation import Coefficient, correlate
+from raymem.links.sums import FixedSums, Sums
 from raymem.show import correlations_text, links_text
+from raymem.store.measures import MEASURES
 
 
 @pytest.fixture(scope="module")
@@ -532,3 +533,16 @@ def test_the_verdict_on_link_1_says_which_way(study, rho, says):
     (verdict,) = verdicts_on_link1({math.inf: rows})
     assert f"curvature of out-models {says} memorization" in verdict.text
     assert f"Spearman {value:.2f} [{low:.2f}, {high:.2f}]" in verdict.text
+
+
+def test_the_interval_of_an_auc_near_one_is_narrow():
+    """Replicates of exactly 1 have an infinite Fisher z, which said [0, 1] of an AUC of 0.999."""
+    rng = np.random.default_rng(0)
+    mem = np.concatenate([np.zeros(370), rng.uniform(0.3, 1, 30)])
+    measure = mem + 0.1 * rng.standard_normal(400)
+    (found,) = correlate(
+        mem, {"loss_out": measure}, FixedSums(mem, {"loss_out": measure}),
+        np.random.default_rng(1),
+    )  # fmt: skip
+    assert found.auc.value > 0.98
+    assert 0.9 < found.auc.low < found.auc.value < found.auc.high <= 1

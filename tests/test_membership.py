@@ -19,8 +19,7 @@ from raymem.errors import DamagedObjectError, StoreError
 from raymem.scores import attack, read_membership
 from raymem.scores.lira import Sums, scores, vulnerability
 from raymem.show import write_report
-from raymem.show.page_sections import membership_section, stale_text
-from raymem.show.terminal_membership import correlation_text
+from raymem.show.terminal_membership import correlation_text, stale_text
 from raymem.store import TrialKey, columns, trial_table
 from raymem.training import TrialResult
 from raymem.training.loop import SubsetHistory
@@ -431,19 +430,21 @@ def test_the_command_writes_what_the_report_shows(gaussian):
     assert [p for p in verify(store) if p.kind != "missing"] == []
     write_report(store.url)
     page = store.files.read("report.html").decode()
-    assert '<h2 id="membership">Membership inference</h2>' in page
+    assert '<h2 id="membership">Who can be recognized?</h2>' in page
+    assert f"with AUC {max(one.auc.value for one in here.attacks):.2f} [" in page
     assert '<a href="#membership">' in page
     assert "run `raymem membership` again" not in page
     assert store.files.exists("figures/membership-roc.png")
     assert "200 trials at epsilon inf, of which 199" in stale_text([here], {math.inf: 199})
     store.write_note("membership", {"epsilons": [{"epsilon": "<b>"}]})
     assert read_membership(store) == []
-    assert membership_section([], "") == ""
-    evil = dataclasses.replace(here, notes=["<script>"])
-    section = membership_section([evil], "", "<b>")
-    assert "&lt;script&gt;" in section
-    assert "<script>" not in section
-    assert "<b>" not in section
+    evil = dataclasses.replace(here, trials=100, notes=["<i>evil</i>"])
+    store.write_note("membership", {"epsilons": [evil.as_dict()]})
+    write_report(store.url)
+    page = store.files.read("report.html").decode()
+    assert "&lt;i&gt;evil&lt;/i&gt;" in page
+    assert "<i>evil" not in page
+    assert "run `raymem membership` again" in page
 
 
 @pytest.mark.parametrize(

@@ -844,7 +844,7 @@ def test_the_demo_runs_with_a_url_as_its_store(url):
     command += ["--private-trials", "0"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    assert f"look at: raymem scores {url} --top 20" in ran.stdout
+    assert f"raymem scores {url} --top 20" in ran.stdout
     assert "10 of 10 done" in raymem("status", url)
     assert Store(url).scores().num_rows == len(np.unique(Store(url).scores()["example_id"]))
 

@@ -388,7 +388,7 @@ def test_the_job_runs_from_nothing_to_the_verdict_and_again(capsys, tmp_path):
     place = str(tmp_path / "digits")
     out, code = run(capsys, "plan", "--store", place)
     assert code == 0, out
-    assert "First, the trials that score memorization" in out
+    assert "First, the trials that memorization is measured with" in out
     out, code = run(capsys, "--store", place)
     assert code == 0, out
     assert "removal: test accuracy" in out

@@ -20,10 +20,11 @@ import raymem
 from raymem import CurvatureRule, Examples, Privacy, Recipe, Store, Study
 from raymem.cli import main
 from raymem.errors import ExamplesError, StoreError
-from raymem.links import diagnostics, red
+from raymem.links import diagnostics, find_links, red
 from raymem.show import write_report
 from raymem.show.choose import choose
 from raymem.show.thumbnails import KEY
+from raymem.store.measures import title_of
 from raymem.store.trials import decode
 
 EVIL = '<script>alert("x")</script>'
@@ -108,10 +109,12 @@ def test_what_is_on_it(study, text):
     read_page = read(text[0])
     words = " ".join(" ".join(read_page.text).split())
     for part in (
-        "Can this run be trusted?", "Memorization", "The three links",
-        "The most memorized of each class", "Probable label errors", "Load the tables",
-        "python jobs/mine.py --trials 40", "link 1: curvature", "polars.read_parquet",
-        "accuracy on the own subset", "Lowest and highest curvature",
+        "What was found", "What is memorized?", "What depends on memorized examples?",
+        "Which labels are probably wrong?", "Does curvature tell the same?",
+        "What does privacy change?", "Who can be recognized?", "Can this run be trusted?",
+        "Settings and command", "The most memorized of each class", "Load the tables",
+        "python jobs/mine.py --trials 40", "Link 1: curvature", "polars.read_parquet",
+        "accuracy on the own subset", "lowest and highest curvature",
     ):  # fmt: skip
         assert part in words, part
     assert all(image.get("alt") for image in read_page.images)
@@ -120,15 +123,56 @@ def test_what_is_on_it(study, text):
     assert f"memorization {first['memorization']:.2f}" in words
 
 
-def test_every_number_of_the_fleet_is_compared_with_memorization(study, text):
-    from raymem import find_links
-    from raymem.show.page_sections import MEANINGS
+def test_what_was_found_comes_first_and_how_it_was_made_last(text):
+    order = ("found", "memorization", "curvature", "table", "trust", "settings")
+    places = [text[0].index(f'<h2 id="{part}">') for part in order]
+    assert places == sorted(places)
 
+
+def test_the_story_has_the_numbers_of_the_results(study, text):
+    """Three sentences, each with its number and interval, on the page as they are told."""
+    from raymem.show import tell
+
+    store = Store(study.store)
+    links = find_links(store)
+    story = tell(store, links)
+    (pool,) = (audit.pool for audit in links.memorization)
+    listed = sum(bool(row["memorized"]) for row in study.scores().to_pylist())
+    assert story.memorization.startswith(f"{listed} of 60 training examples")
+    mean = f"{100 * pool.value:.1f} [{100 * pool.low:.1f}, {100 * pool.high:.1f}]"
+    assert f"models are right {mean} percentage points more often" in story.memorization
+    strong = [row for row in study.scores("influence").to_pylist() if row["strong"]]
+    assert (f"({len(strong):,} of " in story.influence) == bool(strong)
+    row = next(r for r in links.correlations[math.inf] if r.measure == "curvature_out")
+    assert f"with probability {row.auc.format(3)}" in story.curvature
+    assert "cannot be told from these data" in story.curvature
+    assert len(story.sentences) == 3
+    for sentence in story.sentences:
+        assert sentence in html.unescape(text[0])
+    assert story.trust.startswith("Yes")
+    assert "red-note" not in text[0].split("</style>")[1]
+
+
+def test_links_that_are_known_are_not_computed_again(study, monkeypatch):
+    from raymem.links import correlation as links_room
+    from raymem.show import build_report
+
+    known = find_links(Store(study.store))
+    calls = []
+    monkeypatch.setattr(build_report, "find_links", lambda store: calls.append(store) or known)
+    monkeypatch.setattr(links_room, "correlate", lambda *more: calls.append(more))
+    write_report(study.store, study.examples, links=known)
+    assert calls == []
+    write_report(study.store, study.examples)
+    assert len(calls) == 1
+
+
+def test_every_number_of_the_fleet_is_compared_with_memorization(study, text):
     (rows,) = find_links(Store(study.store)).correlations.values()
     section = text[0].split('id="compared"')[1].split("</table>")[0]
     places = []
     for row in rows:
-        cell = f"<td>{html.escape(MEANINGS[row.measure])}</td>"
+        cell = f"<td>{html.escape(title_of(row.measure))}</td>"
         rho = f">{row.spearman.value:.2f} [{row.spearman.low:.2f}, {row.spearman.high:.2f}]<"
         assert rho in section.split(cell)[1].split("</tr>")[0], row.measure
         places.append((section.index(cell), row.spearman.value))
@@ -141,14 +185,16 @@ def test_data_is_text(text):
     page, _ = text
     # Names of classes and ids are seen as they are, and nowhere as markup.
     assert EVIL not in page
-    assert "&lt;script&gt;alert(&quot;x&quot;)" in page
+    assert "&lt;script&gt;alert(&#34;x&#34;)" in page
     assert "<b>" not in re.sub(r"<b>(zero|two|&lt;script)", "", page)
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert "<script" not in markup
     data = json.loads(re.search(r'id="rows">(.*?)</script>', page, re.DOTALL)[1])
-    ids = {row[data["columns"].index("example_id")] for row in data["rows"]}
+    keys = [column["key"] for column in data["columns"]]
+    ids = {row[keys.index("example_id")] for row in data["rows"]}
     assert "train-0\"'><b>" in ids
-    assert EVIL in {row[data["columns"].index("class")] for row in data["rows"]}
+    assert EVIL in {row[keys.index("class")] for row in data["rows"]}
+    assert {c["title"] for c in data["columns"]} >= {"memorization", "loss, out", "models in"}
 
 
 def test_label_errors_are_found(study):

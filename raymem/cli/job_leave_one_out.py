@@ -31,7 +31,7 @@ class LeaveOneOutSettings(ExperimentSettings):
 
     examples: Annotated[int, Setting(option="leave-one-out", least=3, form="K")] = 48
     """Number of examples that are left out, one by one."""
-    repeats: Annotated[int, Setting(least=2)] = 25
+    repeats: Annotated[int, Setting(least=2)] = 20
     """Models on everything, and without each example; can be raised later."""
 
     def study(self, scoring: Study, source: str) -> Study:

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -13,13 +14,17 @@ from click.core import ParameterSource
 from raymem.cli.job_settings import JobSettings, RunOptions, recipe_option, with_cache
 from raymem.cli.options import run_command, stage_argument
 from raymem.cli.smoke import Smoke, check_rows
+from raymem.encoding import epsilon_name
 from raymem.fleet import Resources, duration
 from raymem.scores import PairRule
-from raymem.show import as_text, for_people, pairs_for_people, summary_text, top, where
+from raymem.show import examples_table, format_table, pairs_table, summary_text, top, where
 from raymem.show.dry_run import planned
 from raymem.store import Store
 from raymem.study import Study
 from raymem.training import Recipe
+
+if TYPE_CHECKING:
+    from raymem.links import Links
 
 STAGES = ("all", "plan", "train", "repeat", "curvature", "score", "links", "report")
 # A trial that takes longer is trained again only when asked to.
@@ -102,37 +107,45 @@ def _is_default(option: str) -> bool:
 
 
 def run_stages(study: Study, stage: str, run: RunOptions, private: Study | None = None) -> None:
-    """One stage, or all of them in turn; of the private study too, before the report of both."""
-    _run(study, stage, run)
+    """One stage, or all of them in turn; of the private study too, before the report of both.
+
+    Links are computed once, in the stage `links`, and handed to the report.
+    """
+    links = _run(study, stage, run)
+    private_links = None
     if private is not None:
-        click.echo("\nThe same examples under differential privacy:")
-        _run(private, stage, dataclasses.replace(run, until=None))
+        heading("The same examples under differential privacy")
+        private_links = _run(private, stage, dataclasses.replace(run, until=None))
     if stage in ("all", "report"):
-        from raymem.show import write_report
-
-        for each, other in ((private, None), (study, private)):
-            if each is not None:
-                where = write_report(
-                    each.store, each.examples, private=None if other is None else other.store
-                )
-                click.echo(f"report:  {where}")
-    if stage == "all" and (study.curvature or study.privacy or private):
-        click.echo(conclusions(study.open_store()))
+        _report(study, links, private, private_links)
 
 
-def conclusions(store: Store) -> str:
-    """The verdicts of links.json: what a run ends with."""
-    from raymem.links import Verdict
+def _report(
+    study: Study, links: Links | None, private: Study | None, private_links: Links | None
+) -> None:
+    """The reports of both studies, and what the first one says."""
+    from raymem.links import find_links, with_private
+    from raymem.show import story_text, tell, write_report
 
-    verdicts = (store.note("links") or {}).get("verdicts", [])
-    lines = [
-        str(Verdict(text=said["text"], not_shown=said["not_shown"] or "")) for said in verdicts
-    ]
-    return "\nWhat these trials show, and what they do not:\n" + "\n".join(lines)
+    store = study.open_store()
+    links = links or find_links(store)
+    if private is not None:
+        other = private.open_store()
+        private_links = private_links or find_links(other)
+        where = write_report(private.store, private.examples, links=private_links)
+        links = with_private(links, private_links, store, other)
+    report = write_report(study.store, study.examples, links=links)
+    heading("What was found")
+    click.echo(f"{story_text(tell(store, links))}\n")
+    click.echo(f"report:  {report}")
+    if private is not None:
+        click.echo(f"private: {where}")
+    click.echo(f"more:    raymem links {store.url}, raymem scores {store.url} --top 20")
 
 
-def _run(study: Study, stage: str, run: RunOptions) -> None:
-    resources = run.resources
+def _run(study: Study, stage: str, run: RunOptions) -> Links | None:
+    """A study's stages but the report; its links, if they were computed."""
+    resources, detailed = run.resources, run.resources.verbose or stage != "all"
     if stage == "plan":
         cluster = run.cluster
         if cluster.at_once is None:
@@ -145,28 +158,46 @@ def _run(study: Study, stage: str, run: RunOptions) -> None:
                 models_per_step=resources.models_per_step,
             )
         )
-        return
+        return None
     click.echo(study.examples.describe())
     if stage in ("all", "train"):
-        if run.until is None:
-            progress = study.train(resources)
-        else:
-            progress = study.train_until(run.until, resources, on_message=click.echo)
-        # Only now: a run that is refused is not how the store came about.
-        command = shlex.join(["python", *sys.argv])
-        study.open_store().write_note("command", {"command": command})
-        if progress.rate:
-            click.echo(
-                f"{progress.committed:,} trials trained, one every {duration(1 / progress.rate)}"
-            )
+        heading(f"Training of {study.trials:,} models{_at_epsilons(study)}")
+        _train(study, run)
     if stage in ("all", "repeat"):
         _repeat(study, resources, asked=stage == "repeat")
     if stage in ("all", "curvature"):
         _measure(study, resources, asked=stage == "curvature")
     if stage in ("all", "score"):
-        score_and_print(study, run.pairs)
+        heading("Scores")
+        score_and_print(study, run.pairs, detailed=detailed)
     if stage in ("all", "links"):
-        links_and_print(study)
+        return links_and_print(study, detailed=detailed)
+    return None
+
+
+def heading(text: str) -> None:
+    """The name of a stage; bold on a terminal."""
+    click.secho(f"\n{text}", bold=True)
+
+
+def _at_epsilons(study: Study) -> str:
+    if study.privacy is None:
+        return ""
+    return f" at each epsilon of {', '.join(map(epsilon_name, study.epsilons))}"
+
+
+def _train(study: Study, run: RunOptions) -> None:
+    if run.until is None:
+        progress = study.train(run.resources)
+    else:
+        progress = study.train_until(run.until, run.resources, on_message=click.echo)
+    # Only now: a run that is refused is not how the store came about.
+    command = shlex.join(["python", *sys.argv])
+    study.open_store().write_note("command", {"command": command})
+    if progress.rate:
+        click.echo(
+            f"{progress.committed:,} trials trained, one every {duration(1 / progress.rate)}"
+        )
 
 
 def _repeat(study: Study, resources: Resources, *, asked: bool) -> None:
@@ -194,33 +225,40 @@ def _measure(study: Study, resources: Resources, *, asked: bool) -> None:
     click.echo(str(done))
 
 
-def score_and_print(study: Study, rule: PairRule) -> None:
-    """The score stage: the most memorized examples, the strongest pairs, where the files are."""
+def score_and_print(study: Study, rule: PairRule, *, detailed: bool = True) -> None:
+    """The score stage; `detailed`: the most memorized examples, the strongest pairs, how reliable
+    all is, where the files are."""
     summaries = study.score(rule)
+    store = Store(study.store)
+    if not detailed:
+        click.echo(f"scores:  {store.files.path('scores/examples.parquet')}")
+        return
     trained = where(study.scores(), "split == train")
-    click.echo("\nThe ten most memorized training examples (95% intervals):")
-    click.echo(as_text(for_people(top(trained, "memorization", 10))))
+    click.echo("\nThe ten most memorized training examples:")
+    click.echo(format_table(examples_table(top(trained, "memorization", 10))))
     pairs = study.scores("influence")
     click.echo("\nThe five most influential pairs of a training and a test example:")
-    click.echo(as_text(pairs_for_people(top(pairs, "influence", 5))))
+    click.echo(format_table(pairs_table(top(pairs, "influence", 5))))
     click.echo("\n" + summary_text(summaries))
-    store = Store(study.store)
     click.echo(f"\nscores:  {store.files.path('scores/examples.parquet')}")
     click.echo(f"pairs:   {store.files.path('scores/influence.parquet')}")
     click.echo(f"trials:  {store.files.path('scores/trials.parquet')}")
     click.echo(f"look at: raymem scores {store.url} --top 20")
 
 
-def links_and_print(study: Study) -> None:
-    """The links stage: links.json, and what it says. Nothing for studies that ask for neither."""
+def links_and_print(study: Study, *, detailed: bool = True) -> Links | None:
+    """The links stage: links.json, and what it says. None for studies that ask for neither."""
     store = study.open_store()
     if study.curvature is None and study.privacy is None:
-        return
+        return None
+    heading("Links between memorization, curvature and privacy")
     # Not at the top: training would start seconds later.
     from raymem.links import find_links
     from raymem.show import links_text
 
     found = find_links(store)
     store.write_note("links", found.as_dict())
-    click.echo("\n" + links_text(found, brief=True))
-    click.echo(f"\nlinks:   {store.files.path('links.json')}")
+    if detailed:
+        click.echo("\n" + links_text(found))
+    click.echo(f"links:   {store.files.path('links.json')}")
+    return found

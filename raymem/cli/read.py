@@ -19,11 +19,12 @@ from pyarrow.csv import write_csv
 from raymem.cli.base import command_errors, debug_option, main, row_options
 from raymem.errors import StoreError
 from raymem.show import (
-    as_text,
+    Table,
     describe_store,
     example_text,
-    for_people,
-    pairs_for_people,
+    examples_table,
+    format_table,
+    pairs_table,
     top,
     where,
 )
@@ -123,16 +124,16 @@ def scores_command(
             table = where(table, conditions)
         found = table.num_rows
         table = top(table, sort, None if everything else n, ascending=ascending)
-        _print(table, for_people(table, *(["curvature"] if model else []), sort), csv)
+        _print(table, examples_table(table, *(["curvature"] if model else []), sort), csv)
         if memorized and table.num_rows < found and not csv:
             click.echo(f"{table.num_rows:,} of {found:,} rows; --top N or --all for more", err=True)
 
 
-def _print(table: pa.Table, shown: pa.Table, csv: bool) -> None:
+def _print(table: pa.Table, shown: Table, csv: bool) -> None:
     if csv:
         write_csv(table, sys.stdout.buffer)
     else:
-        click.echo(as_text(shown))
+        click.echo(format_table(shown))
 
 
 @main.command("pairs")
@@ -180,7 +181,7 @@ def pairs_command(
             asked.append(conditions)
         table = where(Store(store).scores("influence"), " and ".join(asked))
         table = top(table, "influence", None if everything else n)
-        _print(table, pairs_for_people(table), csv)
+        _print(table, pairs_table(table), csv)
 
 
 @main.command("example")

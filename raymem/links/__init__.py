@@ -17,7 +17,6 @@ from raymem.links.correlation import (
     correlations,
     has_curvature,
     in_paper_bins,
-    measures_of,
 )
 from raymem.links.costs import TARGET, Costs, costs
 from raymem.links.cross_store import correlations_across, joined
@@ -36,7 +35,13 @@ from raymem.links.removal import (
     find_removal,
     removal_effect,
 )
-from raymem.links.result import Links, correlations_as_dict, find_links
+from raymem.links.result import (
+    Links,
+    correlations_as_dict,
+    find_links,
+    privacy_links,
+    with_private,
+)
 from raymem.links.twins import Twins, find_twins
 from raymem.links.two_ratios import AtRatio, Extrapolated, extrapolate
 from raymem.links.two_stages import Parameter
@@ -99,13 +104,14 @@ __all__ = [
     "leave_one_out_by_scores",
     "link2",
     "link3",
-    "measures_of",
     "most_memorized",
     "of_one_model",
     "paper_bins",
+    "privacy_links",
     "red",
     "removal_by_scores",
     "removal_effect",
     "verdict",
     "verdicts_on_link1",
+    "with_private",
 ]

@@ -20,13 +20,9 @@ from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.store import Store
+from raymem.store.measures import MEASURES, OTHER, SOFT
 
-# Rankings that find label errors, by column; more is more suspicious.
-RANKINGS = (
-    "loss_out", "memorization", "memorization_soft", "cumulative_loss", "forgetting_count",
-    "learning_epoch", "p_wrong_out", "curvature_in", "curvature_out",
-    "curvature_over_training_in", "curvature_paper_in", "gradient_norm_in",
-)  # fmt: skip
+RANKINGS = [m for m in (*MEASURES.values(), OTHER, SOFT) if m.ranks_label_errors]
 # Models without the example give its label less than this. Memorization is no condition: models
 # that do not fit a wrong label are as sure that it is wrong.
 UNBELIEVED = 0.1
@@ -89,10 +85,10 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     found = int(flipped[likely].sum())
     rankings = []
     if len(planted):
-        for name in RANKINGS:
-            values = _column(here, name)
+        for measure in RANKINGS:
+            values = measure.values(here)
             if values is not None:
-                rankings.append(rank(name, values, flipped))
+                rankings.append(rank(measure.name, values, flipped))
     return LabelErrors(
         epsilon=epsilon,
         known=bool(np.isfinite(suspicion).any()),
@@ -102,14 +98,6 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
         recall=found / len(planted) if len(planted) else math.nan,
         rankings=sorted(rankings, key=lambda r: -r.average_precision),
     )
-
-
-def _column(table: pa.Table, name: str) -> Floats | None:
-    if name == "p_wrong_out":
-        values = 1 - floats(table, "p_true_out") if "p_true_out" in table.column_names else None
-    else:
-        values = floats(table, name) if name in table.column_names else None
-    return values if values is not None and np.isfinite(values).any() else None
 
 
 def rank(column: str, values: Floats, flipped: Any) -> Ranking:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
 from raymem.links.column_arrays import ROUNDING, Floats, floats, train_at
@@ -24,19 +24,8 @@ from raymem.links.split_half import in_halves, pearson
 from raymem.links.sums import Sums
 from raymem.scores import correlation_interval, most_tied, spearman_ceiling
 from raymem.store import Store
+from raymem.store.measures import MEASURES, OTHER, known_measures
 
-# Beside curvature of held-out models (Theorem 5.1's "S without i"), what it must be better than.
-MEASURES = (
-    "curvature_out", "curvature_in", "curvature_over_training_out", "curvature_over_training_in",
-    "curvature_paper_out", "curvature_paper_in",
-    "loss_out", "loss_in", "p_wrong_out", "p_wrong_in", "gradient_norm_out", "gradient_norm_in",
-    "cumulative_loss", "learning_epoch", "forgetting_count", "wrong_out",
-)  # fmt: skip
-# What another store's memorization is compared by, beside its measures.
-OTHER = "memorization"
-# Measures that are 1 - a share in the scores, by that share's name. 1 - accuracy_out is 1 - C-score
-# (Jiang et al. 2021) at one subset ratio.
-COMPLEMENTS = {"p_true": "p_wrong", "accuracy_out": "wrong_out"}
 # Memorization above it is what the AUC looks for: the threshold of Feldman & Zhang's lists.
 MEMORIZED = 0.25
 PERMUTATIONS = 200
@@ -56,10 +45,10 @@ class Coefficient:
     low: float
     high: float
 
-    def shown(self, digits: int) -> str:
+    def format(self, digits: int) -> str:
         """As text; empty if it is not known.
 
-        >>> Coefficient(value=0.557, low=0.516, high=0.595).shown(2)
+        >>> Coefficient(value=0.557, low=0.516, high=0.595).format(2)
         '0.56 [0.52, 0.59]'
         """
         if math.isnan(self.value):
@@ -151,21 +140,7 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
 
 def has_curvature(rows: Sequence[Correlation]) -> bool:
     """Is any of the measures curvature? Without, rows are only what every fleet gives."""
-    return any(row.measure.startswith("curvature") for row in rows)
-
-
-def known_measures(table: pa.Table) -> dict[str, Floats]:
-    """`measures_of` those rows, without the ones that no example has."""
-    return {name: v for name, v in measures_of(table).items() if np.isfinite(v).any()}
-
-
-def measures_of(table: pa.Table) -> dict[str, Floats]:
-    """Those of MEASURES that rows of scores/examples.parquet have, [N] each."""
-    found = {name: floats(table, name) for name in table.column_names if name in MEASURES}
-    for share, wrong in COMPLEMENTS.items():
-        for name in [name for name in table.column_names if name.startswith(share)]:
-            found[name.replace(share, wrong)] = 1 - floats(table, name)
-    return {name: found[name] for name in MEASURES if name in found}
+    return any(row.measure in MEASURES and not MEASURES[row.measure].rival for row in rows)
 
 
 def by_memorization(store: Store) -> dict[float, pa.Table]:
@@ -189,7 +164,7 @@ def by_memorization(store: Store) -> dict[float, pa.Table]:
         for b in np.unique(number[np.isfinite(mem)]):
             inside = np.isfinite(mem) & (number == b)
             row = {"from": b / BINS, "to": (b + 1) / BINS, "examples": int(inside.sum())}
-            for name, column in measures_of(here).items():
+            for name, column in known_measures(here).items():
                 values = column[inside]
                 finite = values[np.isfinite(values)]
                 row[name] = float(finite.mean()) if len(finite) else None
@@ -207,7 +182,7 @@ def in_paper_bins(
     for epsilon in epsilons:
         here = train_at(scores, epsilon)
         mem = floats(here, "memorization")
-        measures = {n: v for n, v in known_measures(here).items() if n.startswith("curvature")}
+        measures = {n: v for n, v in known_measures(here).items() if not MEASURES[n].rival}
         sums = Sums(train_at(store.scores("folds"), epsilon), list(measures))
         first = sums.half(np.random.default_rng(seed)) if sums.can_be_halved else None
         found[epsilon] = [
@@ -240,7 +215,7 @@ def correlate(
     else:
         chosen = np.arange(len(mem))
     mem, values = mem[chosen], {name: column[chosen] for name, column in values.items()}
-    names = [name for name in (*MEASURES, OTHER) if name in values]
+    names = [name for name in (*MEASURES, OTHER.name) if name in values]
     estimates = _all_kinds(mem, values)
     resamples: dict[str, list[tuple[float, ...]]] = {name: [] for name in names}
     slopes: dict[str, list[float]] = {name: [] for name in names}
@@ -255,11 +230,14 @@ def correlate(
     halves = in_halves(sums, names, chosen, generator)
     found = []
     for name in names:
-        spearman, pearson, cosine, among, auc = (
-            _interval(value, [row[kind] for row in resamples[name]])
-            for kind, value in enumerate(estimates[name])
-        )
         both = np.isfinite(mem) & np.isfinite(values[name])
+        drawn_kinds = [[row[kind] for row in resamples[name]] for kind in range(5)]
+        spearman, pearson, cosine, among = (
+            _interval(value, drawn)
+            for value, drawn in zip(estimates[name][:4], drawn_kinds[:4], strict=True)
+        )
+        above = int((mem[both] > MEMORIZED + ROUNDING).sum())
+        auc = _auc(estimates[name][4], drawn_kinds[4], above * (int(both.sum()) - above))
         tied_at, tied = most_tied(mem[both])
         fitted = _bound(mem[both], values[name][both])
         drawn = np.array(slopes[name])[np.isfinite(slopes[name])]
@@ -272,7 +250,7 @@ def correlate(
                 tied=tied,
                 tied_at=tied_at,
                 among_memorized=among,
-                auc=_as_auc(auc),
+                auc=auc,
                 pearson=pearson,
                 pearson_disattenuated=halves[name].pearson,
                 cosine=cosine,
@@ -349,8 +327,20 @@ def _somers(above: NDArray[np.bool_], ranks: Floats) -> float:
     return 2 * auc - 1
 
 
-def _as_auc(somers: Coefficient) -> Coefficient:
-    return Coefficient(**{name: (1 + value) / 2 for name, value in vars(somers).items()})
+def _auc(somers: float, replicates: Sequence[float], pairs: int) -> Coefficient:
+    """An AUC from Somers' D and its bootstrap replicates: the interval of its logit by the delta
+    method (Pepe 2003, section 5.2). Replicates of exactly 1 have no finite logit themselves.
+    """
+    drawn = np.array(replicates)
+    drawn = (1 + drawn[np.isfinite(drawn)]) / 2
+    value = (1 + somers) / 2
+    if math.isnan(value) or len(drawn) < 2:
+        return Coefficient(value=value, low=math.nan, high=math.nan)
+    # Of so many pairs one in the wrong order is the least that can be seen.
+    inside = min(max(value, 1 / (1 + pairs)), 1 - 1 / (1 + pairs))
+    half = Z * float(drawn.std(ddof=1)) / (inside * (1 - inside))
+    low, high = special.expit(special.logit(inside) + np.array([-half, half]))
+    return Coefficient(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
 def _shuffled_cosine(mem: Floats, x: Floats, generator: np.random.Generator) -> float:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from raymem.data import ABSENT, different, rows_of
 from raymem.errors import StoreError
 from raymem.links.column_arrays import floats, train_at
-from raymem.links.correlation import OTHER, Correlation, correlate, known_measures
+from raymem.links.correlation import Correlation, correlate
 from raymem.links.sums import FixedSums, JoinedSums, Sums
 from raymem.store import Store
+from raymem.store.measures import OTHER, known_measures
 
 SHOWN = 3
 # Columns that must agree where both stores have them, and what they are of.
@@ -46,14 +47,14 @@ def correlations_across(
     found = {}
     for other in sorted(set(others["epsilon"].to_pylist())):
         there = train_at(others, other)
-        all_values, its_mem = known_measures(there), floats(there, OTHER)
+        all_values, its_mem = known_measures(there), floats(there, OTHER.name)
         its_sums: Sums
         if second.scored(other):
             its_sums = Sums(train_at(second.scores("folds"), other), list(all_values))
         else:
-            its_sums = FixedSums(its_mem, {**all_values, OTHER: its_mem})
+            its_sums = FixedSums(its_mem, {**all_values, OTHER.name: its_mem})
         if np.isfinite(its_mem).any():
-            all_values[OTHER] = its_mem
+            all_values[OTHER.name] = its_mem
         values = {name: v[places] for name, v in all_values.items()}
         sums = JoinedSums(mine_sums, its_sums, places)
         found[other] = correlate(mem, values, sums, np.random.default_rng(seed))

@@ -13,6 +13,7 @@ Shapes: E epsilons, T trials (subset numbers) that all epsilons have.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,12 +123,8 @@ class Link2:
         }
 
 
-def link2(store: Store, *, unclipped: Store | None = None, seed: int = 0) -> Link2:
-    """Link 2 of a store with several epsilons. Raises StoreError without scores.
-
-    `unclipped` is a study of the same recipe whose epsilon inf was trained without clipping: where
-    `store` clipped there, the two tell what clipping alone does.
-    """
+def link2(store: Store, *, seed: int = 0) -> Link2:
+    """Link 2 of a store with several epsilons. Raises StoreError without scores."""
     rows = _done(store)
     N = store.plan().n
     epsilons = sorted({row["epsilon"] for row in rows})
@@ -142,20 +139,25 @@ def link2(store: Store, *, unclipped: Store | None = None, seed: int = 0) -> Lin
             known, values = _matrix(rows, epsilons, itemgetter(f"curvature_{arm}"))
             if known == measured:
                 arms[arm] = values
-    clipped = _clipped(rows)
-    reference = None
-    if clipped and unclipped is not None and store.study().recipe == unclipped.study().recipe:
-        reference = _without_clipping(unclipped, modes)
     return fit_link2(
         np.array(epsilons),
         losses,
         curvature if measured else None,
         arms=arms,
-        clipped_at_inf=clipped,
-        unclipped=reference,
+        clipped_at_inf=_clipped(rows),
         modes=modes,
         seed=seed,
     )
+
+
+def with_unclipped(link: Link2, store: Store, unclipped: Store) -> Link2:
+    """`link` of `store`, with what clipping alone changes: where `store` clipped gradients at
+    epsilon inf, and `unclipped` trained the same recipe there without clipping.
+    """
+    if not link.clipped_at_inf or store.study().recipe != unclipped.study().recipe:
+        return link
+    reference = _without_clipping(unclipped, link.curvature_modes)
+    return dataclasses.replace(link, clipping=_clipping(link.observed, reference))
 
 
 def _done(store: Store) -> list[dict[str, Any]]:
@@ -227,7 +229,7 @@ def fit_link2(
         why = "curvature was not measured" if T else "no trial is done at all epsilons"
         return Link2(**base, fits=[], warnings=[why])
     use = np.isfinite(epsilons) | bool(clipped_at_inf)
-    base["clipping"] = _clipping(curvature, unclipped) if clipped_at_inf else None
+    base["clipping"] = _clipping(base["observed"], unclipped) if clipped_at_inf else None
     base["rises"] = _spearman(curvature[use].mean(1))
     finite = int(np.isfinite(epsilons).sum())
     if finite < EPSILONS_FOR_FITS:
@@ -270,13 +272,13 @@ def _observed(
     return found
 
 
-def _clipping(curvature: Floats, unclipped: Floats | None) -> Change | None:
+def _clipping(observed: Sequence[Observed], unclipped: Floats | None) -> Change | None:
     """What clipping alone changes: the last epsilon, inf, against trials without it."""
-    if unclipped is None:
+    clipped = observed[-1]
+    if unclipped is None or clipped.curvature is None or clipped.curvature_stderr is None:
         return None
-    clipped = curvature[-1]
     return Change.between(
-        float(clipped.mean()), _stderr(clipped), float(unclipped.mean()), _stderr(unclipped)
+        clipped.curvature, clipped.curvature_stderr, float(unclipped.mean()), _stderr(unclipped)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from raymem.encoding import epsilon_name
-from raymem.links.audit import Audit, link3, verdict
+from raymem.links.audit import Audit, PoolMean, link3, verdict
 from raymem.links.binned import Crossed, Line, PaperBins, Plane
 from raymem.links.correlation import (
     Coefficient,
@@ -23,7 +24,7 @@ from raymem.links.correlation import (
 from raymem.links.costs import Costs, costs
 from raymem.links.cross_store import joined
 from raymem.links.diagnostics import Finding, diagnostics
-from raymem.links.epsilons import Link2, link2, plain
+from raymem.links.epsilons import Link2, link2, plain, with_unclipped
 from raymem.links.equal_loss import EqualLoss
 from raymem.links.one_model import OneModel, of_one_model
 from raymem.links.twins import Twins, find_twins
@@ -54,6 +55,8 @@ class Links:
     """Whether to trust the run, by epsilon."""
     twins: dict[float, Twins]
     """Memorized examples that another one explains, by epsilon."""
+    mean_memorization: dict[float, PoolMean] = field(default_factory=dict)
+    """Of this store's own trials, by epsilon, whatever store link 3 is from."""
     private_store: str | None = None
     """Where links 2 and 3 are from, if not from the same store."""
     private_diagnostics: dict[float, list[Finding]] = field(default_factory=dict)
@@ -66,8 +69,8 @@ class Links:
         text = "".join(f"<li>{html.escape(str(verdict))}</li>" for verdict in self.verdicts)
         rows = [
             (
-                epsilon_name(epsilon), c.measure, c.spearman.shown(2), f"{c.ceiling:.2f}",
-                c.among_memorized.shown(2), c.auc.shown(2), f"{c.examples:,}",
+                epsilon_name(epsilon), c.measure, c.spearman.format(2), f"{c.ceiling:.2f}",
+                c.among_memorized.format(2), c.auc.format(2), f"{c.examples:,}",
             )
             for epsilon, found in self.correlations.items()
             for c in found
@@ -120,29 +123,52 @@ class Links:
         }
 
 
-def find_links(store: Store, *, private: Store | None = None, seed: int = 0) -> Links:
-    """The three links of a scored store; links 2 and 3 from `private`, if given: a study of the
-    same examples at several epsilons.
-
-    Raises StoreError without scores, and if the examples of the two are not the same.
-    """
+def find_links(store: Store, *, seed: int = 0) -> Links:
+    """The three links of a scored store. Raises StoreError without scores."""
     compared = correlations(store, seed=seed)
-    if private is not None:
-        joined(store, private)
-    epsilons = store if private is None else private
-    twins = find_twins(store)
-    return Links(
+    return dataclasses.replace(
+        privacy_links(store, seed=seed),
         correlations=compared,
         bins=by_memorization(store),
         paper=in_paper_bins(store, list(compared), seed=seed),
         costs=costs(store, compared),
         one_model=of_one_model(store, list(compared)),
-        curvature=link2(epsilons, unclipped=store if private else None, seed=seed),
-        memorization=link3(epsilons),
+    )
+
+
+def privacy_links(store: Store, *, seed: int = 0) -> Links:
+    """Links 2 and 3 alone, and what says whether to trust them; link 1 takes the longest by far.
+
+    Raises StoreError without scores.
+    """
+    twins, audits = find_twins(store), link3(store)
+    return Links(
+        correlations={},
+        bins={},
+        paper={},
+        costs={},
+        one_model={},
+        curvature=link2(store, seed=seed),
+        memorization=audits,
+        mean_memorization={a.epsilon: a.pool for a in audits if a.pool is not None},
         diagnostics=diagnostics(store, twins),
         twins=twins,
-        private_store=None if private is None else private.url,
-        private_diagnostics={} if private is None else diagnostics(private),
+    )
+
+
+def with_private(links: Links, private: Links, store: Store, private_store: Store) -> Links:
+    """`links` of `store` with links 2 and 3 of `private_store`, a study of the same examples at
+    several epsilons, whose own links are `private`.
+
+    Raises StoreError if the examples of the two are not the same.
+    """
+    joined(store, private_store)
+    return dataclasses.replace(
+        links,
+        curvature=with_unclipped(private.curvature, private_store, store),
+        memorization=private.memorization,
+        private_store=private_store.url,
+        private_diagnostics=private.diagnostics,
     )
 
 

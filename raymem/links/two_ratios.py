@@ -81,8 +81,9 @@ class Extrapolated:
             text=f"extrapolation: memorization at subset ratio {small.ratio:g} is above its "
             f"extrapolation to leaving one out by {_interval(small.bias)} over all examples and "
             f"by {_interval(small.bias_memorized)} over {self.memorized:,} with memorization "
-            f"above {MEMORIZED:g}; their rank correlation is {small.spearman.shown(2) or 'unknown'}"
-            f", where halves of the extrapolation agree to {self.agreement:.2f}",
+            f"above {MEMORIZED:g}; their rank correlation is "
+            f"{small.spearman.format(2) or 'unknown'}, where halves of the extrapolation agree to "
+            f"{self.agreement:.2f}",
             estimate=small.bias.value,
             low=small.bias.low,
             high=small.bias.high,

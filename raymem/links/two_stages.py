@@ -47,10 +47,10 @@ class Parameter:
     at_boundary: bool
     """Is it 0 because the best fit would be negative?"""
 
-    def shown(self) -> str:
+    def format(self) -> str:
         """As text.
 
-        >>> Parameter(value=0.0, low=math.nan, high=math.nan, at_boundary=True).shown()
+        >>> Parameter(value=0.0, low=math.nan, high=math.nan, at_boundary=True).format()
         '0 (at the boundary)'
         """
         if self.at_boundary:
@@ -190,7 +190,7 @@ def _doubts_about(name: str, fitted: Parameter, at_zero: float) -> list[str]:
         return [f"{name} is at the boundary of 0: the best fit would be negative"]
     doubts = []
     if fitted.high - fitted.low > 2 * fitted.value:
-        doubts.append(f"{name} is hardly known: {fitted.shown()}")
+        doubts.append(f"{name} is hardly known: {fitted.format()}")
     if at_zero > AT_ZERO:
         doubts.append(
             f"{name} is at the boundary of 0 in {100 * at_zero:.0f}% of bootstrap samples: its "

@@ -69,16 +69,16 @@ def verdict_on_link1(epsilon: float, rows: Sequence[Correlation]) -> Verdict:
 
 def _numbers(row: Correlation) -> str:
     """Spearman's and what to read it by, the AUC, Pearson's without noise."""
-    parts = [f"Spearman {row.spearman.shown(2)}"]
+    parts = [f"Spearman {row.spearman.format(2)}"]
     if row.ceiling < 0.995:
         parts[0] += (
             f" of at most {row.ceiling:.2f} ({100 * row.tied:.0f}% of the examples have "
             f"memorization {row.tied_at:.2g})"
         )
-    if row.among_memorized.shown(2):
-        parts.append(f"{row.among_memorized.shown(2)} among those above 0")
-    if row.auc.shown(2):
-        parts.append(f"AUC {row.auc.shown(2)} for memorization above 0.25")
+    if row.among_memorized.format(2):
+        parts.append(f"{row.among_memorized.format(2)} among those above 0")
+    if row.auc.format(2):
+        parts.append(f"AUC {row.auc.format(2)} for memorization above 0.25")
     if not math.isnan(row.pearson_disattenuated):
         parts.append(f"Pearson {row.pearson_disattenuated:.2f} when disattenuated")
     return ", ".join(parts)

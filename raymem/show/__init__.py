@@ -13,6 +13,9 @@ from raymem.lazy import lazy_attributes
 if TYPE_CHECKING:
     from raymem.show.build_report import write_report
     from raymem.show.notebook import Opened, open_store
+    from raymem.show.score_tables import examples_table, pairs_table
+    from raymem.show.story import Story, story_text, tell
+    from raymem.show.table import Table, format_table
     from raymem.show.tables import TableError, top, where
     from raymem.show.terminal_leave_one_out import (
         extrapolated_text,
@@ -23,11 +26,8 @@ if TYPE_CHECKING:
     from raymem.show.terminal_membership import membership_text
     from raymem.show.terminal_removal import removal_text, write_removal
     from raymem.show.terminal_scores import (
-        as_text,
         example_text,
-        for_people,
         ingest_text,
-        pairs_for_people,
         summary_text,
     )
     from raymem.show.terminal_status import describe_store, merge_text
@@ -35,13 +35,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Opened",
+    "Story",
+    "Table",
     "TableError",
-    "as_text",
     "correlations_text",
     "describe_store",
     "example_text",
+    "examples_table",
     "extrapolated_text",
-    "for_people",
+    "format_table",
     "ingest_text",
     "label_errors_text",
     "leave_one_out_text",
@@ -49,9 +51,11 @@ __all__ = [
     "membership_text",
     "merge_text",
     "open_store",
-    "pairs_for_people",
+    "pairs_table",
     "removal_text",
+    "story_text",
     "summary_text",
+    "tell",
     "top",
     "where",
     "write_leave_one_out",

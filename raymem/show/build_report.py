@@ -6,19 +6,26 @@ Out: report.html, figures/*.png and *.pdf, figures/thumbnails.parquet, links.jso
 
 from __future__ import annotations
 
-import math
 import os
 
 from raymem.data import Examples
 from raymem.errors import StoreError
-from raymem.links import LeftOut, find_leave_one_out, find_links
+from raymem.links import (
+    LeftOut,
+    Links,
+    find_leave_one_out,
+    find_links,
+    privacy_links,
+    with_private,
+)
 from raymem.scores import read_membership
 from raymem.show.choose import choose
 from raymem.show.explorer import explorer_section
 from raymem.show.figures import figures, leave_one_out_figure
 from raymem.show.notebook import Opened
 from raymem.show.page import TWINS, page
-from raymem.show.page_sections import stale_text
+from raymem.show.story import main_epsilon, tell
+from raymem.show.terminal_membership import stale_text
 from raymem.show.thumbnails import thumbnails
 from raymem.store import Store
 
@@ -31,12 +38,14 @@ def write_report(
     *,
     private: str | os.PathLike[str] | None = None,
     leave_one_out: str | os.PathLike[str] | None = None,
+    links: Links | None = None,
 ) -> str:
     """Write the page of a scored store and everything it is made of; returns where it is.
 
     Pictures come from `data`, or from where the study had its images; without them the page has
     none. `private` is another store of the same examples, whose trials at several epsilons give
-    links 2 and 3. `leave_one_out` is a leave-one-out experiment on this store's scores.
+    links 2 and 3. `leave_one_out` is a leave-one-out experiment on this store's scores. `links` are
+    those of both stores, if they are known already: they take seconds to hours.
 
     Raises StoreError without scores, if the private store is not of the same examples, and if the
     experiment is on other scores.
@@ -44,8 +53,12 @@ def write_report(
     opened = Opened(store, data)
     store_ = opened.store
     epsilons = sorted(set(store_.scores()["epsilon"].to_pylist()))
-    shown = math.inf if math.inf in epsilons else epsilons[-1]
-    links = find_links(store_, private=None if private is None else Store(private))
+    shown = main_epsilon(store_.scores())
+    if links is None:
+        links = find_links(store_)
+        if private is not None:
+            other = Store(private)
+            links = with_private(links, privacy_links(other), store_, other)
     store_.write_note("links", links.as_dict())
     chosen = choose(store_, shown)
     attacked = read_membership(store_)
@@ -61,6 +74,7 @@ def write_report(
     pictures, without = thumbnails(opened, list(dict.fromkeys(ids)))
     text = page(
         opened.about,
+        tell(store_, links, shown, attacked),
         chosen,
         links,
         charts,

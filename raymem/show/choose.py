@@ -16,13 +16,13 @@ import pyarrow.compute as pc
 from raymem.errors import StoreError
 from raymem.links import label_errors
 from raymem.links.column_arrays import train_at
+from raymem.links.correlation import MEMORIZED
 from raymem.store import Store
 
 Row = dict[str, Any]
 # Examples shown per class: fewer of many classes.
 PER_CLASS = ((20, 6), (200, 4), (math.inf, 2))
-SUSPICIOUS, TABLE_ROWS, PAIRS, GROUPS = 24, 1000, 24, 24
-MEMORIZED = 0.25
+FIRST, SUSPICIOUS, TABLE_ROWS, PAIRS, GROUPS = 12, 24, 1000, 24, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,11 @@ class Chosen:
     classes: list[str]
     table: list[Row]
     """The most memorized training examples, most first."""
+    first: list[Row]
+    """The most memorized of all above 0.25; `relation` is their best pair, `elsewhere` their
+    memorization at other epsilons."""
     gallery: dict[int, list[Row]]
-    """The most memorized of each class that has any above 0.25; `relation` is their best pair."""
+    """The most memorized of each class that has any above 0.25, with the same."""
     lowest: dict[int, list[Row]] = field(default_factory=dict)
     """Of each class, those of least curvature; empty if it was not measured."""
     highest: dict[int, list[Row]] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Chosen:
     def ids(self) -> list[str]:
         """Ids of all examples whose pictures are shown."""
         rows = [
+            *self.first,
             *(row for group in self.gallery.values() for row in group),
             *(
                 row
@@ -76,13 +80,14 @@ def choose(store: Store, epsilon: float) -> Chosen:
     best: dict[str, Row] = {}
     for pair in pairs:
         best.setdefault(pair["train_id"], pair)
-    gallery = _by_class(ranked.filter(pc.greater(ranked["memorization"], MEMORIZED)), per_class)
-    shown = [row["example_id"] for rows in gallery.values() for row in rows]
-    others = _at_other_epsilons(scores, epsilon, shown)
-    for rows in gallery.values():
-        for row in rows:
-            row["relation"] = best.get(row["example_id"])
-            row["elsewhere"] = others.get(row["example_id"], {})
+    memorized = ranked.filter(pc.greater(ranked["memorization"], MEMORIZED))
+    first = memorized.slice(0, FIRST).to_pylist()
+    gallery = _by_class(memorized, per_class)
+    shown = [*first, *(row for rows in gallery.values() for row in rows)]
+    others = _at_other_epsilons(scores, epsilon, [row["example_id"] for row in shown])
+    for row in shown:
+        row["relation"] = best.get(row["example_id"])
+        row["elsewhere"] = others.get(row["example_id"], {})
     lowest: dict[int, list[Row]] = {}
     highest: dict[int, list[Row]] = {}
     if "curvature_out" in here.column_names:
@@ -95,6 +100,7 @@ def choose(store: Store, epsilon: float) -> Chosen:
         epsilon=epsilon,
         classes=classes,
         table=ranked.slice(0, TABLE_ROWS).to_pylist(),
+        first=first,
         gallery=gallery,
         lowest=lowest,
         highest=highest,

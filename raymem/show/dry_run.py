@@ -34,7 +34,7 @@ from raymem.scores import (
     trials_for,
 )
 from raymem.settings import Setting
-from raymem.show.terminal_scores import as_text
+from raymem.show.table import format_table
 from raymem.store import Store
 from raymem.study import Study
 from raymem.training import default_device
@@ -231,7 +231,7 @@ def _precision(study: Study) -> list[str]:
                 }
             )
     return [*lines, "expected standard error (width of the 95% interval) of memorization:",
-            as_text(pa.Table.from_pylist(rows))]  # fmt: skip
+            format_table(pa.Table.from_pylist(rows))]  # fmt: skip
 
 
 def _pairs(study: Study) -> int:

@@ -13,10 +13,11 @@ import numpy as np
 
 from raymem.encoding import epsilon_name
 from raymem.experiments import ARMS, GROUPS
-from raymem.links import LeftOut, Links, PaperBins, Removed, measures_of
+from raymem.links import LeftOut, Links, PaperBins, Removed
 from raymem.links.column_arrays import train_at
 from raymem.scores import Attacked
 from raymem.store import Store
+from raymem.store.measures import known_measures, title_of, unit_of
 
 LIGHT = {
     "ink": "#1b1f24",
@@ -66,11 +67,11 @@ def figures(
     for bins in links.paper.get(epsilon, ()):
         if bins.straight is None or not bins.measure.endswith("_out"):
             continue
-        values = measures_of(here)[bins.measure]
+        values = known_measures(here)[bins.measure]
         everyone = np.array(here["memorization"].cast("float64").to_numpy(), np.float64)
         yield _figure(
             f"link1-{bins.measure}",
-            f"Link 1: {bins.measure} and memorization",
+            f"Link 1: {title_of(bins.measure)} and memorization",
             f"Points: examples; dots: means of the paper's bins, with a line of slope "
             f"{bins.straight.slope:.3g} (R squared {bins.straight.r_squared:.2f} over bins)."
             + (
@@ -209,7 +210,7 @@ def _link1(ax: Any, colours: dict[str, str], bins: PaperBins, mem: Any, values: 
         top = float(np.quantile(values[both], 0.995))
         ax.set_ylim(min(0.0, float(values[both].min())), max(top, float(bins.mean.max())) * 1.05)
     ax.set_xlabel("memorization")
-    ax.set_ylabel(bins.measure)
+    ax.set_ylabel(f"{title_of(bins.measure)} [{unit_of(bins.measure)}]")
     ax.legend()
 
 
@@ -243,7 +244,7 @@ def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
         law = fitted["slope"].value * shape(e) * -np.expm1(-e) + fitted["c2"].value
         ax.plot(x, law, color=colours["two"], label="the theorem's law, fitted")
     _epsilon_axis(ax, places, names)
-    ax.set_ylabel("curvature, nats per squared pixel")
+    ax.set_ylabel(f"mean curvature [{unit_of('curvature_out')}]")
     ax.set_ylim(bottom=0)
     ax.legend()
 

@@ -5,7 +5,7 @@
   const body = table.tBodies[0];
   const search = document.getElementById("search");
   const count = document.getElementById("count");
-  let sorted = data.columns.indexOf("memorization");
+  let sorted = data.columns.findIndex(function (c) { return c.key === "memorization"; });
   let down = true;
 
   function cell(value, column) {

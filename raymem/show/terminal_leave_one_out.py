@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from raymem.links import Extrapolated, LeftOut, Mean
 from raymem.show.figures import leave_one_out_figure
-from raymem.show.terminal_scores import as_text
+from raymem.show.table import format_table
 from raymem.store import Store
 
 
@@ -52,10 +52,10 @@ def leave_one_out_text(found: LeftOut) -> str:
     lines = [
         f"Memorization of {len(of.rows)} training examples, by leaving each out of the whole set "
         f"and by random subsets of ratio {of.scored_ratio:g} (95% intervals):",
-        as_text(example_table(found)),
+        format_table(example_table(found)),
         "",
         "Bias, memorization at that ratio minus leaving one out:",
-        as_text(bias_table(found)),
+        format_table(bias_table(found)),
         "",
         sources_text(found),
     ]
@@ -71,8 +71,8 @@ def sources_text(found: LeftOut) -> str:
         f"{found.repeats} repeats of {1 + len(of.rows)} trials; training accuracy "
         f"{100 * found.accuracy_train:.1f}%. Scores are of trials {of.scored_trials} of study "
         f"{of.scored_study[:16]}; the examples were chosen by its trials {of.chosen_by}. Rank "
-        f"correlation {found.spearman.shown(2) or 'not known'}, Pearson's "
-        f"{found.pearson.shown(2) or 'not known'}"
+        f"correlation {found.spearman.format(2) or 'not known'}, Pearson's "
+        f"{found.pearson.format(2) or 'not known'}"
     )
 
 
@@ -102,14 +102,14 @@ def extrapolated_text(found: Extrapolated) -> str:
                 "",
             ],
             "rank correlation": [
-                *(at.spearman.shown(2) for at in found.ratios),
+                *(at.spearman.format(2) for at in found.ratios),
                 f"{found.agreement:.2f} between halves",
             ],
         }
     )
     return (
         "Memorization at two subset ratios, extrapolated to leaving one out (95% intervals):\n"
-        f"{as_text(table)}\n\n{found.verdict}"
+        f"{format_table(table)}\n\n{found.verdict}"
     )
 
 

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
-
-from raymem.experiments import ARMS
-from raymem.links import Mean, RemovalEffect, Removed
+from raymem.links import Removed
 from raymem.show.figures import removal_figure
-from raymem.show.terminal_scores import as_text
+from raymem.show.result_tables import removal_table
+from raymem.show.table import format_table
 from raymem.store import Store
-
-
-def removal_table(found: Removed, effect: RemovalEffect) -> pa.Table:
-    """A row for each size: accuracies and how much lower that of the most memorized is, in percent,
-    with 95% intervals.
-    """
-    sizes = effect.sizes
-    return pa.table(
-        {
-            "removed": pa.array([0, *sizes]),
-            "memorization from": pa.array(
-                [None, *(found.least_memorization(size) for size in sizes)], pa.float64()
-            ),
-            **{
-                f"without {arm}": [_percent(mean) for mean in (effect.accuracy_all, *means)]
-                for arm, means in ((arm, effect.accuracy[arm]) for arm in ARMS)
-            },
-            **{
-                f"below {contrast.control}": ["", *map(_percent, contrast.at_size)]
-                for contrast in effect.contrasts
-            },
-        }
-    )
 
 
 def removal_text(found: Removed) -> str:
     """The table, what it was measured on, and the verdict."""
     effect, removal = found.headline, found.removal
     lines = [
-        f"Test accuracy without k training examples, in percent, over {effect.repeats} repeats "
-        "(95% intervals):",
-        as_text(removal_table(found, effect)),
+        format_table(removal_table(found, effect)),
         "",
         f"measured on {effect.test_examples:,} test examples; {_copies(found)}",
         f"ranked by the memorization of other trials, {removal.scored_trials} of study "
@@ -82,7 +55,3 @@ def _copies(found: Removed) -> str:
     if not found.copies:
         return "none has a near duplicate in the training set"
     return f"{found.copies:,} more have a near duplicate in the training set and are left out"
-
-
-def _percent(mean: Mean) -> str:
-    return f"{100 * mean.value:.2f} [{100 * mean.low:.2f}, {100 * mean.high:.2f}]"

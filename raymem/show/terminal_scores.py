@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.fleet import duration
+from raymem.show.score_tables import pairs_table
+from raymem.show.table import format_table, percent
 from raymem.show.tables import TableError, top
 from raymem.store import Store
 
@@ -21,49 +23,12 @@ if TYPE_CHECKING:
     from raymem.scores import EpsilonSummary
 
 SHOWN_REJECTS = 10
+# The list's rate was measured from so many trials on; with few, the largest of many noisy estimates
+# are on it.
+TRIALS_FOR_LISTS = 100
 # Of accuracy in against out: training makes the difference the other way, but for chance in few
 # models.
 WORSE = 0.02
-
-
-def for_people(table: pa.Table, *more: str) -> pa.Table:
-    """Rows of scores/examples.parquet as people read them; `more` columns at the end."""
-    rows = table.to_pylist()
-    shown = {
-        "example_id": table["example_id"],
-        "label": table["label"],
-        "in/out": [
-            "" if row["n_out"] is None else f"{row['n_in'] or 0}/{row['n_out']}" for row in rows
-        ],
-        "accuracy in, out": [
-            ""
-            if row["accuracy_in"] is None and row["accuracy_out"] is None
-            else f"{_cell(row['accuracy_in'])}, {_cell(row['accuracy_out'])}"
-            for row in rows
-        ],
-        "memorization": table["memorization"],
-        "95% interval": [
-            ""
-            if row["memorization_low"] is None
-            else f"[{row['memorization_low']:.3f}, {row['memorization_high']:.3f}]"
-            for row in rows
-        ],
-        "soft": table["memorization_soft"],
-    }
-    same = ("example_id", "label", "memorization", "memorization_soft")
-    if len(set(table["epsilon"].to_pylist())) > 1:
-        more = ("epsilon", *more)
-    return pa.table({**shown, **{name: table[name] for name in more if name not in same}})
-
-
-def pairs_for_people(table: pa.Table) -> pa.Table:
-    """Rows of scores/influence.parquet as people read them."""
-    names = ["train_id", "train_label", "test_id", "test_label", "influence", "influence_stderr"]
-    shown = {name: table[name] for name in [*names, "memorization"]}
-    shown["strong"] = ["yes" if strong else "" for strong in table["strong"].to_pylist()]
-    if len(set(table["epsilon"].to_pylist())) > 1:
-        shown["epsilon"] = table["epsilon"]
-    return pa.table(shown)
 
 
 def ingest_text(summary: IngestSummary) -> str:
@@ -132,7 +97,7 @@ def example_text(store: Store, example_id: str, n: int) -> str:
     )
     lines += ["", f"{what}, by influence ({mine.num_rows} kept):"]
     if mine.num_rows:
-        lines.append(as_text(pairs_for_people(top(mine, "influence", n))))
+        lines.append(format_table(pairs_table(top(mine, "influence", n))))
     return "\n".join(lines)
 
 
@@ -184,33 +149,6 @@ def _meaning(field: pa.Field) -> str:
     said = (field.metadata or {}).get(b"meaning", b"").decode()
     first, _, rest = re.sub(r" ?\(.*?\)", "", said).partition(";")[0].partition(": ")
     return f"{rest}, {first}" if rest and first.startswith("mean over") else first
-
-
-def as_text(table: pa.Table) -> str:
-    """The table, aligned; numbers right, nulls empty.
-
-    >>> print(as_text(pa.table({"id": ["a", "b"], "x": [0.5, None]})))
-    id      x
-    a   0.500
-    b
-    """
-    rows = [list(table.column_names)]
-    rows += [[_cell(value) for value in row.values()] for row in table.to_pylist()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = [pa.types.is_string(field.type) for field in table.schema]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if to_left else cell.rjust(width)
-            for cell, width, to_left in zip(row, widths, left, strict=True)
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-# The list's rate was measured from so many trials on; with few, the largest of many noisy estimates
-# are on it.
-TRIALS_FOR_LISTS = 100
 
 
 def summary_text(summaries: Sequence[EpsilonSummary]) -> str:
@@ -274,11 +212,6 @@ def _pairs(s: EpsilonSummary) -> str:
         f"a p-value of at most {s.pairs_level:.1g}), {s.pairs:,} kept"
     )
     return f"{text}, {s.pairs_dropped:,} DROPPED by --max-pairs" if s.pairs_dropped else text
-
-
-def percent(share: float) -> str:
-    """A share for people; - for none."""
-    return "-" if math.isnan(share) else f"{100 * share:.1f}%"
 
 
 def _cell(value: Any) -> str:
