@@ -13,7 +13,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from learners import (
-    LeaveOneOutSettings,
     covered_by_others,
     errs_at_known_odds,
     group_of,
@@ -24,6 +23,7 @@ from learners import (
 
 from raymem import (
     LeaveOneOut,
+    LeaveOneOutSettings,
     Plan,
     PlanError,
     Privacy,
