@@ -171,7 +171,7 @@ def test_a_fleet_goes_on_from_a_checkpoint_and_clears_it_up(tmp_path, digits, mo
     with monkeypatch.context() as patch:
         patch.setattr(training_state(), "end_epoch", dying)
         with pytest.raises(KeyboardInterrupt):
-            study("lost", seconds=0.0).train(engine="serial")
+            study("lost").train(engine="serial", checkpoint_seconds=0.0)
         lost = Store(tmp_path / "lost")
         assert lost.checkpointed() == {TrialKey(math.inf, 0)}
         # What a checkpoint is of: six epochs are left out by the next driver, not trained again.
