@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import latex2mathml.converter
-import reference
+import site_reference
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -26,12 +26,12 @@ ELSEWHERE = {
     "changelog.md": "CHANGELOG.md",
 }
 MADE = {
-    "reference/command-line.md": reference.command_line,
-    "reference/python.md": reference.python,
+    "reference/command-line.md": site_reference.command_line,
+    "reference/python.md": site_reference.python,
 }
 FILLED = {
-    "reference/settings.md": ("<!-- settings -->", reference.settings),
-    "reference/exit-codes.md": ("<!-- errors -->", reference.errors),
+    "reference/settings.md": ("<!-- settings -->", site_reference.settings),
+    "reference/exit-codes.md": ("<!-- errors -->", site_reference.errors),
 }
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.DOTALL | re.MULTILINE)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import raymem
-from raymem import Examples, ExamplesError, Recipe, Store, Study, add_canaries
+from raymem import Examples, ExamplesError, JobSettings, Recipe, Store, Study, add_canaries
+from raymem.cli.job_settings import PoolSettings
 from raymem.links import link3
 from raymem.show.notebook import open_store
 
@@ -104,3 +105,21 @@ def test_a_store_finds_its_images_again(scored, tmp_path):
     )
     other.open_store()
     assert open_store(other.store).data().fingerprint == digits.fingerprint
+
+
+def test_a_job_adds_canaries_and_they_are_candidates_of_its_pool(tmp_path):
+    def settings(**more):
+        return JobSettings(
+            data="digits", store=str(tmp_path / "store"), flip_labels=0.1, trials=20, **more
+        )
+
+    recipe = Recipe(model="mlp-8", epochs=1)
+    first = settings().study(recipe)
+    first.train(engine="serial")
+    first.score()
+    pool = PoolSettings(pool_from=first.store, pool_size=30)
+    study = settings(canaries=20, pool=pool).study(recipe)
+    assert study.examples.fingerprint == add_canaries(first.examples, 20).fingerprint
+    known = set(study.plan.pool) - set(study.examples.canaries)
+    assert len(known) == 30
+    assert set(study.examples.canaries) <= set(study.plan.pool)

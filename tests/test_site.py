@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 import docstrings  # noqa: E402
 import hooks  # noqa: E402
-import reference  # noqa: E402
+import site_reference  # noqa: E402
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -130,7 +130,7 @@ def test_every_public_name_is_on_the_site(site):
 def test_every_option_is_on_the_site(site):
     text = (site / "reference" / "command-line.html").read_text()
     shown = set(re.findall(r"--[a-z][a-z-]*", text))
-    for command in [*main.commands.values(), *(reference.job(path) for path in JOBS)]:
+    for command in [*main.commands.values(), *(site_reference.job(path) for path in JOBS)]:
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 assert shown >= {o for o in parameter.opts if o.startswith("--")}, parameter
@@ -171,7 +171,7 @@ def understood(words: list[str]) -> None:
     if words[0] == "raymem":
         command, arguments = main.commands[words[1]], words[2:]
     elif words[0] == "python" and words[1].startswith("jobs/"):
-        command, arguments = reference.job(ROOT / words[1]), words[2:]
+        command, arguments = site_reference.job(ROOT / words[1]), words[2:]
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         return

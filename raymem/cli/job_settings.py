@@ -14,7 +14,14 @@ import click
 
 from raymem.cli.base import absolute_store
 from raymem.cli.exchange import CacheImages
-from raymem.data import Examples, draw_training, flip_labels, holds_cache, load_examples
+from raymem.data import (
+    Examples,
+    add_canaries,
+    draw_training,
+    flip_labels,
+    holds_cache,
+    load_examples,
+)
 from raymem.data.shards import ingest
 from raymem.errors import ExamplesError
 from raymem.fleet import Resources
@@ -45,9 +52,12 @@ class DataSettings:
     """Take only this many of the training examples, drawn by their ids; None: all."""
     flip_labels: Annotated[float, Setting(least=0, most=0.5)] = 0.0
     """Share of the training labels that are made wrong on purpose."""
+    canaries: Annotated[int, Setting(least=0)] = 0
+    """Add this many training examples of noise with random labels, for the audit of privacy, such
+    as 200."""
 
     def load_examples(self) -> Examples:
-        """The data set, with flipped labels if that is asked for."""
+        """The data set, with flipped labels and canaries if that is asked for."""
         examples = self.data
         if not isinstance(examples, Examples):
             examples = load_examples(
@@ -58,7 +68,9 @@ class DataSettings:
             )
         if self.train_examples is not None:
             examples = draw_training(examples, self.train_examples)
-        return flip_labels(examples, self.flip_labels) if self.flip_labels else examples
+        if self.flip_labels:
+            examples = flip_labels(examples, self.flip_labels)
+        return add_canaries(examples, self.canaries) if self.canaries else examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +175,11 @@ class JobSettings(StudySettings, DataSettings):
         if self.pool is not None and self.pool.pool_from is not None:
             from raymem.links import most_memorized
 
-            candidates = most_memorized(examples, self.pool.pool_from, self.pool.pool_size)
+            known = dataclasses.replace(self, canaries=0).load_examples()
+            candidates = most_memorized(known, self.pool.pool_from, self.pool.pool_size)
             settings |= {
                 "kind": "candidate-pool",
-                "pool": candidates,
+                "pool": (*candidates, *examples.canaries),
                 "rest_ratio": self.pool.rest_ratio,
             }
         if self.epsilons is not None:
