@@ -262,7 +262,8 @@ def test_a_pool_from_an_earlier_store(capsys, tmp_path):
     assert code == 0, out
     plan = Store(second).plan()
     assert (plan.kind, len(plan.pool), plan.rest_ratio) == ("candidate-pool", 30, 0.7)
-    assert "examples (the candidates)" in out
+    shown = CliRunner().invoke(main, ["links", second])
+    assert "examples (the candidates)" in shown.output
     sizes = Store(second).scores("trials")["subset_size"].to_pylist()
     # 0.7 of 1,170 and half of 30: 834, standard deviation 16.
     assert all(755 <= size <= 915 for size in sizes)
