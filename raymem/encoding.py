@@ -26,6 +26,15 @@ def at_epsilon(epsilon: float) -> str:
     return "" if math.isinf(epsilon) else f" at epsilon {epsilon_name(epsilon)}"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "shard"), counted(1200, "shard")
+    ('1 shard', '1,200 shards')
+    """
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def json_ready(value: Any) -> Any:
     """A copy of nested mappings and sequences that JSON can hold: NaN is null, inf is "inf".
 

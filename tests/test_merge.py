@@ -518,7 +518,7 @@ def test_the_command_says_what_it_did_and_what_is_next(whole, tmp_path):
         store.target = Target(trials=10)
     output = raymem("merge", a.url, b.url, tmp_path / "out")
     assert "out: 8 trials, 2 more are wanted" in output
-    assert "copied: 8 trials, 3 models' weights, 0 failed attempts, 0 shards" in output
+    assert "copied: 8 trials, weights of 3 models, 0 failed attempts, 0 shards" in output
     assert "in both: 2 trials" in output
     assert "drift: 1 trials" in output
     assert "run its job with --store" in output

@@ -15,7 +15,7 @@ from raymem.cli.base import command_errors, debug_option, main
 from raymem.cli.options import filled, setting_options
 from raymem.data import load_examples
 from raymem.errors import ImportFileError
-from raymem.fleet import Engine, ProgressLine, duration
+from raymem.fleet import Engine, ProgressLine, Snapshot, seconds_left
 from raymem.interop import EXPORTS, FORMATS, export
 from raymem.settings import Setting
 from raymem.show import ingest_text, merge_text, summary_text
@@ -76,9 +76,9 @@ def _merging(line: ProgressLine) -> Callable[[int, int], None]:
     start = time.monotonic()
 
     def show(done: int, total: int) -> None:
-        left = (time.monotonic() - start) / done * (total - done)
-        more = f", {duration(left)} left" if done < total else ""
-        line.show_text(f"merging: parts {done:,}/{total:,}{more}", last=done == total)
+        left = seconds_left(done, total - done, time.monotonic() - start)
+        snapshot = Snapshot(what="merging", unit="parts", done=done, total=total, seconds_left=left)
+        line.show(snapshot, last=snapshot.complete)
 
     return show
 

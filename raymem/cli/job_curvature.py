@@ -13,7 +13,7 @@ from raymem.cli.options import run_command
 from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming import ScoringModel, StreamSummary, stream_curvature
 from raymem.data.shards import list_shards
-from raymem.encoding import epsilon_name
+from raymem.encoding import counted, epsilon_name
 from raymem.errors import RecipeError
 from raymem.fleet import Engine, duration
 from raymem.settings import Setting
@@ -144,15 +144,16 @@ def stream_text(summary: StreamSummary, store: Store) -> str:
     """What a run did, and where the scores are."""
     s = summary
     lines = [
-        f"{s.model}: {s.shards:,} shards, {s.done_before:,} of them scored before; mode {s.mode}"
+        f"{s.model}: {counted(s.shards, 'shard')}, {s.done_before:,} of them scored before; mode "
+        f"{s.mode}"
     ]
     if s.scored:
         lines.append(
-            f"{s.scored:,} images scored in {duration(s.seconds)}, {s.scored / s.seconds:,.1f} a "
-            "second"
+            f"{counted(s.scored, 'image')} scored in {duration(s.seconds)}, "
+            f"{s.scored / s.seconds:,.1f} a second"
         )
     if s.bad:
-        lines.append(f"{len(s.bad):,} images NOT scored:")
+        lines.append(f"{counted(len(s.bad), 'image')} NOT scored:")
         lines += [f"  {b.shard}: {b.example_id}: {b.error}" for b in s.bad[:SHOWN]]
         if len(s.bad) > SHOWN:
             lines.append(f"  and {len(s.bad) - SHOWN:,} more")
@@ -162,8 +163,8 @@ def stream_text(summary: StreamSummary, store: Store) -> str:
         )
     if s.repeated:
         lines.append(
-            f"ids are NOT unique in {len(s.repeated):,} shards, such as {s.repeated[0]}: they "
-            "cannot be joined with memorization"
+            f"ids are NOT unique in {counted(len(s.repeated), 'shard')}, such as {s.repeated[0]}: "
+            "they cannot be joined with memorization"
         )
     lines.append(f"scores: {store.files.path(f'curvature/{s.model}')}")
     if store.files.exists("study.json"):

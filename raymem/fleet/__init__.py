@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from raymem.fleet.fleet import run_fleet
     from raymem.fleet.forecast import estimated_trial, group_size, timed_group, timed_trial
     from raymem.fleet.long_stage import LongStage, StageProgress, Stopped
-    from raymem.fleet.progress_line import ProgressLine, duration
+    from raymem.fleet.progress_line import ProgressLine, Snapshot, duration, seconds_left
     from raymem.fleet.repeat import Repeat, repeat_trial
     from raymem.fleet.resources import Engine, Resources
     from raymem.fleet.trial_queue import Progress, TrialQueue
@@ -26,6 +26,7 @@ __all__ = [
     "ProgressLine",
     "Repeat",
     "Resources",
+    "Snapshot",
     "StageProgress",
     "Stopped",
     "TrialOptions",
@@ -35,6 +36,7 @@ __all__ = [
     "group_size",
     "repeat_trial",
     "run_fleet",
+    "seconds_left",
     "timed_group",
     "timed_trial",
 ]

@@ -18,7 +18,7 @@ from raymem.errors import (
     StoreFullError,
 )
 from raymem.fleet.long_stage import LongStage, Stopped
-from raymem.fleet.progress_line import describe
+from raymem.fleet.progress_line import fleet_snapshot
 from raymem.fleet.resources import Resources
 from raymem.fleet.trial_queue import Lost, Progress, TrialQueue
 from raymem.fleet.worker import Job, TrialOptions, work
@@ -102,7 +102,7 @@ def run_fleet(
             notices_said[0] = len(progress.notices)
             for lost in watched.take_lost():
                 store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
-            stage.show(describe(progress), last=progress.complete)
+            stage.show(fleet_snapshot(progress), last=progress.complete)
             if stage.preempted.is_set() and stopping[0] != "preempted":
                 stopping[0] = "preempted"
                 watched.preempt()

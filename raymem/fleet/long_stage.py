@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Self, TypeVar
 
+from raymem.encoding import counted
 from raymem.errors import RaymemError
-from raymem.fleet.progress_line import ProgressLine, duration
+from raymem.fleet.progress_line import ProgressLine, Snapshot, seconds_left
 from raymem.store import DriverLock
 
 Result = TypeVar("Result")
@@ -42,6 +43,8 @@ class _StopNow(BaseException):
 class StageProgress:
     """How far a stage is that goes through units of images, such as shards."""
 
+    what: str
+    """What is done: decoding, curvature."""
     unit: str
     """What is counted, in the plural."""
     total: int
@@ -76,26 +79,28 @@ class StageProgress:
             self.first = time.monotonic(), self.done
 
     @property
-    def seconds_left(self) -> float | None:
-        """At the rate since the first unit was done; None before the second is."""
-        if self.first is None or self.done == self.first[1]:
-            return None
-        each = (time.monotonic() - self.first[0]) / (self.done - self.first[1])
-        return each * self.left
+    def snapshot(self) -> Snapshot:
+        """Units, images, rate, time left: at the rate since the first unit was done."""
+        left = None
+        if self.first is not None:
+            since, before = self.first
+            left = seconds_left(self.done - before, self.left, time.monotonic() - since)
+        rate = self.images / self.seconds if self.images and self.seconds > 0 else 0.0
+        return Snapshot(
+            what=self.what,
+            unit=self.unit,
+            done=self.done_before + self.done,
+            total=self.total,
+            rate=f"{rate:,.1f} images/s" if rate else "",
+            seconds_left=left,
+            notes=[
+                *([counted(self.images, "image")] if self.images else ["workers are starting"]),
+                *([f"{self.bad:,} BAD"] if self.bad else []),
+            ],
+        )
 
     def __str__(self) -> str:
-        """One line: units, images, rate, time left."""
-        parts = [
-            f"{self.unit} {self.done_before + self.done:,}/{self.total:,}",
-            f"{self.images:,} images",
-        ]
-        if self.bad:
-            parts.append(f"{self.bad:,} BAD")
-        if self.images and self.seconds > 0:
-            parts.append(f"{self.images / self.seconds:,.1f} images/s")
-        if self.left and self.seconds_left is not None:
-            parts.append(f"{duration(self.seconds_left)} left")
-        return ", ".join(parts)
+        return f"{self.what}: {self.snapshot}"
 
 
 class LongStage:
@@ -144,9 +149,9 @@ class LongStage:
         """Did the user ask to stop?"""
         return self._asked > 0
 
-    def show(self, text: str, *, last: bool) -> None:
+    def show(self, snapshot: Snapshot, *, last: bool) -> None:
         """Show where the stage is. Raises StoreHeldError if another driver took over."""
-        self.line.show_text(text, last=last)
+        self.line.show(snapshot, last=last)
         self.lock.check()
 
     def collect(
@@ -163,7 +168,7 @@ class LongStage:
         with contextlib.closing(results) as found:
             for result in found:
                 take(result)
-                self.show(str(progress), last=progress.left == 0)
+                self.show(progress.snapshot, last=progress.left == 0)
                 if self.stop_asked and progress.left:
                     raise Stopped(
                         f"stopped after {progress.total - progress.left:,} of {progress.total:,} "

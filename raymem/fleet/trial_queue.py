@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from raymem.fleet.blame import DIVERGENCES_ALLOWED, Blame, Location, Need, Place
 from raymem.store import Failure, TrialKey
@@ -55,6 +55,17 @@ class Lost:
     message: str
 
 
+class GroupProgress(NamedTuple):
+    """Where one worker group is."""
+
+    name: str
+    workers: int
+    running: int
+    """Trials that its workers are training."""
+    committed: int
+    """Trials that they committed in this run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """Where a fleet is; counts are trials."""
@@ -87,6 +98,8 @@ class Progress:
     """Ids of the nodes that get no more workers."""
     notices: tuple[str, ...] = ()
     """What to tell the user of workers and nodes that fail; it only grows."""
+    groups: tuple[GroupProgress, ...] = ()
+    """Where each worker group is."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -117,6 +130,7 @@ class _Worker:
 @dataclass
 class _WorkerGroup:
     restarts_without_commit: int = 0
+    committed: int = 0
     seen: set[int] = field(default_factory=set)
     draining: bool = False
 
@@ -314,7 +328,18 @@ class TrialQueue:
             workers_retired=self._blame.workers_retired,
             retired_nodes=self._blame.retired_nodes,
             notices=tuple(self._blame.notices),
+            groups=tuple(self._groups()),
         )
+
+    def _groups(self) -> Iterator[GroupProgress]:
+        for name, state in sorted(self._worker_groups.items()):
+            workers = [w for w in self._workers.values() if w.worker_group == name]
+            yield GroupProgress(
+                name=name,
+                workers=len(workers),
+                running=sum(len(worker.keys) for worker in workers),
+                committed=state.committed,
+            )
 
     def _next_group(self, place: Place, n: int) -> list[TrialKey]:
         """Trials to train together. Those whose worker died are tried in a smaller group, then
@@ -376,6 +401,7 @@ class TrialQueue:
         self._last_commit = self._clock()
         if worker is not None:
             self._worker_groups[worker.worker_group].restarts_without_commit = 0
+            self._worker_groups[worker.worker_group].committed += 1
         self._reconsider(self._blame.committed(None if worker is None else worker.place, key))
 
     def _fail(self, place: Place, key: TrialKey, outcome: Outcome, message: str) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from raymem.encoding import counted
 from raymem.fleet import duration
 from raymem.store import MergeSummary, Store, TrialKey, is_alive, read_driver
 
@@ -16,7 +17,7 @@ SAMPLED_TRIALS = 50
 def describe_store(store: Store) -> str:
     """What `raymem status` prints."""
     streamed = [
-        f"curvature of {model}: {len(shards):,} shards"
+        f"curvature of {model}: {counted(len(shards), 'shard')}"
         for model, shards in sorted(store.streamed().items())
     ]
     if streamed and not store.files.exists("study.json"):
@@ -100,10 +101,11 @@ def merge_text(summary: MergeSummary) -> str:
     """What `raymem merge` prints."""
     s = summary
     lines = [
-        f"{s.url}: {s.trials:,} trials, {s.missing:,} more are wanted",
-        f"copied: {s.copied:,} trials, {s.weights:,} models' weights, {s.failures:,} failed "
-        f"attempts, {s.shards:,} shards of curvature; {s.there:,} trials were there",
-        f"in both: {s.in_both:,} trials",
+        f"{s.url}: {counted(s.trials, 'trial')}, {s.missing:,} more are wanted",
+        f"copied: {counted(s.copied, 'trial')}, weights of {counted(s.weights, 'model')}, "
+        f"{counted(s.failures, 'failed attempt')}, {counted(s.shards, 'shard')} of curvature; "
+        f"{counted(s.there, 'trial')} already there",
+        f"in both: {counted(s.in_both, 'trial')}",
     ]
     if s.drift:
         lines.append(

@@ -63,7 +63,7 @@ class Gathered:
         self.store, self.model, self.task, self.about = store, model, task, about
         self.summary, self.skip_bad = summary, skip_bad
         self.progress = StageProgress(
-            unit="shards", total=summary.shards, done_before=summary.done_before
+            what="curvature", unit="shards", total=summary.shards, done_before=summary.done_before
         )
         self._rows: dict[int, dict[int, dict[str, Any]]] = {}
         self._total: dict[int, int] = {}

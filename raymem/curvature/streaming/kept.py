@@ -22,6 +22,7 @@ from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
 from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
 from raymem.data.shards.records import Shard
 from raymem.data.shards.transform import Batch
+from raymem.encoding import counted
 from raymem.errors import StoreError
 from raymem.fleet import Engine, LongStage, StageProgress
 from raymem.store import DriverLock, Store, TrialKey
@@ -52,10 +53,6 @@ class StageSummary(StageProgress):
     models: int
     modes: set[str] = field(default_factory=set)
     """How traces were computed."""
-
-    def __str__(self) -> str:
-        """One line: pairs, images (once for each model), rate, time left."""
-        return f"curvature of {self.models:,} models: {super().__str__()}"
 
 
 def measure_kept(
@@ -96,7 +93,8 @@ def measure_kept(
     tasks = _missing(store, stage_task)
     total = len(keys) * len(shards)
     summary = StageSummary(
-        unit="pairs of a model and a shard",
+        what=f"curvature of {counted(len(keys), 'model')}",
+        unit="shards of a model",
         total=total,
         done_before=total - len(tasks),
         models=len(keys),
@@ -115,7 +113,7 @@ def measure_kept(
         DriverLock(store.files, progress=lambda: {**status, "left": summary.left}) as lock,
         LongStage(lock) as stage,
     ):
-        stage.show(f"{summary}, workers are starting", last=False)
+        stage.show(summary.snapshot, last=False)
         stage.collect(run(stage_task, tasks, scorers, gpus_per_scorer, verbose), take, summary)
     return summary
 

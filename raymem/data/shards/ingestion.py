@@ -101,7 +101,7 @@ def ingest(
         for split, shards in (("train", splits.train), ("test", splits.test))
         for shard in shards
     ]
-    progress = StageProgress(unit="shards", total=len(tasks))
+    progress = StageProgress(what="decoding", unit="shards", total=len(tasks))
     status = {"stage": "ingest"}
     with DriverLock(files, progress=lambda: {**status, "left": progress.left}) as lock:
         run = _on_ray if engine == "ray" else _in_process
