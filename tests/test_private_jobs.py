@@ -349,6 +349,7 @@ def test_plans_have_a_seed_for_noise():
     assert all(s.noise not in (s.init, s.order, s.augment) for s in seeds)
 
 
+@pytest.mark.slow
 def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_path):
     second = PrivateStudy(
         recipe=Recipe(model="mlp-8", epochs=2, batch_size=100, optimizer="adam"),

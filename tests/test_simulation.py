@@ -111,6 +111,7 @@ def test_most_nodes_bad_end_the_fleet_at_once():
     assert report["hours"] * 3600 < 60
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 10**6), bad_nodes=st.integers(0, 2), bad_devices=st.integers(0, 4))
 def test_bad_nodes_among_all_other_faults_make_no_trial_be_given_up(seed, bad_nodes, bad_devices):

@@ -76,9 +76,9 @@ def encoded(image: Image.Image) -> bytes:
 
 
 def media_type(data: bytes) -> str:
-    """Of a thumbnail.
+    """The media type of a thumbnail.
 
-    >>> media_type(b"\x89PNG...")
+    >>> media_type(bytes.fromhex("89") + b"PNG...")
     'image/png'
     """
     return "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
