@@ -6,9 +6,10 @@
 
     python jobs/feldman_digits.py
 
-2026-11-25: 37 digits are on the list of those memorized above 0.25. Over all of them, memorization
-has a Pearson correlation of 0.67 [0.59, 0.74] with curvature of models that did not see the digit,
-0.92 [0.88, 0.95] with their loss, 0.97 [0.96, 0.98] with the norm of its gradient.
+2026-11-25, with 30 epochs of batches of 64 at 0.1: 37 digits are on the list of those memorized
+above 0.25. Over all of them, memorization has a Pearson correlation of 0.67 [0.59, 0.74] with
+curvature of models that did not see the digit, 0.92 [0.88, 0.95] with their loss, 0.97 [0.96, 0.98]
+with the norm of its gradient.
 """
 
 import math

@@ -775,6 +775,7 @@ def test_ray_gives_what_this_process_gives(small, tmp_path):
         assert (tmp_path / "here" / key).read_bytes() == (tmp_path / "there" / key).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Data's own settings
 @pytest.mark.parametrize(
     ("resources", "held"),
