@@ -42,6 +42,7 @@ def test_a_worker_whose_device_fails_is_retired_and_the_others_do_all_trials(tmp
     assert "RuntimeError: CUDA error: uncorrectable ECC error encountered" in said
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_everywhere_ends_the_fleet_at_once(tmp_path, gate, monkeypatch):
     monkeypatch.setenv("RAYMEM_TEST_ALL_BAD", "1")
     ran = train(tmp_path / "store", "--trials", TRIALS)
@@ -53,6 +54,7 @@ def test_a_model_that_fails_everywhere_ends_the_fleet_at_once(tmp_path, gate, mo
     assert Store(tmp_path / "store").done() == set()
 
 
+@pytest.mark.slow
 def test_an_error_of_one_of_two_workers_of_a_trial_is_told(tmp_path, gate, monkeypatch):
     """The other one only loses its peer: what is said is the cause."""
     monkeypatch.setenv("RAYMEM_TEST_ALL_BAD", "1")
