@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import pytest
 
 from raymem import CurvatureRule, JobSettings, PaperRule, PrivateStudy, Recipe, Smoke
-from raymem.cli import job_curvature, job_leave_one_out, job_removal, job_study
+from raymem.cli import job_curvature, job_experiments, job_study
 from raymem.cli.job_settings import CacheSettings, PoolSettings, RunOptions
 from raymem.cli.options import as_text, fields_of, options_of, run_command
 from raymem.data.load import NAMED
@@ -170,8 +170,8 @@ def nested(settings):
     "settings",
     [
         WHOLE, RunOptions(), Resources(), job_curvature.ScoringSettings(),
-        job_removal.RemovalSettings(data="digits", store="memory://r"),
-        job_leave_one_out.LeaveOneOutSettings(data="digits", store="memory://r"),
+        job_experiments.RemovalSettings(data="digits", store="memory://r"),
+        job_experiments.LeaveOneOutSettings(data="digits", store="memory://r"),
     ],
 )  # fmt: skip
 def test_every_setting_has_its_sentence_and_one_option(settings):
@@ -194,7 +194,7 @@ def shown(path, monkeypatch, capsys):
 @pytest.mark.parametrize("path", sorted(JOBS.glob("*.py")), ids=lambda path: path.stem)
 def test_every_setting_of_a_job_is_in_its_help(path, monkeypatch, capsys):
     asked = []
-    for module in (job_study, job_removal, job_curvature, job_leave_one_out):
+    for module in (job_study, job_experiments, job_curvature):
         command = module.run_command
 
         def seen(work, *settings, command=command, **more):

@@ -15,8 +15,12 @@ from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.cli.job_curvature import ScoringSettings, run_curvature_job
-    from raymem.cli.job_leave_one_out import LeaveOneOutSettings, run_leave_one_out_job
-    from raymem.cli.job_removal import RemovalSettings, run_removal_job
+    from raymem.cli.job_experiments import (
+        LeaveOneOutSettings,
+        RemovalSettings,
+        run_leave_one_out_job,
+        run_removal_job,
+    )
     from raymem.cli.job_settings import (
         CacheSettings,
         JobSettings,
