@@ -67,8 +67,7 @@ def write_report(
     if left_out is not None:
         charts.append(leave_one_out_figure(left_out))
     for chart in charts:
-        store_.files.replace(f"figures/{chart.name}.png", chart.light)
-        store_.files.replace(f"figures/{chart.name}.pdf", chart.pdf)
+        chart.keep(store_)
     twins = links.twins[shown].rows[:TWINS]
     ids = [*chosen.ids(), *(row[side] for row in twins for side in ("example_id", "twin_id"))]
     pictures, without = thumbnails(opened, list(dict.fromkeys(ids)))

@@ -45,6 +45,12 @@ class Figure:
     """PNG."""
     pdf: bytes
 
+    def keep(self, store: Store, *, dark: bool = False) -> None:
+        """Write figures/NAME.png and .pdf to the store, and NAME-dark.png if asked for."""
+        kept = {".png": self.light, ".pdf": self.pdf}
+        for suffix, data in (kept | {"-dark.png": self.dark} if dark else kept).items():
+            store.files.replace(f"figures/{self.name}{suffix}", data)
+
 
 Draw = Callable[[Any, dict[str, str]], None]
 

@@ -81,10 +81,7 @@ def write_leave_one_out(found: LeftOut) -> str:
     JSON is."""
     store = Store(found.url)
     store.write_note("leave_one_out", found.as_dict())
-    figure = leave_one_out_figure(found)
-    store.files.replace(f"figures/{figure.name}.png", figure.light)
-    store.files.replace(f"figures/{figure.name}-dark.png", figure.dark)
-    store.files.replace(f"figures/{figure.name}.pdf", figure.pdf)
+    leave_one_out_figure(found).keep(store, dark=True)
     return store.files.path("leave_one_out.json")
 
 

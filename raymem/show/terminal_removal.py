@@ -42,10 +42,7 @@ def write_removal(found: Removed) -> str:
     """Write removal.json and figures/removal.png, -dark.png and .pdf; returns where the JSON is."""
     store = Store(found.url)
     store.write_note("removal", found.as_dict())
-    figure = removal_figure(found)
-    store.files.replace(f"figures/{figure.name}.png", figure.light)
-    store.files.replace(f"figures/{figure.name}-dark.png", figure.dark)
-    store.files.replace(f"figures/{figure.name}.pdf", figure.pdf)
+    removal_figure(found).keep(store, dark=True)
     return store.files.path("removal.json")
 
 
