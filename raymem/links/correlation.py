@@ -307,7 +307,8 @@ def _pearsons(a: Floats, x: Floats) -> Floats:
     """Pearson's correlation of a [n] with each row of x [m, n]; NaN where one does not vary."""
     a, x = a - a.mean(), x - x.mean(1, keepdims=True)
     size = np.linalg.norm(a) * np.linalg.norm(x, axis=1)
-    return np.divide(x @ a, size, out=np.full(len(x), np.nan), where=size > 0)
+    found: Floats = np.divide(x @ a, size, out=np.full(len(x), np.nan), where=size > 0)
+    return found
 
 
 def _among(chosen: NDArray[np.bool_], y: Floats, x: Floats) -> Floats:
@@ -322,7 +323,7 @@ def _somers(above: NDArray[np.bool_], ranks: Floats) -> Floats:
     n, m = int(above.sum()), int((~above).sum())
     if n == 0 or m == 0:
         return np.full(len(ranks), np.nan)
-    auc = (ranks[:, above].sum(1) / n - (n + 1) / 2) / m
+    auc: Floats = (ranks[:, above].sum(1) / n - (n + 1) / 2) / m
     return 2 * auc - 1
 
 

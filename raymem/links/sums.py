@@ -83,7 +83,8 @@ class Sums:
         # To add up all examples is faster than to gather some, unless they are few.
         sums = self._sums[name]
         few = 8 * len(rows) < sums.shape[1]
-        return weights @ sums[:, rows] if few else (weights @ sums)[rows]
+        total: Floats = weights @ sums[:, rows] if few else (weights @ sums)[rows]
+        return total
 
 
 class FixedSums(Sums):
