@@ -8,8 +8,8 @@
 
 2026-11-27: 34 digits are on the list of those memorized above 0.25. Over all of them, memorization
 has a Pearson correlation of 0.73 [0.65, 0.80] with curvature of models that did not see the digit,
-0.93 [0.89, 0.95] with their loss, 0.98 [0.97, 0.98] with the norm of its gradient. Mean memorization
-is 0.029 [0.021, 0.037] at epsilon 0.5, 0.022 [0.019, 0.024] at 8, 0.036 [0.034, 0.038] at inf.
+0.93 [0.89, 0.95] with their loss, 0.98 [0.97, 0.98] with the norm of its gradient. Its mean is
+0.029 [0.021, 0.037] at epsilon 0.5, 0.022 [0.019, 0.024] at 8 and 0.036 [0.034, 0.038] at inf.
 """
 
 import math
