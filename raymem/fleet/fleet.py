@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -18,9 +17,10 @@ from raymem.errors import (
     StoreFullError,
 )
 from raymem.fleet.long_stage import LongStage, Stopped
-from raymem.fleet.progress_line import fleet_snapshot
+from raymem.fleet.progress import Progress
 from raymem.fleet.resources import Resources
-from raymem.fleet.trial_queue import Lost, Progress, TrialQueue
+from raymem.fleet.trial_queue import TrialQueue
+from raymem.fleet.watch import FleetWatch, Watched
 from raymem.fleet.worker import Job, TrialOptions, work
 from raymem.models import build_model
 from raymem.plan import Plan
@@ -28,20 +28,12 @@ from raymem.privacy import check_private
 from raymem.store import DriverLock, Store
 from raymem.training import Recipe, check_private_recipe, default_device
 
-# In driver.json, for `raymem status`.
-NOTICES_SHOWN = 10
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
     "store": StoreError,
     "error": FleetError,
 }
-
-
-class _Watched(Protocol):
-    def stop(self) -> None: ...
-    def preempt(self) -> None: ...
-    def take_lost(self) -> list[Lost]: ...
 
 
 def run_fleet(
@@ -85,37 +77,7 @@ def run_fleet(
         queue = TrialQueue(
             pending, failures=store.failures(), done_before=len(wanted) - len(pending)
         )
-        notices_said = [0]
-        stopping: list[str | None] = [None]
-
-        def watch(watched: _Watched, progress: Progress) -> None:
-            latest.update(
-                done=progress.done,
-                total=progress.total,
-                running=progress.running,
-                rate=progress.rate,
-                seconds_left=progress.seconds_left,
-                notices=progress.notices[-NOTICES_SHOWN:],
-            )
-            for notice in progress.notices[notices_said[0] :]:
-                stage.line.say(notice)
-            notices_said[0] = len(progress.notices)
-            for lost in watched.take_lost():
-                store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
-            stage.show(fleet_snapshot(progress), last=progress.complete)
-            if stage.preempted.is_set() and stopping[0] != "preempted":
-                stopping[0] = "preempted"
-                watched.preempt()
-                stage.line.say(
-                    "time is nearly up: no new trials; those that are training are saved"
-                )
-            elif stage.stop_asked and stopping[0] is None:
-                stopping[0] = "stopped"
-                watched.stop()
-                stage.line.say(
-                    "stopping: running trials finish first; press Ctrl-C again to stop now"
-                )
-
+        watch = FleetWatch(store, stage, latest, resources.stalled_seconds)
         progress = queue.progress()
         if not progress.complete:
             job = Job.of(examples, plan, recipe, store, options, resources)
@@ -123,7 +85,7 @@ def run_fleet(
             progress = run(queue, job, watch, resources, stage.preempted)
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
-    if stopping[0] is not None and progress.done + progress.failed < progress.total:
+    if watch.stopping is not None and progress.done + progress.failed < progress.total:
         raise Stopped(
             f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
             "again to go on"
@@ -134,7 +96,7 @@ def run_fleet(
 def _run_serial(
     queue: TrialQueue,
     job: Job,
-    watch: Callable[[_Watched, Progress], None],
+    watch: Callable[[Watched, Progress], None],
     resources: Resources,
     preempted: threading.Event,
 ) -> Progress:
@@ -155,7 +117,7 @@ def _run_serial(
 def _run_ray(
     queue: TrialQueue,
     job: Job,
-    watch: Callable[[_Watched, Progress], None],
+    watch: Callable[[Watched, Progress], None],
     resources: Resources,
     preempted: threading.Event,
 ) -> Progress:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ray.util.metrics import Counter, Gauge
 
-from raymem.fleet.trial_queue import Progress
+from raymem.fleet.progress import Progress
 
 TAG = ("study",)
 

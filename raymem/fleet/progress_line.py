@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raymem.encoding import counted
-from raymem.fleet.trial_queue import Progress
+from raymem.encoding import counted, duration
+from raymem.fleet.progress import Progress
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -85,7 +85,7 @@ class ProgressLine:
     def show(self, snapshot: Snapshot, *, last: bool = False) -> None:
         """Show where the stage is, if it is time; the last one always."""
         if self._terminal:
-            self._bar().update(_drawn(snapshot), refresh=last)
+            self._bar().update(drawn(snapshot), refresh=last)
             return
         now, text = time.monotonic(), str(snapshot)
         if text == self._last_text or (now < self._next_time and not last):
@@ -119,7 +119,7 @@ class ProgressLine:
         return self._live
 
 
-def _drawn(snapshot: Snapshot) -> Any:
+def drawn(snapshot: Snapshot) -> Any:
     """The bar with its numbers, a line for the notes, and one for each worker group."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
@@ -181,22 +181,3 @@ def _groups(progress: Progress) -> list[str]:
     if len(at_work) > GROUPS_LISTED:
         lines.append(f"and {counted(len(at_work) - GROUPS_LISTED, 'more group')}")
     return lines
-
-
-def duration(seconds: float) -> str:
-    """A length of time a person reads.
-
-    >>> duration(0.25), duration(59), duration(61), duration(7300), duration(200_000)
-    ('0.25 s', '59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h')
-    """
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, second = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {second} s"
-    hours, minute = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minute} min"
-    return f"{hours // 24} d {hours % 24} h"

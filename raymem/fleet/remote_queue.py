@@ -7,7 +7,8 @@ from typing import Any
 import ray
 
 from raymem.fleet.blame import Location
-from raymem.fleet.trial_queue import Lease, Lost, Outcome, Progress
+from raymem.fleet.progress import Progress, Report, TrialEvent
+from raymem.fleet.trial_queue import Lease, Lost, Outcome
 from raymem.store import TrialKey
 
 
@@ -37,9 +38,16 @@ class RemoteQueue:
         """See TrialQueue.heartbeat."""
         return bool(ray.get(self._actor.heartbeat.remote(worker)))
 
-    def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
+    def finish(
+        self,
+        worker: str,
+        key: TrialKey,
+        outcome: Outcome,
+        message: str = "",
+        report: Report | None = None,
+    ) -> None:
         """See TrialQueue.finish."""
-        ray.get(self._actor.finish.remote(worker, key, outcome, message))
+        ray.get(self._actor.finish.remote(worker, key, outcome, message, report))
 
     def progress(self) -> Progress:
         """See TrialQueue.progress."""
@@ -50,6 +58,11 @@ class RemoteQueue:
         """See TrialQueue.take_lost."""
         lost: list[Lost] = ray.get(self._actor.take_lost.remote())
         return lost
+
+    def take_events(self) -> list[TrialEvent]:
+        """See TrialQueue.take_events."""
+        events: list[TrialEvent] = ray.get(self._actor.take_events.remote())
+        return events
 
     def is_broken(self, worker_group: str) -> bool:
         """See TrialQueue.is_broken."""

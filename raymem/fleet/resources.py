@@ -37,6 +37,10 @@ class Resources:
         float, Setting(option="checkpoint-minutes", unit=60, least=0, form="MINUTES")
     ] = 600.0
     """Save each trial this often while it trains, so that a lost node does not cost all of it."""
+    stalled_seconds: Annotated[
+        float, Setting(option="stalled-minutes", unit=60, least=0, above_least=True, form="MINUTES")
+    ] = 1800.0
+    """Say why, when no trial was committed for this long."""
     verbose: bool = False
     """Show Ray's own output."""
 
@@ -64,6 +68,12 @@ class Resources:
         """What one worker takes, as Ray's resources."""
         gpus = {"GPU": self.gpus_per_trial} if self.gpus_per_trial else {}
         return {"CPU": float(self.cpus_per_trial), **gpus}
+
+    @property
+    def need(self) -> str:
+        """What one trial takes, for people."""
+        need = f"{self.cpus_per_trial} CPUs and {self.gpus_per_trial or 0:g} GPUs"
+        return need if self.workers_per_trial == 1 else f"{self.workers_per_trial} times {need}"
 
     def fit(self, resources: dict[str, float]) -> int:
         """How many workers fit a node with these Ray resources at once."""

@@ -10,6 +10,7 @@ group; a lost node costs its worker group. Worker groups share nothing but the t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import tempfile
@@ -30,10 +31,11 @@ from raymem.fleet.cluster import is_private, on_head
 from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.metrics import FleetMetrics, image_counter
 from raymem.fleet.placement import Placements
+from raymem.fleet.progress import Capacity, Progress
 from raymem.fleet.ray_internals import RUNNER_ENVIRONMENT, GroupTrainer, draining_nodes
 from raymem.fleet.remote_queue import RemoteQueue
 from raymem.fleet.resources import Resources
-from raymem.fleet.trial_queue import Progress, TrialQueue
+from raymem.fleet.trial_queue import TrialQueue
 from raymem.fleet.worker import Job, work
 from raymem.training import ALONE, Ranks
 
@@ -170,6 +172,7 @@ class WorkerGroups:
         self._worker_groups: list[_WorkerGroup] = []
         self._deaths: dict[str, int] = {}
         self._started = 0
+        self._capacity: Capacity | None = None
         self._waiting_since = time.monotonic()
 
     def tend(self, progress: Progress) -> None:
@@ -197,11 +200,21 @@ class WorkerGroups:
             if not dead_too_often and left > 0:
                 self._fill(node_id, fit, left)
         self._span(nodes, wanted)
+        self._capacity = Capacity(
+            nodes=len(alive),
+            with_room=sum(fit > 0 for fit in nodes.values()),
+            asked=0 if self._demand is None else self._demand.asked,
+            need=self._resources.need,
+        )
         if self._demand is not None:
             at_work = self._room(nodes)
             known = [node["NodeID"] for node in alive]
             self._demand.ask(max(0, wanted - at_work), known=known, at_work=at_work)
         self._check_autoscaler_timeout(progress)
+
+    def with_capacity(self, progress: Progress) -> Progress:
+        """The queue's progress, with what the cluster has for the fleet."""
+        return dataclasses.replace(progress, capacity=self._capacity)
 
     def _wanted(self, progress: Progress) -> int:
         """Workers that could be at work now."""
@@ -257,11 +270,9 @@ class WorkerGroups:
                     f"{len(progress.retired_nodes)} nodes are retired, and no other has room: "
                     f"{progress.notices[-1]}; then run the same command again"
                 )
-            needs = self._resources
-            need = f"{needs.cpus_per_trial} CPUs and {needs.gpus_per_trial or 0:g} GPUs"
-            if needs.workers_per_trial > 1:
-                need = f"{needs.workers_per_trial} times {need}"
-            raise FleetError(f"no node has {need} for a trial; ask for less, or add nodes")
+            raise FleetError(
+                f"no node has {self._resources.need} for a trial; ask for less, or add nodes"
+            )
 
     def _autoscaler_timeout(self) -> float:
         # A laptop's only node does not grow; a cluster's autoscaler may be bringing one.
@@ -346,7 +357,7 @@ def run_on_ray(
             # Worker groups start beside the trial queue's actor, not after it.
             worker_groups.tend(queue.progress())
         while not (progress := remote.progress()).complete:
-            watch(remote, progress)
+            watch(remote, worker_groups.with_capacity(progress))
             worker_groups.tend(progress)
             time.sleep(POLL_SECONDS)
         watch(remote, progress)
