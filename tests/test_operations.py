@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import math
 import os
 import re
 import socket
+import subprocess
 import sys
+import tempfile
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,13 +23,17 @@ from learners import KnownOdds, memorizes_everything, numbered_examples, recipe
 
 from raymem import FleetError, Store, Study, TrialKey, verify
 from raymem.cli import main
-from raymem.fleet import Progress, TrialQueue
+from raymem.fleet import Progress, TrialQueue, trackers
 from raymem.fleet.blame import Location
+from raymem.fleet.metrics import METRICS, FleetMetrics
 from raymem.fleet.progress import Capacity, GroupProgress, Report, why_no_commit
 from raymem.fleet.watch import FleetWatch
 from raymem.show import describe_store, watch_status
 from raymem.show.study_status import StudyStatus
 from raymem.store import FailureLog, failure_causes
+
+ROOT = Path(__file__).parents[1]
+board = importlib.import_module("deploy.board")
 
 
 class Clock:
@@ -395,3 +403,215 @@ def test_watching_on_a_terminal_has_a_bar(store, tmp_path, monkeypatch):
         "STALLED: no trial committed for 33 min 20 s: trials are long", "10/10 trials",
     ):  # fmt: skip
         assert part in shown, part
+
+
+class Metrics:
+    """Stands in for Ray's metrics: what each was set to, or counted up to."""
+
+    def __init__(self):
+        self.values = {}
+
+    def __call__(self, name):
+        return Reading(self.values, name)
+
+
+class Reading:
+    def __init__(self, values, name):
+        self.values, self.name = values, name
+
+    def set(self, number, tags):
+        self.values[self.name, *tags.values()] = number
+
+    def inc(self, number, tags):
+        assert number > 0
+        at = (self.name, *tags.values())
+        self.values[at] = self.values.get(at, 0.0) + number
+
+
+def test_metrics_are_what_the_queue_knows(queue, clock):
+    made = Metrics()
+    metrics = FleetMetrics("0123456789abcdef", made)
+    queue.set_capacity(Capacity(nodes=2, with_room=2, asked=5, need="1 CPUs and 1 GPUs"))
+    first = queue.lease("a0").key
+    queue.lease("b0")
+    clock.now = 40.0
+    queue.finish("a0", first, "committed", report=Report(measures={"seconds": 33.0}))
+    for _ in range(2):
+        metrics.show(queue.progress())
+    clock.now = 50.0
+    queue.finish("a0", queue.lease("a0").key, "diverged", "nan")
+    queue.release_worker_group("group-001")
+    metrics.show(queue.progress())
+    study = "0123456789ab"
+    values = {name: value for (name, *at), value in made.values.items() if at == [study]}
+    assert values == {
+        "raymem_trials_wanted": 10, "raymem_trials_done": 1, "raymem_trials_running": 0,
+        "raymem_trials_committed_total": 1, "raymem_trial_seconds": 40,
+        "raymem_device_seconds_total": 33, "raymem_seconds_left": 360,
+        "raymem_seconds_since_commit": 10, "raymem_workers_starting": 0,
+        "raymem_workers_silent": 0, "raymem_workers_retired": 0, "raymem_workers_asked": 5,
+        "raymem_nodes": 2, "raymem_nodes_retired": 0,
+    }  # fmt: skip
+    assert made.values["raymem_workers", study, "a"] == 2
+    assert made.values["raymem_workers", study, "b"] == 0
+    outcomes = {at[2]: n for at, n in made.values.items() if at[0] == "raymem_attempts_total"}
+    assert outcomes == {"committed": 1, "diverged": 1, "node-lost": 1}
+    never = {"raymem_images_total", "raymem_trials_failed_total"}
+    assert {name for name, *_ in made.values} == METRICS.keys() - never
+
+
+def test_the_dashboard_and_the_page_show_every_metric():
+    assert board.FILE.read_text() == board.text(), "run python deploy/board.py"
+    shown = set(re.findall(r"ray_(raymem_\w+)\{", board.text()))
+    assert shown == METRICS.keys()
+    page = (ROOT / "docs" / "how-to" / "operate-a-fleet.md").read_text()
+    listed = dict(re.findall(r"^\| `ray_(raymem_\w+)` \| (.*) \|$", page, re.MULTILINE))
+    assert listed == {
+        name: metric.meaning + (f"; by `{metric.tag}`" if metric.tag else "")
+        for name, metric in METRICS.items()
+    }
+    ids = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board.board()["panels"]]
+    assert len(set(ids)) == len(ids) == 9
+
+
+def test_logs_of_the_serial_engine_are_json_lines_with_trial_worker_and_host(tmp_path, capsys):
+    study_of(memorizes_everything, tmp_path, trials=2).train(engine="serial", log_format="json")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    starts = [line for line in lines if line.get("event") == "leased"]
+    ends = [line for line in lines if line.get("event") == "ended"]
+    assert [(line["trial"], line["epsilon"], line["attempt"]) for line in starts] == [
+        (0, "inf", 1), (1, "inf", 1),
+    ]  # fmt: skip
+    assert {line["outcome"] for line in ends} == {"committed"}
+    assert all(line["train_accuracy"] == 1.0 for line in ends)
+    assert {(line["worker"], line["host"]) for line in ends} == {("serial", socket.gethostname())}
+    assert [line["event"] for line in lines].count("progress") >= 1
+    # Without it, nothing is logged.
+    study_of(memorizes_everything, tmp_path, trials=4).train(engine="serial")
+    assert "{" not in capsys.readouterr().err
+
+
+def test_a_failure_is_logged_with_its_traceback_on_one_line(tmp_path, capsys):
+    with pytest.raises(FleetError):
+        study_of(fails, tmp_path).train(engine="serial", log_format="json")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    failed = next(line for line in lines if line.get("outcome") == "error")
+    assert failed["level"] == "WARNING"
+    assert failed["message"] == "trial 0 failed: error"
+    assert "ZeroDivisionError: my own mistake" in failed["cause"]
+    assert 'raise ZeroDivisionError("my own mistake")' in failed["traceback"]
+
+
+JOB = """
+from raymem import JobSettings, Recipe, run_job
+run_job(JobSettings(data="digits", store="x", trials=3), Recipe(model="mlp-8", epochs=1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_workers_on_ray_log_json_with_their_node_and_the_metrics_are_served(tmp_path):
+    """A private Ray, whose folder is ours to read."""
+    (tmp_path / "job.py").write_text(JOB)
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        ran = subprocess.run(
+            [sys.executable, "job.py", "train", "--store", str(tmp_path / "store"),
+             "--log-format", "json"],
+            cwd=tmp_path, env={**os.environ, "RAY_TMPDIR": folder}, capture_output=True, text=True,
+            timeout=200,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        logs = Path(folder).glob("ray/session_2*/logs/worker-*")
+        text = "\n".join(path.read_text() for path in logs)
+    lines = [json.loads(line) for line in text.splitlines() if '"event"' in line]
+    ended = [line for line in lines if line["event"] == "ended"]
+    assert {line["trial"] for line in ended} == {0, 1, 2}
+    for line in ended:
+        assert line["outcome"] == "committed"
+        assert re.fullmatch(r"group-000/\d/\w{8}", line["worker"])
+        assert len(line["node_id"]) == 56
+    driver = [json.loads(line) for line in ran.stderr.splitlines()]
+    assert {line["event"] for line in driver} == {"progress"}
+
+
+def tracked_study(tmp_path, tracker, **settings):
+    store = tmp_path / "store"
+    study = study_of(memorizes_everything, store, trials=3)
+    study.train(engine="serial", tracker=tracker, tracker_url=str(tmp_path / "runs"), **settings)
+    return study
+
+
+def test_tensorboard_has_the_accuracies_of_every_trial(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    study = tracked_study(tmp_path, "tensorboard")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert study.open_store().study().hash[:12] in folder.name
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    accuracy = events.Scalars("eps-inf/train_accuracy")
+    assert [(e.step, e.value) for e in accuracy] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert events.Scalars("trials/done")[-1].value == 3
+    # Another run of the job goes on where this one was.
+    dataclasses.replace(study, trials=5).train(
+        engine="serial", tracker="tensorboard", tracker_url=str(tmp_path / "runs")
+    )
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    assert [e.step for e in events.Scalars("eps-inf/test_accuracy")] == [1, 2, 3, 4, 5]
+
+
+def test_mlflow_has_settings_and_accuracies(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    # A folder is enough here; MLflow would rather have a server or a database.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    study = tracked_study(tmp_path, "mlflow")
+    client = mlflow.MlflowClient(tracking_uri=str(tmp_path / "runs"))
+    experiment = client.get_experiment_by_name("raymem")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["study"] == study.open_store().study().hash
+    assert run.data.params["recipe.epochs"] == "2"
+    history = client.get_metric_history(run.info.run_id, "eps-inf/train_accuracy")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    dataclasses.replace(study, trials=5).train(
+        engine="serial", tracker="mlflow", tracker_url=str(tmp_path / "runs")
+    )
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "eps-inf/train_accuracy")
+    assert [m.step for m in history] == [1, 2, 3, 4, 5]
+
+
+def test_wandb_logs_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracked_study(tmp_path, "wandb")
+    (file,) = (tmp_path / "runs").rglob("run-*.wandb")
+    data = file.read_bytes()
+    assert b"eps-inf/train_accuracy" in data
+
+
+def test_a_tracker_that_is_not_there_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(FleetError, match=r"--tracker mlflow .* pip install 'raymem\[mlflow\]'"):
+        tracked_study(tmp_path, "mlflow")
+    assert Store(tmp_path / "store").done() == set()
+    assert not (tmp_path / "store" / "driver.json").exists()
+
+
+def test_a_tracker_that_fails_later_does_not_stop_the_fleet(tmp_path, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, about, url):
+            pass
+
+        def log(self, numbers, step):
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(trackers.CLIENTS, "mlflow", Broken)
+    study = tracked_study(tmp_path, "mlflow")
+    assert len(study.open_store().done()) == 3
+    said = "--tracker mlflow failed, going on without it: no route to host"
+    assert capsys.readouterr().err.count(said) == 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,8 @@ from raymem.errors import (
 from raymem.fleet.long_stage import LongStage, Stopped
 from raymem.fleet.progress import Progress
 from raymem.fleet.resources import Resources
+from raymem.fleet.trackers import TrackedRun
+from raymem.fleet.trial_log import json_logs
 from raymem.fleet.trial_queue import TrialQueue
 from raymem.fleet.watch import FleetWatch, Watched
 from raymem.fleet.worker import Job, TrialOptions, work
@@ -68,7 +71,11 @@ def run_fleet(
         check_private(model, examples.image_shape)
         check_private_recipe(recipe, resources.workers_per_trial)
     latest: dict[str, object] = {}
-    with DriverLock(store.files, progress=lambda: latest) as lock, LongStage(lock) as stage:
+    with (
+        json_logs(resources.log_format == "json") as log,
+        DriverLock(store.files, progress=lambda: latest) as lock,
+        LongStage(lock, log) as stage,
+    ):
         target = store.target
         wanted, done = target.wanted(), store.done()
         for key in store.checkpointed() & done:  # their worker died between commit and clearing up
@@ -77,20 +84,37 @@ def run_fleet(
         queue = TrialQueue(
             pending, failures=store.failures(), done_before=len(wanted) - len(pending)
         )
-        watch = FleetWatch(store, stage, latest, resources.stalled_seconds)
-        progress = queue.progress()
+        progress, stopping = queue.progress(), None
         if not progress.complete:
             job = Job.of(examples, plan, recipe, store, options, resources)
             run = _run_serial if resources.engine == "serial" else _run_ray
-            progress = run(queue, job, watch, resources, stage.preempted)
+            with _tracked(resources, store, stage) as tracked:
+                watch = FleetWatch(
+                    store, stage, latest, stalled_seconds=resources.stalled_seconds, tracked=tracked
+                )
+                progress = run(queue, job, watch, resources, stage.preempted)
+            stopping = watch.stopping
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
-    if watch.stopping is not None and progress.done + progress.failed < progress.total:
+    if stopping is not None and progress.done + progress.failed < progress.total:
         raise Stopped(
             f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
             "again to go on"
         )
     return progress
+
+
+@contextlib.contextmanager
+def _tracked(resources: Resources, store: Store, stage: LongStage) -> Iterator[TrackedRun | None]:
+    """The fleet's run in the tracker that is asked for, or None."""
+    if resources.tracker is None:
+        yield None
+        return
+    tracked = TrackedRun(resources.tracker, resources.tracker_url, store, stage.line.say)
+    try:
+        yield tracked
+    finally:
+        tracked.close()
 
 
 def _run_serial(
@@ -129,7 +153,11 @@ def _run_ray(
             f"{job.store_url} is in this process only, and workers are others; take "
             "engine='serial' or another store"
         )
-    with connected(data_bytes=job.data_bytes, verbose=resources.verbose):
+    with connected(
+        data_bytes=job.data_bytes,
+        verbose=resources.verbose,
+        json_logs=resources.log_format == "json",
+    ):
         import ray
 
         from raymem.fleet.worker_groups import run_on_ray

@@ -120,6 +120,8 @@ class Progress:
     """Attempts that failed since the last commit."""
     last_failure: str = ""
     """Why the last attempt that failed did."""
+    device_seconds: float = 0.0
+    """That the trials committed in this run took on their devices."""
     capacity: Capacity | None = None
     """Of the cluster; None without one."""
 

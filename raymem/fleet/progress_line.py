@@ -5,6 +5,7 @@ In:  a `Snapshot` whenever something happened. Out: stderr. Every stage shows it
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -75,10 +76,11 @@ def seconds_left(done: int, left: int, seconds: float) -> float | None:
 
 
 class ProgressLine:
-    """Shows snapshots of one stage, and messages that stay."""
+    """Shows snapshots of one stage, and messages that stay; with a `log`, as lines of it."""
 
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+    def __init__(self, log: logging.Logger | None = None) -> None:
+        self._log = log
+        self._terminal = sys.stderr.isatty() and log is None
         self._live: Live | None = None
         self._last_text, self._next_time, self._wait = "", 0.0, FIRST_LOG_SECONDS
 
@@ -90,14 +92,20 @@ class ProgressLine:
         now, text = time.monotonic(), str(snapshot)
         if text == self._last_text or (now < self._next_time and not last):
             return
-        print(text, file=sys.stderr, flush=True)
+        if self._log is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            fields = {"event": "progress", "done": snapshot.done, "total": snapshot.total}
+            self._log.info("%s", text, extra=fields)
         if self._last_text:
             self._wait = min(2 * self._wait, MOST_LOG_SECONDS)
         self._last_text, self._next_time = text, now + self._wait
 
     def say(self, message: str) -> None:
         """A message that stays."""
-        if self._live is None:
+        if self._log is not None:
+            self._log.warning("%s", message, extra={"event": "notice"})
+        elif self._live is None:
             print(message, file=sys.stderr, flush=True)
         else:
             self._live.console.print(message, markup=False, highlight=False)

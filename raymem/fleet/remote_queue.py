@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from raymem.fleet.blame import Location
-from raymem.fleet.progress import Progress, Report, TrialEvent
+from raymem.fleet.progress import Capacity, Progress, Report, TrialEvent
 from raymem.fleet.trial_queue import Lease, Lost, Outcome
 from raymem.store import TrialKey
 
@@ -71,6 +71,10 @@ class RemoteQueue:
     def expect(self, worker_group: str, workers: int) -> None:
         """See TrialQueue.expect. Does not wait for the actor, which may still be starting."""
         self._actor.expect.remote(worker_group, workers)
+
+    def set_capacity(self, capacity: Capacity) -> None:
+        """See TrialQueue.set_capacity. Does not wait for the actor."""
+        self._actor.set_capacity.remote(capacity)
 
     def release_worker_group(self, worker_group: str) -> None:
         """See TrialQueue.release_worker_group."""

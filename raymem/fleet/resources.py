@@ -10,6 +10,8 @@ from raymem.errors import FleetError
 from raymem.settings import Setting
 
 Engine = Literal["ray", "serial"]
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+OPERATION = "Operation of the fleet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,26 @@ class Resources:
     ] = 600.0
     """Save each trial this often while it trains, so that a lost node does not cost all of it."""
     stalled_seconds: Annotated[
-        float, Setting(option="stalled-minutes", unit=60, least=0, above_least=True, form="MINUTES")
+        float,
+        Setting(
+            option="stalled-minutes",
+            unit=60,
+            least=0,
+            above_least=True,
+            form="MINUTES",
+            heading=OPERATION,
+        ),
     ] = 1800.0
     """Say why, when no trial was committed for this long."""
+    tracker: Annotated[Tracker | None, Setting(heading=OPERATION)] = None
+    """Also log accuracies and counts of trials there; needs raymem's extra of the same name; None:
+    nowhere."""
+    tracker_url: Annotated[str | None, Setting(path=True, heading=OPERATION)] = None
+    """Where the tracker keeps runs: folder of tensorboard or wandb, tracking URI of mlflow; None:
+    as the library is set up."""
+    log_format: Annotated[Literal["text", "json"], Setting(heading=OPERATION)] = "text"
+    """Format of the driver's messages; json: one object per line, and workers log theirs among
+    Ray's logs, with trial, worker and node."""
     verbose: bool = False
     """Show Ray's own output."""
 

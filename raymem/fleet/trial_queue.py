@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from raymem.fleet.blame import DIVERGENCES_ALLOWED, Blame, Location, Need, Place
-from raymem.fleet.progress import GroupProgress, Progress, Report, TrialEvent
+from raymem.fleet.progress import Capacity, GroupProgress, Progress, Report, TrialEvent
 from raymem.store import Failure, TrialKey
 
 Outcome = Literal[
@@ -143,7 +143,8 @@ class TrialQueue:
         self._events: deque[TrialEvent] = deque(maxlen=EVENTS_KEPT)
         self._outcomes: Counter[str] = Counter()
         self._failures_since_commit, self._last_failure = 0, ""
-        self._trained, self._trained_seconds = 0, 0.0
+        self._trained, self._trained_seconds, self._device_seconds = 0, 0.0, 0.0
+        self._capacity: Capacity | None = None
         self._first_lease: float | None = None
         self._last_commit = clock()
         self._stopped = self._preempted = False
@@ -265,6 +266,8 @@ class TrialQueue:
             self._last_failure = message
             if worker is not None:
                 self._worker_groups[worker.worker_group].failed += 1
+        report = report or Report()
+        self._device_seconds += report.measures.get("seconds", 0.0)
         self._events.append(
             TrialEvent(
                 key=key,
@@ -273,7 +276,7 @@ class TrialQueue:
                 worker="" if worker is None else str(worker.place),
                 node="" if worker is None else worker.host,
                 message=message,
-                report=report or Report(),
+                report=report,
             )
         )
 
@@ -282,6 +285,10 @@ class TrialQueue:
         leave trials for them."""
         self._expected[worker_group] = workers
         self._blame.expect(worker_group, workers)
+
+    def set_capacity(self, capacity: Capacity) -> None:
+        """What the cluster has for the fleet, which the driver sees."""
+        self._capacity = capacity
 
     def release_worker_group(self, worker_group: str) -> None:
         """A worker group is lost with its node: its trials are queued again, without blame."""
@@ -357,6 +364,8 @@ class TrialQueue:
             ),
             failures_since_commit=self._failures_since_commit,
             last_failure=self._last_failure,
+            device_seconds=self._device_seconds,
+            capacity=self._capacity,
         )
 
     def _groups(self) -> Iterator[GroupProgress]:

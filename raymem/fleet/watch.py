@@ -11,6 +11,7 @@ from raymem.errors import StoreError
 from raymem.fleet.long_stage import LongStage
 from raymem.fleet.progress import Progress, TrialEvent, why_no_commit
 from raymem.fleet.progress_line import fleet_snapshot
+from raymem.fleet.trackers import TrackedRun
 from raymem.fleet.trial_queue import COMMITTED, Lost
 from raymem.store import FailureLog, Store
 
@@ -42,9 +43,15 @@ class FleetWatch:
     """
 
     def __init__(
-        self, store: Store, stage: LongStage, latest: dict[str, object], stalled_seconds: float
+        self,
+        store: Store,
+        stage: LongStage,
+        latest: dict[str, object],
+        *,
+        stalled_seconds: float,
+        tracked: TrackedRun | None = None,
     ) -> None:
-        self._store, self._stage, self._latest = store, stage, latest
+        self._store, self._stage, self._latest, self._tracked = store, stage, latest, tracked
         self._failures = FailureLog(store)
         self._stalled_seconds = self._tell_after = stalled_seconds
         self._notices_said = 0
@@ -55,7 +62,7 @@ class FleetWatch:
         """Raises StoreHeldError if another driver took over."""
         self._latest.update(driver_record(progress, self._stalled_seconds))
         self._say(progress)
-        self._record(queue, last=progress.complete)
+        self._record(queue, progress)
         self._stage.show(fleet_snapshot(progress), last=progress.complete)
         self._obey(queue)
 
@@ -72,10 +79,13 @@ class FleetWatch:
                 f"no trial committed for {duration(quiet)}: {why_no_commit(progress)}"
             )
 
-    def _record(self, queue: Watched, *, last: bool) -> None:
+    def _record(self, queue: Watched, progress: Progress) -> None:
         for lost in queue.take_lost():
             self._store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
-        for event in queue.take_events():
+        events = queue.take_events()
+        if self._tracked is not None:
+            self._tracked.add(events, progress)
+        for event in events:
             if event.outcome not in COMMITTED:
                 self._failures.add(
                     event.key,
@@ -88,7 +98,7 @@ class FleetWatch:
                 )
         # An aid: a store that is full or away says so where it matters.
         with contextlib.suppress(StoreError):
-            self._failures.write(last=last)
+            self._failures.write(last=progress.complete)
 
     def _obey(self, queue: Watched) -> None:
         if self._stage.preempted.is_set() and self.stopping != "preempted":

@@ -30,6 +30,7 @@ from raymem.errors import (
 from raymem.fleet.progress import Report
 from raymem.fleet.resources import Resources
 from raymem.fleet.store_checkpoints import StoreCheckpoints
+from raymem.fleet.trial_log import TrialLog
 from raymem.fleet.trial_queue import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
@@ -246,31 +247,40 @@ def work(
     attempt = Attempt(job, images, store, ranks, preempted or threading.Event(), count_images)
     at_once = job.models_at_once(images) if ranks.alone else 1
 
-    def lease() -> list[Lease] | None:
+    def next_leases() -> list[Lease] | None:
         return queue.lease_group(worker, at_once) if ranks.rank == 0 else None
+
+    log = TrialLog(study=job.study_hash, worker=worker, device=str(device))
 
     def finished(lease: Lease, ending: Ending) -> None:
         assert lease.key is not None
+        log.ended(lease, *ending)
         queue.finish(worker, lease.key, *ending)
         after_trial()
 
-    while (leases := ranks.broadcast(lease())) is not None:
+    while (leases := ranks.broadcast(next_leases())) is not None:
         if leases[0].key is None:
             time.sleep(leases[0].wait)
-        elif len(leases) > 1:
+            continue
+        for lease in leases:
+            log.leased(lease)
+        if len(leases) > 1:
             attempt.together(leases, finished)
         elif ranks.alone:
             finished(leases[0], attempt(leases[0]))
         else:
-            _with_others(queue, worker, attempt, leases[0])
+            _with_others(queue, worker, attempt, leases[0], log)
             after_trial()
 
 
-def _with_others(queue: QueueClient, worker: str, attempt: Attempt, lease: Lease) -> None:
+def _with_others(
+    queue: QueueClient, worker: str, attempt: Attempt, lease: Lease, log: TrialLog
+) -> None:
     """A trial that several ranks train together."""
     ranks, key = attempt.ranks, lease.key
     assert key is not None
     ending = attempt(lease)
+    log.ended(lease, *ending)
     outcome, message = ending.outcome, ending.message
     failed = FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
     if outcome == "peer":

@@ -10,7 +10,6 @@ group; a lost node costs its worker group. Worker groups share nothing but the t
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import socket
 import tempfile
@@ -200,21 +199,23 @@ class WorkerGroups:
             if not dead_too_often and left > 0:
                 self._fill(node_id, fit, left)
         self._span(nodes, wanted)
-        self._capacity = Capacity(
-            nodes=len(alive),
-            with_room=sum(fit > 0 for fit in nodes.values()),
-            asked=0 if self._demand is None else self._demand.asked,
-            need=self._resources.need,
-        )
         if self._demand is not None:
             at_work = self._room(nodes)
             known = [node["NodeID"] for node in alive]
             self._demand.ask(max(0, wanted - at_work), known=known, at_work=at_work)
+        self._tell_capacity(len(alive), sum(fit > 0 for fit in nodes.values()))
         self._check_autoscaler_timeout(progress)
 
-    def with_capacity(self, progress: Progress) -> Progress:
-        """The queue's progress, with what the cluster has for the fleet."""
-        return dataclasses.replace(progress, capacity=self._capacity)
+    def _tell_capacity(self, nodes: int, with_room: int) -> None:
+        capacity = Capacity(
+            nodes=nodes,
+            with_room=with_room,
+            asked=0 if self._demand is None else self._demand.asked,
+            need=self._resources.need,
+        )
+        if capacity != self._capacity:
+            self._capacity = capacity
+            self._queue.set_capacity(capacity)
 
     def _wanted(self, progress: Progress) -> int:
         """Workers that could be at work now."""
@@ -357,7 +358,7 @@ def run_on_ray(
             # Worker groups start beside the trial queue's actor, not after it.
             worker_groups.tend(queue.progress())
         while not (progress := remote.progress()).complete:
-            watch(remote, worker_groups.with_capacity(progress))
+            watch(remote, progress)
             worker_groups.tend(progress)
             time.sleep(POLL_SECONDS)
         watch(remote, progress)
