@@ -510,7 +510,7 @@ run_job(JobSettings(data="digits", store="x", trials=3), Recipe(model="mlp-8", e
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_workers_on_ray_log_json_with_their_node_and_the_metrics_are_served(tmp_path):
+def test_workers_on_ray_log_json_with_their_node(tmp_path):
     """A private Ray, whose folder is ours to read."""
     (tmp_path / "job.py").write_text(JOB)
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
@@ -521,7 +521,7 @@ def test_workers_on_ray_log_json_with_their_node_and_the_metrics_are_served(tmp_
             timeout=200,
         )  # fmt: skip
         assert ran.returncode == 0, ran.stderr
-        logs = Path(folder).glob("ray/session_2*/logs/worker-*")
+        logs = Path(folder).glob("ray/session_2*/logs/train/ray-train-app-worker-*.log")
         text = "\n".join(path.read_text() for path in logs)
     lines = [json.loads(line) for line in text.splitlines() if '"event"' in line]
     ended = [line for line in lines if line["event"] == "ended"]

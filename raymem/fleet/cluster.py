@@ -19,19 +19,14 @@ QUIET_LOGGERS = ("ray", "ray.train", "ray.data", "ray.tune", "ray.serve")
 
 @contextlib.contextmanager
 def connected(
-    *,
-    data_bytes: int = 0,
-    num_cpus: int | None = None,
-    verbose: bool = False,
-    json_logs: bool = False,
+    *, data_bytes: int = 0, num_cpus: int | None = None, verbose: bool = False
 ) -> Iterator[None]:
     """Ray, connected: as it is if the process is connected, else RAY_ADDRESS's cluster, else local.
 
     A local cluster lives as long as the block, and is protected by a token of its own that is never
     written to disk: a token that `ray.init()` leaves in the home folder would switch authentication
     on in a later `ray start`, and break `ray job submit`. Unless `verbose`, Ray is silent.
-    `num_cpus` is what a local cluster says it has. With `json_logs` the workers of this job log
-    JSON lines, from level INFO on.
+    `num_cpus` is what a local cluster says it has.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
@@ -39,16 +34,12 @@ def connected(
     if ray.is_initialized():
         yield
         return
-    options: dict[str, object] = {
+    options = {
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
-    if json_logs:
-        options["logging_config"] = ray.LoggingConfig(
-            encoding="JSON", log_level="INFO", additional_log_standard_attrs=["name"]
-        )
     if os.environ.get("RAY_ADDRESS"):
-        with _quiet(verbose), _own_handlers(json_logs):
+        with _quiet(verbose):
             ray.init(**options)
         try:
             yield
@@ -56,14 +47,13 @@ def connected(
             ray.shutdown()
         return
     with _private_token(), _quiet(verbose):
-        with _own_handlers(json_logs):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=num_cpus,
-                object_store_memory=max(200_000_000, 2 * data_bytes),
-                **options,
-            )
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=num_cpus,
+            object_store_memory=max(200_000_000, 2 * data_bytes),
+            **options,
+        )
         _OURS.append(True)
         try:
             yield
@@ -113,22 +103,6 @@ def _private_token() -> Iterator[None]:
     finally:
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.pop("RAY_AUTH_MODE", None)
-
-
-@contextlib.contextmanager
-def _own_handlers(wanted: bool) -> Iterator[None]:
-    """Leave this process's loggers as they are: a LoggingConfig is for those of workers."""
-    if not wanted:
-        yield
-        return
-    loggers = [logging.getLogger(), logging.getLogger("ray")]
-    before = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
-    try:
-        yield
-    finally:
-        for logger, (level, handlers, propagate) in zip(loggers, before, strict=True):
-            logger.setLevel(level)
-            logger.handlers[:], logger.propagate = handlers, propagate
 
 
 @contextlib.contextmanager

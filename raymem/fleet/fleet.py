@@ -153,11 +153,7 @@ def _run_ray(
             f"{job.store_url} is in this process only, and workers are others; take "
             "engine='serial' or another store"
         )
-    with connected(
-        data_bytes=job.data_bytes,
-        verbose=resources.verbose,
-        json_logs=resources.log_format == "json",
-    ):
+    with connected(data_bytes=job.data_bytes, verbose=resources.verbose):
         import ray
 
         from raymem.fleet.worker_groups import run_on_ray

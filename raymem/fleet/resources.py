@@ -58,8 +58,7 @@ class Resources:
     """Where the tracker keeps runs: folder of tensorboard or wandb, tracking URI of mlflow; None:
     as the library is set up."""
     log_format: Annotated[Literal["text", "json"], Setting(heading=OPERATION)] = "text"
-    """Format of the driver's messages; json: one object per line, and workers log theirs among
-    Ray's logs, with trial, worker and node."""
+    """Format of the driver's messages; json: one object per line."""
     verbose: bool = False
     """Show Ray's own output."""
 

@@ -1,9 +1,9 @@
 """Structured logs: what workers and the driver log, with trial, worker and host as fields.
 
-With `Resources(log_format="json")` every line is one JSON object. The driver's go to stderr, in
-place of its progress lines. Workers on Ray log into their own files among Ray's logs, where Ray
-adds node_id, worker_id and job_id (`ray.LoggingConfig`); the serial engine's go to stderr too.
-Otherwise nothing is logged.
+Workers on Ray log JSON lines into files among Ray's logs, logs/train/ray-train-app-worker-*.log:
+Ray Train sets that up, and adds node_id, worker_id and the worker group. With
+`Resources(log_format="json")` the driver's messages are JSON lines on stderr too, with those of the
+serial engine's trials; otherwise it logs nothing, and shows progress to people.
 """
 
 from __future__ import annotations
