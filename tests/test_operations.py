@@ -93,6 +93,9 @@ def test_the_driver_hears_what_became_of_every_attempt(queue, clock):
     assert progress.outcomes == {
         "error": 1, "committed": 1, "worker-died": 1, "node-lost": 1, "no-heartbeat": 1,
     }  # fmt: skip
+    # One failed before the commit, three since.
+    assert progress.failures_since_commit == 3
+    assert "no heartbeat" in progress.last_failure
     assert progress.trial_seconds == 30.0
     assert progress.quiet_seconds == 970.0
     group = progress.groups[0]

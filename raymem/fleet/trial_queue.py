@@ -261,7 +261,9 @@ class TrialQueue:
     ) -> None:
         """Keep what became of an attempt: counted here, told to the driver."""
         self._outcomes[outcome] += 1
-        if outcome not in COMMITTED:
+        if outcome in COMMITTED:
+            self._failures_since_commit = 0
+        else:
             self._failures_since_commit += 1
             self._last_failure = message
             if worker is not None:
