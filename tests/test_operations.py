@@ -16,7 +16,6 @@ import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import psutil
 import pytest
 from click.testing import CliRunner
 from learners import KnownOdds, memorizes_everything, numbered_examples, recipe
@@ -31,6 +30,7 @@ from raymem.fleet.watch import FleetWatch
 from raymem.show import describe_store, watch_status
 from raymem.show.study_status import StudyStatus
 from raymem.store import FailureLog, failure_causes
+from raymem.store.lock import process_start
 
 ROOT = Path(__file__).parents[1]
 board = importlib.import_module("deploy.board")
@@ -307,7 +307,7 @@ def driven(store, *, host=None, heartbeat=0.0, quiet=10.0, **progress):
     now = datetime.now(UTC)
     record = {
         "token": "t", "host": host or socket.gethostname(), "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(), "started": now.isoformat(),
+        "process_started": process_start(os.getpid()), "started": now.isoformat(),
         "interval": 5.0, "counter": 3,
         "heartbeat": (now - timedelta(seconds=heartbeat)).isoformat(),
         "progress": {
