@@ -119,7 +119,8 @@ def _driver_gets(number: int, *codes: int) -> Kind:
     def give(on: Machines, draw: Random) -> Hit | None:
         if not on.driver_holds():
             return None
-        on.driver.excuse(*codes)
+        # Trials that are running may finish first.
+        on.driver.excuse(*codes, seconds=300)
         hit = Hit(frozenset(on.workers()), "")
         on.driver.signal(number)
         return hit

@@ -271,7 +271,7 @@ class Machines:
         return None
 
     def _watch_commits(self) -> None:
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(0.25):
             now = time.monotonic()
             try:
                 there = {
