@@ -24,7 +24,8 @@ from typing import Any
 from benchmarks.measured import keep
 from benchmarks.rows import Row
 from raymem.fleet.blame import DIVERGENCES_ALLOWED, Location
-from raymem.fleet.trial_queue import DEATHS_ALLOWED, LEASE_SECONDS, Progress, TrialQueue
+from raymem.fleet.progress import Progress
+from raymem.fleet.trial_queue import DEATHS_ALLOWED, LEASE_SECONDS, TrialQueue
 from raymem.store import Failure, TrialKey
 
 # As the fleet has them: a heartbeat, a poll of the driver, a worker group's start and restart.

@@ -1,4 +1,4 @@
-"""How the study's numbers are written: an epsilon's name, and numbers that JSON does not have."""
+"""How numbers are written: epsilons, counts, times, and numbers that JSON does not have."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ def counted(n: int, noun: str) -> str:
     ('1 shard', '1,200 shards')
     """
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time a person reads.
+
+    >>> duration(0.25), duration(59), duration(61), duration(7300), duration(200_000)
+    ('0.25 s', '59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h')
+    """
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, second = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {second} s"
+    hours, minute = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minute} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def json_ready(value: Any) -> Any:

@@ -132,7 +132,7 @@ class LeasesTwice(TrialQueue):
 
 class BlamesNodes(TrialQueue):
     def release_worker_group(self, worker_group):
-        self._remove(worker_group, None, blame=True)
+        self._remove(worker_group, None, "worker-died")
 
 
 class Forgets(TrialQueue):

@@ -13,9 +13,9 @@ from raymem.cli.options import run_command
 from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming import ScoringModel, StreamSummary, stream_curvature
 from raymem.data.shards import list_shards
-from raymem.encoding import counted, epsilon_name
+from raymem.encoding import counted, duration, epsilon_name
 from raymem.errors import RecipeError
-from raymem.fleet import Engine, duration
+from raymem.fleet import Engine
 from raymem.settings import Setting
 from raymem.store import Store, TrialKey
 

@@ -14,8 +14,8 @@ from click.core import ParameterSource
 from raymem.cli.job_settings import JobSettings, RunOptions, recipe_option, with_cache
 from raymem.cli.options import run_command, stage_argument
 from raymem.cli.smoke import Smoke, check_rows
-from raymem.encoding import epsilon_name
-from raymem.fleet import Resources, duration
+from raymem.encoding import duration, epsilon_name
+from raymem.fleet import Resources
 from raymem.scores import PairRule
 from raymem.show import examples_table, format_table, pairs_table, summary_text, top, where
 from raymem.show.dry_run import planned

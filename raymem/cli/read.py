@@ -5,6 +5,7 @@ What takes seconds to import (scipy, figures) is imported by the commands that u
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -26,8 +27,10 @@ from raymem.show import (
     format_table,
     pairs_table,
     top,
+    watch_status,
     where,
 )
+from raymem.show.study_status import StudyStatus
 from raymem.store import Store, verify
 
 if TYPE_CHECKING:
@@ -38,14 +41,56 @@ SHOWN_PROBLEMS = 20
 
 @main.command("status")
 @click.argument("store")
+@click.option("--watch", is_flag=True, help="Show it again and again, until all trials are done.")
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    metavar="SECONDS",
+    help="With --watch: how often.",
+)
+@click.option(
+    "--price", type=click.FloatRange(min=0), help="Price of a device-hour, in any currency."
+)
+@click.option("--tracebacks", is_flag=True, help="Show all causes of failures, with tracebacks.")
+@click.option(
+    "--stalled-after",
+    type=click.FloatRange(min=0),
+    metavar="MINUTES",
+    help="Exit with 1, and say why, if trials are missing and none was committed for this long.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @debug_option
-def status_command(store: str, debug: bool) -> None:
-    """Status of a study: trials done, running and failed; rate, time left, cost so far.
+def status_command(
+    store: str,
+    watch: bool,
+    every: float,
+    price: float | None,
+    tracebacks: bool,
+    stalled_after: float | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Status of a study: trials done, running and failed; workers, rate, time left, cost so far.
 
-    Example: raymem status runs/feldman_digits
+    Failed attempts are grouped by cause, each with the end of its first traceback. With
+    --stalled-after it is a check for a scheduler or a monitor.
+
+    Example: raymem status runs/feldman_digits --watch
     """
     with command_errors(debug):
-        click.echo(describe_store(Store(store)))
+        opened = Store(store)
+        if watch:
+            with contextlib.suppress(KeyboardInterrupt):
+                watch_status(opened, every=every, price=price)
+        elif as_json:
+            click.echo(json.dumps(StudyStatus.read(opened, price=price).as_dict(), indent=1))
+        elif stalled_after is None:
+            click.echo(describe_store(opened, price=price, tracebacks=tracebacks))
+        if stalled_after is not None:
+            why = StudyStatus.read(opened).stalled(60 * stalled_after)
+            click.echo(f"stalled: {why}" if why else "not stalled")
+            sys.exit(1 if why else 0)
 
 
 @main.command("removal")

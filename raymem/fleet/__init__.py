@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from raymem.fleet.fleet import run_fleet
     from raymem.fleet.forecast import estimated_trial, group_size, timed_group, timed_trial
     from raymem.fleet.long_stage import LongStage, StageProgress, Stopped
-    from raymem.fleet.progress_line import ProgressLine, Snapshot, duration, seconds_left
+    from raymem.fleet.progress import Progress
+    from raymem.fleet.progress_line import ProgressLine, Snapshot, seconds_left
     from raymem.fleet.repeat import Repeat, repeat_trial
     from raymem.fleet.resources import Engine, Resources
-    from raymem.fleet.trial_queue import Progress, TrialQueue
+    from raymem.fleet.trial_queue import TrialQueue
     from raymem.fleet.worker import TrialOptions
 
 
@@ -31,7 +32,6 @@ __all__ = [
     "Stopped",
     "TrialOptions",
     "TrialQueue",
-    "duration",
     "estimated_trial",
     "group_size",
     "repeat_trial",

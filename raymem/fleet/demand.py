@@ -28,6 +28,11 @@ class Demand:
         self._asked: list[PlacementGroup] = []
         self._known: set[str] = set()
 
+    @property
+    def asked(self) -> int:
+        """Workers for which room is asked now."""
+        return len(self._asked)
+
     def ask(self, workers: int, *, known: Collection[str], at_work: int = 0) -> None:
         """Room for `workers` more on nodes that are not `known` by their ids.
 

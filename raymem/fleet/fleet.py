@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
@@ -18,9 +18,12 @@ from raymem.errors import (
     StoreFullError,
 )
 from raymem.fleet.long_stage import LongStage, Stopped
-from raymem.fleet.progress_line import fleet_snapshot
+from raymem.fleet.progress import Progress
 from raymem.fleet.resources import Resources
-from raymem.fleet.trial_queue import Lost, Progress, TrialQueue
+from raymem.fleet.trackers import TrackedRun
+from raymem.fleet.trial_log import json_logs
+from raymem.fleet.trial_queue import TrialQueue
+from raymem.fleet.watch import FleetWatch, Watched
 from raymem.fleet.worker import Job, TrialOptions, work
 from raymem.models import build_model
 from raymem.plan import Plan
@@ -28,20 +31,12 @@ from raymem.privacy import check_private
 from raymem.store import DriverLock, Store
 from raymem.training import Recipe, check_private_recipe, default_device
 
-# In driver.json, for `raymem status`.
-NOTICES_SHOWN = 10
 FATAL: dict[str, type[RaymemError]] = {
     "full": StoreFullError,
     "mismatch": ResultMismatchError,
     "store": StoreError,
     "error": FleetError,
 }
-
-
-class _Watched(Protocol):
-    def stop(self) -> None: ...
-    def preempt(self) -> None: ...
-    def take_lost(self) -> list[Lost]: ...
 
 
 def run_fleet(
@@ -76,7 +71,11 @@ def run_fleet(
         check_private(model, examples.image_shape)
         check_private_recipe(recipe, resources.workers_per_trial)
     latest: dict[str, object] = {}
-    with DriverLock(store.files, progress=lambda: latest) as lock, LongStage(lock) as stage:
+    with (
+        json_logs(resources.log_format == "json") as log,
+        DriverLock(store.files, progress=lambda: latest) as lock,
+        LongStage(lock, log) as stage,
+    ):
         target = store.target
         wanted, done = target.wanted(), store.done()
         for key in store.checkpointed() & done:  # their worker died between commit and clearing up
@@ -85,45 +84,19 @@ def run_fleet(
         queue = TrialQueue(
             pending, failures=store.failures(), done_before=len(wanted) - len(pending)
         )
-        notices_said = [0]
-        stopping: list[str | None] = [None]
-
-        def watch(watched: _Watched, progress: Progress) -> None:
-            latest.update(
-                done=progress.done,
-                total=progress.total,
-                running=progress.running,
-                rate=progress.rate,
-                seconds_left=progress.seconds_left,
-                notices=progress.notices[-NOTICES_SHOWN:],
-            )
-            for notice in progress.notices[notices_said[0] :]:
-                stage.line.say(notice)
-            notices_said[0] = len(progress.notices)
-            for lost in watched.take_lost():
-                store.record_failure(lost.key, lost.attempt, lost.cause, lost.message)
-            stage.show(fleet_snapshot(progress), last=progress.complete)
-            if stage.preempted.is_set() and stopping[0] != "preempted":
-                stopping[0] = "preempted"
-                watched.preempt()
-                stage.line.say(
-                    "time is nearly up: no new trials; those that are training are saved"
-                )
-            elif stage.stop_asked and stopping[0] is None:
-                stopping[0] = "stopped"
-                watched.stop()
-                stage.line.say(
-                    "stopping: running trials finish first; press Ctrl-C again to stop now"
-                )
-
-        progress = queue.progress()
+        progress, stopping = queue.progress(), None
         if not progress.complete:
             job = Job.of(examples, plan, recipe, store, options, resources)
             run = _run_serial if resources.engine == "serial" else _run_ray
-            progress = run(queue, job, watch, resources, stage.preempted)
+            with _tracked(resources, store, stage) as tracked:
+                watch = FleetWatch(
+                    store, stage, latest, stalled_seconds=resources.stalled_seconds, tracked=tracked
+                )
+                progress = run(queue, job, watch, resources, stage.preempted)
+            stopping = watch.stopping
     if progress.fatal is not None:
         raise FATAL[progress.fatal_kind or "error"](progress.fatal)
-    if stopping[0] is not None and progress.done + progress.failed < progress.total:
+    if stopping is not None and progress.done + progress.failed < progress.total:
         raise Stopped(
             f"stopped after {progress.done:,} of {progress.total:,} trials; run the same command "
             "again to go on"
@@ -131,10 +104,23 @@ def run_fleet(
     return progress
 
 
+@contextlib.contextmanager
+def _tracked(resources: Resources, store: Store, stage: LongStage) -> Iterator[TrackedRun | None]:
+    """The fleet's run in the tracker that is asked for, or None."""
+    if resources.tracker is None:
+        yield None
+        return
+    tracked = TrackedRun(resources.tracker, resources.tracker_url, store, stage.line.say)
+    try:
+        yield tracked
+    finally:
+        tracked.close()
+
+
 def _run_serial(
     queue: TrialQueue,
     job: Job,
-    watch: Callable[[_Watched, Progress], None],
+    watch: Callable[[Watched, Progress], None],
     resources: Resources,
     preempted: threading.Event,
 ) -> Progress:
@@ -155,7 +141,7 @@ def _run_serial(
 def _run_ray(
     queue: TrialQueue,
     job: Job,
-    watch: Callable[[_Watched, Progress], None],
+    watch: Callable[[Watched, Progress], None],
     resources: Resources,
     preempted: threading.Event,
 ) -> Progress:

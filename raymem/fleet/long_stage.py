@@ -10,6 +10,7 @@ with its own loop (the fleet) calls `show` in it, and asks `stop_asked`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -110,8 +111,8 @@ class LongStage:
     schedulers of batch jobs send before time is up, stops as the first does and sets `preempted`.
     """
 
-    def __init__(self, lock: DriverLock) -> None:
-        self.lock, self.line = lock, ProgressLine()
+    def __init__(self, lock: DriverLock, log: logging.Logger | None = None) -> None:
+        self.lock, self.line = lock, ProgressLine(log)
         self.preempted = threading.Event()
         """Set if its machines are about to go, so that what is running is saved too."""
         self._asked = 0

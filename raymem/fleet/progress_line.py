@@ -5,14 +5,15 @@ In:  a `Snapshot` whenever something happened. Out: stderr. Every stage shows it
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from raymem.encoding import counted
-from raymem.fleet.trial_queue import Progress
+from raymem.encoding import counted, duration
+from raymem.fleet.progress import Progress
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -75,29 +76,36 @@ def seconds_left(done: int, left: int, seconds: float) -> float | None:
 
 
 class ProgressLine:
-    """Shows snapshots of one stage, and messages that stay."""
+    """Shows snapshots of one stage, and messages that stay; with a `log`, as lines of it."""
 
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+    def __init__(self, log: logging.Logger | None = None) -> None:
+        self._log = log
+        self._terminal = sys.stderr.isatty() and log is None
         self._live: Live | None = None
         self._last_text, self._next_time, self._wait = "", 0.0, FIRST_LOG_SECONDS
 
     def show(self, snapshot: Snapshot, *, last: bool = False) -> None:
         """Show where the stage is, if it is time; the last one always."""
         if self._terminal:
-            self._bar().update(_drawn(snapshot), refresh=last)
+            self._bar().update(drawn(snapshot), refresh=last)
             return
         now, text = time.monotonic(), str(snapshot)
         if text == self._last_text or (now < self._next_time and not last):
             return
-        print(text, file=sys.stderr, flush=True)
+        if self._log is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            fields = {"event": "progress", "done": snapshot.done, "total": snapshot.total}
+            self._log.info("%s", text, extra=fields)
         if self._last_text:
             self._wait = min(2 * self._wait, MOST_LOG_SECONDS)
         self._last_text, self._next_time = text, now + self._wait
 
     def say(self, message: str) -> None:
         """A message that stays."""
-        if self._live is None:
+        if self._log is not None:
+            self._log.warning("%s", message, extra={"event": "notice"})
+        elif self._live is None:
             print(message, file=sys.stderr, flush=True)
         else:
             self._live.console.print(message, markup=False, highlight=False)
@@ -119,7 +127,7 @@ class ProgressLine:
         return self._live
 
 
-def _drawn(snapshot: Snapshot) -> Any:
+def drawn(snapshot: Snapshot) -> Any:
     """The bar with its numbers, a line for the notes, and one for each worker group."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
@@ -181,22 +189,3 @@ def _groups(progress: Progress) -> list[str]:
     if len(at_work) > GROUPS_LISTED:
         lines.append(f"and {counted(len(at_work) - GROUPS_LISTED, 'more group')}")
     return lines
-
-
-def duration(seconds: float) -> str:
-    """A length of time a person reads.
-
-    >>> duration(0.25), duration(59), duration(61), duration(7300), duration(200_000)
-    ('0.25 s', '59 s', '1 min 1 s', '2 h 1 min', '2 d 7 h')
-    """
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, second = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {second} s"
-    hours, minute = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minute} min"
-    return f"{hours // 24} d {hours % 24} h"

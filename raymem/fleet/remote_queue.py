@@ -7,7 +7,8 @@ from typing import Any
 import ray
 
 from raymem.fleet.blame import Location
-from raymem.fleet.trial_queue import Lease, Lost, Outcome, Progress
+from raymem.fleet.progress import Capacity, Progress, Report, TrialEvent
+from raymem.fleet.trial_queue import Lease, Lost, Outcome
 from raymem.store import TrialKey
 
 
@@ -37,9 +38,16 @@ class RemoteQueue:
         """See TrialQueue.heartbeat."""
         return bool(ray.get(self._actor.heartbeat.remote(worker)))
 
-    def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
+    def finish(
+        self,
+        worker: str,
+        key: TrialKey,
+        outcome: Outcome,
+        message: str = "",
+        report: Report | None = None,
+    ) -> None:
         """See TrialQueue.finish."""
-        ray.get(self._actor.finish.remote(worker, key, outcome, message))
+        ray.get(self._actor.finish.remote(worker, key, outcome, message, report))
 
     def progress(self) -> Progress:
         """See TrialQueue.progress."""
@@ -51,6 +59,11 @@ class RemoteQueue:
         lost: list[Lost] = ray.get(self._actor.take_lost.remote())
         return lost
 
+    def take_events(self) -> list[TrialEvent]:
+        """See TrialQueue.take_events."""
+        events: list[TrialEvent] = ray.get(self._actor.take_events.remote())
+        return events
+
     def is_broken(self, worker_group: str) -> bool:
         """See TrialQueue.is_broken."""
         return bool(ray.get(self._actor.is_broken.remote(worker_group)))
@@ -58,6 +71,10 @@ class RemoteQueue:
     def expect(self, worker_group: str, workers: int) -> None:
         """See TrialQueue.expect. Does not wait for the actor, which may still be starting."""
         self._actor.expect.remote(worker_group, workers)
+
+    def set_capacity(self, capacity: Capacity) -> None:
+        """See TrialQueue.set_capacity. Does not wait for the actor."""
+        self._actor.set_capacity.remote(capacity)
 
     def release_worker_group(self, worker_group: str) -> None:
         """See TrialQueue.release_worker_group."""

@@ -10,6 +10,8 @@ from raymem.errors import FleetError
 from raymem.settings import Setting
 
 Engine = Literal["ray", "serial"]
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
+OPERATION = "Operation of the fleet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,26 @@ class Resources:
         float, Setting(option="checkpoint-minutes", unit=60, least=0, form="MINUTES")
     ] = 600.0
     """Save each trial this often while it trains, so that a lost node does not cost all of it."""
+    stalled_seconds: Annotated[
+        float,
+        Setting(
+            option="stalled-minutes",
+            unit=60,
+            least=0,
+            above_least=True,
+            form="MINUTES",
+            heading=OPERATION,
+        ),
+    ] = 1800.0
+    """Say why, when no trial was committed for this long."""
+    tracker: Annotated[Tracker | None, Setting(heading=OPERATION)] = None
+    """Also log accuracies and counts of trials there; needs raymem's extra of the same name; None:
+    nowhere."""
+    tracker_url: Annotated[str | None, Setting(path=True, heading=OPERATION)] = None
+    """Where the tracker keeps runs: folder of tensorboard or wandb, tracking URI of mlflow; None:
+    as the library is set up."""
+    log_format: Annotated[Literal["text", "json"], Setting(heading=OPERATION)] = "text"
+    """Format of the driver's messages; json: one object per line."""
     verbose: bool = False
     """Show Ray's own output."""
 
@@ -64,6 +86,12 @@ class Resources:
         """What one worker takes, as Ray's resources."""
         gpus = {"GPU": self.gpus_per_trial} if self.gpus_per_trial else {}
         return {"CPU": float(self.cpus_per_trial), **gpus}
+
+    @property
+    def need(self) -> str:
+        """What one trial takes, for people."""
+        need = f"{self.cpus_per_trial} CPUs and {self.gpus_per_trial or 0:g} GPUs"
+        return need if self.workers_per_trial == 1 else f"{self.workers_per_trial} times {need}"
 
     def fit(self, resources: dict[str, float]) -> int:
         """How many workers fit a node with these Ray resources at once."""

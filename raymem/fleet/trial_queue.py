@@ -13,9 +13,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from raymem.fleet.blame import DIVERGENCES_ALLOWED, Blame, Location, Need, Place
+from raymem.fleet.progress import Capacity, GroupProgress, Progress, Report, TrialEvent
 from raymem.store import Failure, TrialKey
 
 Outcome = Literal[
@@ -24,6 +25,12 @@ Outcome = Literal[
     "full", "mismatch",
 ]  # fmt: skip
 
+Loss = Literal["worker-died", "node-lost", "no-heartbeat"]
+LOSSES: dict[Loss, str] = {
+    "worker-died": "its worker died in training: killed, out of the node's memory, or crashed",
+    "node-lost": "its worker group ended in training: its node was lost, or its process ended",
+    "no-heartbeat": "its worker sent no heartbeat: the node, the network or the process hangs",
+}
 COMMITTED = ("committed", "duplicate", "drift")
 LEASE_SECONDS = 120.0
 DEATHS_ALLOWED = 3
@@ -31,6 +38,8 @@ RESTARTS_WITHOUT_COMMIT = 6
 POLL_SECONDS = 0.2
 # Of all waiting workers together: a thousand of them would keep the trial queue busy with nothing.
 POLLS_PER_SECOND = 200
+# Older ones are dropped if nobody takes them.
+EVENTS_KEPT = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,59 +64,6 @@ class Lost:
     message: str
 
 
-class GroupProgress(NamedTuple):
-    """Where one worker group is."""
-
-    name: str
-    workers: int
-    running: int
-    """Trials that its workers are training."""
-    committed: int
-    """Trials that they committed in this run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a fleet is; counts are trials."""
-
-    total: int
-    """Wanted in all, also those done before this run."""
-    done: int
-    """Committed, in this run or before."""
-    committed: int
-    """Committed in this run."""
-    running: int
-    """Being trained."""
-    failed: int
-    """Given up in this run, or for good before."""
-    drift: int
-    """Trained twice with results that differ between hardware."""
-    deaths: int
-    """Times a trial's worker died."""
-    rate: float
-    """Trials committed per second, from the first lease to the last commit; 0 before that."""
-    complete: bool
-    """Nothing is left to do or being done."""
-    fatal: str | None
-    """Why the fleet cannot go on."""
-    fatal_kind: str | None
-    """error, store, full or mismatch."""
-    workers_retired: int = 0
-    """Workers that get no more trials, because they failed where others succeed."""
-    retired_nodes: tuple[str, ...] = ()
-    """Ids of the nodes that get no more workers."""
-    notices: tuple[str, ...] = ()
-    """What to tell the user of workers and nodes that fail; it only grows."""
-    groups: tuple[GroupProgress, ...] = ()
-    """Where each worker group is."""
-
-    @property
-    def seconds_left(self) -> float | None:
-        """At the present rate; None if there is none yet."""
-        left = self.total - self.done - self.failed
-        return left / self.rate if self.rate > 0 else None
-
-
 @dataclass
 class _Trial:
     attempts: int = 0
@@ -119,8 +75,12 @@ class _Worker:
     worker_group: str
     rank: int
     last_heartbeat: float
+    host: str
+    """What people call its node."""
     keys: set[TrialKey] = field(default_factory=set)
     """The trials that it is training, several at once in a group."""
+    leased: float = 0.0
+    """When it got them."""
 
     @property
     def place(self) -> Place:
@@ -129,8 +89,10 @@ class _Worker:
 
 @dataclass
 class _WorkerGroup:
+    node: str = ""
     restarts_without_commit: int = 0
     committed: int = 0
+    failed: int = 0
     seen: set[int] = field(default_factory=set)
     draining: bool = False
 
@@ -178,6 +140,11 @@ class TrialQueue:
         self._lost: list[Lost] = []
         self._done_before = done_before
         self._drift = self._deaths = 0
+        self._events: deque[TrialEvent] = deque(maxlen=EVENTS_KEPT)
+        self._outcomes: Counter[str] = Counter()
+        self._failures_since_commit, self._last_failure = 0, ""
+        self._trained, self._trained_seconds, self._device_seconds = 0, 0.0, 0.0
+        self._capacity: Capacity | None = None
         self._first_lease: float | None = None
         self._last_commit = clock()
         self._stopped = self._preempted = False
@@ -193,10 +160,16 @@ class TrialQueue:
         state = self._worker_groups.setdefault(worker_group, _WorkerGroup())
         if rank in state.seen:
             state.restarts_without_commit += rank == min(state.seen)
-            self._remove(worker_group, rank, blame=True)
+            self._remove(worker_group, rank, "worker-died")
         state.seen.add(rank)
+        location = location or Location(node=worker_group, slot=str(rank))
+        # Of a worker group that spans several nodes, no node is that of all.
+        state.node = location.host if location.node else ""
         self._workers[worker] = _Worker(
-            worker_group=worker_group, rank=rank, last_heartbeat=self._clock()
+            worker_group=worker_group,
+            rank=rank,
+            last_heartbeat=self._clock(),
+            host=location.host,
         )
         self._blame.arrive(worker_group, rank, location)
 
@@ -227,7 +200,7 @@ class TrialQueue:
             waiting = self._pending or any(w.keys for w in self._workers.values())
             wait = max(POLL_SECONDS, len(self._workers) / POLLS_PER_SECOND)
             return [Lease(key=None, wait=wait)] if waiting else None
-        me.keys = set(keys)
+        me.keys, me.leased = set(keys), me.last_heartbeat
         if self._first_lease is None:
             self._first_lease = me.last_heartbeat
         return [self._leased(key) for key in keys]
@@ -248,22 +221,66 @@ class TrialQueue:
         me.last_heartbeat = self._clock()
         return self._preempted or self._worker_groups[me.worker_group].draining
 
-    def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
+    def finish(
+        self,
+        worker: str,
+        key: TrialKey,
+        outcome: Outcome,
+        message: str = "",
+        report: Report | None = None,
+    ) -> None:
         """A worker finished a trial. After its lease expired, only a commit counts."""
         me = self._workers.get(worker)
         in_time = me is not None and key in me.keys
         if me is not None and in_time:
             me.keys.discard(key)
             me.last_heartbeat = self._clock()
+        first = key not in self._done
+        if first and (in_time or outcome in COMMITTED):
+            self._record(me, key, outcome, message, report)
+        if me is not None and in_time and outcome in COMMITTED:
+            self._trained += 1
+            self._trained_seconds += me.last_heartbeat - me.leased
         if outcome in ("full", "mismatch"):
             self._fatal = (outcome, message)
-        elif outcome in COMMITTED and key not in self._done:
+        elif outcome in COMMITTED and first:
             if not in_time and key in self._pending:
                 # It was queued again. No worker may be left to lease it and learn that it is done.
                 self._pending.remove(key)
             self._commit(key, outcome, me)
-        elif outcome not in COMMITTED and me is not None and in_time and key not in self._done:
+        elif outcome not in COMMITTED and me is not None and in_time and first:
             self._fail(me.place, key, outcome, message)
+
+    def _record(
+        self,
+        worker: _Worker | None,
+        key: TrialKey,
+        outcome: str,
+        message: str,
+        report: Report | None = None,
+    ) -> None:
+        """Keep what became of an attempt: counted here, told to the driver."""
+        self._outcomes[outcome] += 1
+        if outcome in COMMITTED:
+            self._failures_since_commit = 0
+        else:
+            self._failures_since_commit += 1
+            self._last_failure = message
+            if worker is not None:
+                self._worker_groups[worker.worker_group].failed += 1
+        report = report or Report()
+        self._device_seconds += report.measures.get("seconds", 0.0)
+        self._events.append(
+            TrialEvent(
+                key=key,
+                attempt=self._trials[key].attempts,
+                outcome=outcome,
+                worker="" if worker is None else str(worker.place),
+                node="" if worker is None else worker.host,
+                message=message,
+                report=report,
+            )
+        )
 
     def expect(self, worker_group: str, workers: int) -> None:
         """A worker group starts: whether most workers fail is not decided without these, and groups
@@ -271,9 +288,13 @@ class TrialQueue:
         self._expected[worker_group] = workers
         self._blame.expect(worker_group, workers)
 
+    def set_capacity(self, capacity: Capacity) -> None:
+        """What the cluster has for the fleet, which the driver sees."""
+        self._capacity = capacity
+
     def release_worker_group(self, worker_group: str) -> None:
         """A worker group is lost with its node: its trials are queued again, without blame."""
-        self._remove(worker_group, None, blame=False)
+        self._remove(worker_group, None, "node-lost")
         self._expected.pop(worker_group, None)
         self._blame.leave(worker_group)
 
@@ -306,6 +327,12 @@ class TrialQueue:
         lost, self._lost = self._lost, []
         return lost
 
+    def take_events(self) -> list[TrialEvent]:
+        """What became of attempts since the last call."""
+        events = list(self._events)
+        self._events.clear()
+        return events
+
     def progress(self) -> Progress:
         """Where the fleet is."""
         self._expire()
@@ -329,6 +356,18 @@ class TrialQueue:
             retired_nodes=self._blame.retired_nodes,
             notices=tuple(self._blame.notices),
             groups=tuple(self._groups()),
+            starting=self._starting(),
+            silent=sum(map(self._is_silent, self._workers.values())),
+            outcomes=dict(self._outcomes),
+            quiet_seconds=self._clock() - self._last_commit,
+            trial_seconds=self._trained_seconds / self._trained if self._trained else 0.0,
+            longest_seconds=max(
+                (self._clock() - w.leased for w in self._workers.values() if w.keys), default=0.0
+            ),
+            failures_since_commit=self._failures_since_commit,
+            last_failure=self._last_failure,
+            device_seconds=self._device_seconds,
+            capacity=self._capacity,
         )
 
     def _groups(self) -> Iterator[GroupProgress]:
@@ -339,6 +378,8 @@ class TrialQueue:
                 workers=len(workers),
                 running=sum(len(worker.keys) for worker in workers),
                 committed=state.committed,
+                failed=state.failed,
+                node=state.node,
             )
 
     def _next_group(self, place: Place, n: int) -> list[TrialKey]:
@@ -362,16 +403,21 @@ class TrialQueue:
 
     def _idle(self) -> int:
         """Workers that could train, and announced workers that have not registered yet."""
-        here = Counter(worker.worker_group for worker in self._workers.values())
-        starting = sum(
-            max(0, number - here[worker_group]) for worker_group, number in self._expected.items()
-        )
-        return starting + sum(
+        return self._starting() + sum(
             not worker.keys
             and not self._worker_groups[worker.worker_group].draining
             and not self._blame.is_retired(worker.place)
             for worker in self._workers.values()
         )
+
+    def _starting(self) -> int:
+        here = Counter(worker.worker_group for worker in self._workers.values())
+        return sum(
+            max(0, number - here[worker_group]) for worker_group, number in self._expected.items()
+        )
+
+    def _is_silent(self, worker: _Worker) -> bool:
+        return self._clock() - worker.last_heartbeat > self._lease_seconds
 
     def _next(
         self, place: Place, needs: Iterable[Need], deaths: int | None = None
@@ -424,17 +470,19 @@ class TrialQueue:
                 self._given_up.discard(key)
                 self._pending.appendleft(key)
 
-    def _remove(self, worker_group: str, rank: int | None, *, blame: bool) -> None:
+    def _remove(self, worker_group: str, rank: int | None, why: Loss) -> None:
         for name, worker in list(self._workers.items()):
             if worker.worker_group == worker_group and rank in (None, worker.rank):
-                self._release(worker, blame=blame)
+                self._release(worker, why)
                 del self._workers[name]
 
-    def _release(self, worker: _Worker, *, blame: bool) -> None:
+    def _release(self, worker: _Worker, why: Loss) -> None:
         """Queue its trials again. In a group that died, each trial is as suspect as one alone."""
         keys, worker.keys = sorted(worker.keys - self._done), set()
+        blame = why == "worker-died"
         self._deaths += blame and bool(keys)
         for key in keys:
+            self._record(worker, key, why, LOSSES[why])
             self._give_back(key, blame=blame)
 
     def _give_back(self, key: TrialKey, *, blame: bool) -> None:
@@ -454,7 +502,6 @@ class TrialQueue:
         self._lost.append(Lost(key=key, attempt=attempt, cause=cause, message=message))
 
     def _expire(self) -> None:
-        now = self._clock()
         for worker in self._workers.values():
-            if worker.keys and now - worker.last_heartbeat > self._lease_seconds:
-                self._release(worker, blame=False)
+            if worker.keys and self._is_silent(worker):
+                self._release(worker, "no-heartbeat")

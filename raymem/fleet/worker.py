@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import socket
 import threading
@@ -11,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypedDict, cast
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ from raymem.errors import (
     StoreFullError,
     TrialError,
 )
+from raymem.fleet.progress import Report
 from raymem.fleet.resources import Resources
 from raymem.fleet.store_checkpoints import StoreCheckpoints
+from raymem.fleet.trial_log import TrialLog
 from raymem.fleet.trial_queue import COMMITTED, Lease, Outcome
 from raymem.plan import Plan, Seeds
 from raymem.privacy import Mechanism
@@ -191,8 +194,36 @@ class QueueClient(Protocol):
     def lease_group(self, worker: str, n: int) -> list[Lease] | None:
         """See TrialQueue.lease_group."""
 
-    def finish(self, worker: str, key: TrialKey, outcome: Outcome, message: str = "") -> None:
+    def finish(
+        self,
+        worker: str,
+        key: TrialKey,
+        outcome: Outcome,
+        message: str = "",
+        report: Report | None = None,
+    ) -> None:
         """See TrialQueue.finish."""
+
+
+# The last frames of a traceback are those that tell.
+TRACEBACK_CHARACTERS = 8000
+
+
+class Ending(NamedTuple):
+    """How an attempt at a trial ended."""
+
+    outcome: Any
+    """An Outcome; or "peer": another rank failed, this one did not."""
+    message: str = ""
+    report: Report = Report()
+
+    @classmethod
+    def of(cls, outcome: str, message: str, error: BaseException) -> Ending:
+        """An attempt that failed."""
+        text = "".join(traceback.format_exception(error))
+        if len(text) > TRACEBACK_CHARACTERS:
+            text = f"...\n{text[-TRACEBACK_CHARACTERS:]}"
+        return cls(outcome, message, Report(traceback=text))
 
 
 def work(
@@ -216,37 +247,47 @@ def work(
     attempt = Attempt(job, images, store, ranks, preempted or threading.Event(), count_images)
     at_once = job.models_at_once(images) if ranks.alone else 1
 
-    def lease() -> list[Lease] | None:
+    def next_leases() -> list[Lease] | None:
         return queue.lease_group(worker, at_once) if ranks.rank == 0 else None
 
-    def finished(lease: Lease, outcome: Outcome, message: str) -> None:
+    log = TrialLog(study=job.study_hash, worker=worker, device=str(device))
+
+    def finished(lease: Lease, ending: Ending) -> None:
         assert lease.key is not None
-        queue.finish(worker, lease.key, outcome, message)
+        log.ended(lease, *ending)
+        queue.finish(worker, lease.key, *ending)
         after_trial()
 
-    while (leases := ranks.broadcast(lease())) is not None:
+    while (leases := ranks.broadcast(next_leases())) is not None:
         if leases[0].key is None:
             time.sleep(leases[0].wait)
-        elif len(leases) > 1:
+            continue
+        for lease in leases:
+            log.leased(lease)
+        if len(leases) > 1:
             attempt.together(leases, finished)
         elif ranks.alone:
-            finished(leases[0], *attempt(leases[0]))
+            finished(leases[0], attempt(leases[0]))
         else:
-            _with_others(queue, worker, attempt, leases[0])
+            _with_others(queue, worker, attempt, leases[0], log)
             after_trial()
 
 
-def _with_others(queue: QueueClient, worker: str, attempt: Attempt, lease: Lease) -> None:
+def _with_others(
+    queue: QueueClient, worker: str, attempt: Attempt, lease: Lease, log: TrialLog
+) -> None:
     """A trial that several ranks train together."""
     ranks, key = attempt.ranks, lease.key
     assert key is not None
-    outcome, message = attempt(lease)
+    ending = attempt(lease)
+    log.ended(lease, *ending)
+    outcome, message = ending.outcome, ending.message
     failed = FleetError(f"rank {ranks.rank} of {ranks.world} failed: {message}")
     if outcome == "peer":
         # Another rank failed and reports it, or died, which the trial queue detects.
         raise failed
     if ranks.rank == 0 or outcome not in (*COMMITTED, "diverged"):
-        queue.finish(worker, key, outcome, message)
+        queue.finish(worker, key, *ending)
     if outcome not in (*COMMITTED, "diverged"):
         raise failed
 
@@ -262,25 +303,23 @@ class Attempt:
     preempted: threading.Event
     count_images: Callable[[int], None]
 
-    def __call__(self, lease: Lease) -> tuple[Any, str]:
-        """The outcome of the trial, and why; "peer" if another rank failed and this one did not."""
-        return self._outcome(lease, lambda: self._train(lease))
+    def __call__(self, lease: Lease) -> Ending:
+        """How the trial ended."""
+        return self._ending(lease, lambda: self._train(lease))
 
-    def together(
-        self, leases: Sequence[Lease], finished: Callable[[Lease, Outcome, str], None]
-    ) -> None:
+    def together(self, leases: Sequence[Lease], finished: Callable[[Lease, Ending], None]) -> None:
         """Train several trials in one step; `finished` hears of each when it is committed."""
         left = dict(enumerate(leases))
         trials = [_Trial.of(self, lease, share=1 / len(leases)) for lease in leases]
 
         def committed(number: int, found: TrialResult | Exception) -> None:
-            def commit() -> Outcome:
+            def commit() -> Ending:
                 if isinstance(found, Exception):
                     raise found
                 return self._commit(leases[number], trials[number], found)
 
             lease = left.pop(number)
-            finished(lease, *self._outcome(lease, commit))
+            finished(lease, self._ending(lease, commit))
 
         members = [self._member(lease, trial) for lease, trial in zip(leases, trials, strict=True)]
         try:
@@ -295,7 +334,7 @@ class Attempt:
             )
         except Exception as error:  # none of a single trial's: of all that are left
             for lease in list(left.values()):
-                finished(lease, *self._outcome(lease, lambda error=error: _raised(error)))  # type: ignore[misc]
+                finished(lease, self._ending(lease, lambda error=error: _raised(error)))  # type: ignore[misc]
 
     def _member(self, lease: Lease, trial: _Trial) -> Member:
         assert lease.key is not None
@@ -308,29 +347,30 @@ class Attempt:
             checkpoints=trial.checkpoints,
         )
 
-    def _outcome(self, lease: Lease, work: Callable[[], Outcome]) -> tuple[Any, str]:
+    def _ending(self, lease: Lease, work: Callable[[], Ending]) -> Ending:
         key = lease.key
         assert key is not None
         try:
-            return work(), ""
+            return work()
         except StoreFullError as error:
-            return "full", str(error)
+            return Ending.of("full", str(error), error)
         except ResultMismatchError as error:
-            return "mismatch", str(error)
+            return Ending.of("mismatch", str(error), error)
         except TrialError as error:
             self.store.record_failure(key, lease.attempt, error.cause, str(error))
             # Resuming from it would fail again.
             self.store.delete_checkpoint(key)
-            return error.cause, str(error)
+            return Ending.of(error.cause, str(error), error)
         except StoreError as error:  # tried again for as long as that makes sense
-            return "store", str(error)
+            return Ending.of("store", str(error), error)
         except Exception as error:  # the user's model can raise anything; the trial queue decides
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{where.filename}:{where.lineno}"
             outcome = "peer" if self.ranks.lost_a_peer(error) else "error"
-            return outcome, f"{key} failed: {type(error).__name__}: {error} ({place})"
+            message = f"{key} failed: {type(error).__name__}: {error} ({place})"
+            return Ending.of(outcome, message, error)
 
-    def _train(self, lease: Lease) -> Outcome:
+    def _train(self, lease: Lease) -> Ending:
         job, trial = self.job, _Trial.of(self, lease)
         share = int(trial.mask.sum()) // self.ranks.world
         assert lease.key is not None
@@ -348,11 +388,11 @@ class Attempt:
         )
         return self._commit(lease, trial, result)
 
-    def _commit(self, lease: Lease, trial: _Trial, result: TrialResult) -> Outcome:
+    def _commit(self, lease: Lease, trial: _Trial, result: TrialResult) -> Ending:
         key, checkpoints = lease.key, trial.checkpoints
         assert key is not None
         if self.ranks.rank > 0:
-            return "committed"
+            return Ending("committed")
         about = provenance(self.job, key, lease, trial.seeds, result, self.images.device)
         if checkpoints.resumed:
             about["resumed"] = True
@@ -365,7 +405,7 @@ class Attempt:
         committed = self.store.commit(key, trial_table(key, trial.mask, result), about)
         if checkpoints.written or checkpoints.resumed:
             self.store.delete_checkpoint(key)
-        return cast(Outcome, committed)
+        return Ending(committed, report=Report(measures=_measures(trial, result, about)))
 
 
 @dataclass(frozen=True)
@@ -397,8 +437,19 @@ class _Trial:
         )
 
 
-def _raised(error: Exception) -> Outcome:
+def _raised(error: Exception) -> Ending:
     raise error
+
+
+def _measures(trial: _Trial, result: TrialResult, about: Provenance) -> dict[str, float]:
+    """What is told of a committed trial at once; all of it is in its object."""
+    return {
+        "train_accuracy": float(result.train.correct[trial.mask].mean()),
+        "test_accuracy": float(result.test.correct.mean())
+        if len(result.test.correct)
+        else math.nan,
+        "seconds": about["seconds"],
+    }
 
 
 def provenance(

@@ -31,10 +31,11 @@ from raymem.fleet.cluster import is_private, on_head
 from raymem.fleet.demand import NODE_LABEL, Demand
 from raymem.fleet.metrics import FleetMetrics, image_counter
 from raymem.fleet.placement import Placements
+from raymem.fleet.progress import Capacity, Progress
 from raymem.fleet.ray_internals import RUNNER_ENVIRONMENT, GroupTrainer, draining_nodes
 from raymem.fleet.remote_queue import RemoteQueue
 from raymem.fleet.resources import Resources
-from raymem.fleet.trial_queue import Progress, TrialQueue
+from raymem.fleet.trial_queue import TrialQueue
 from raymem.fleet.worker import Job, work
 from raymem.training import ALONE, Ranks
 
@@ -172,6 +173,7 @@ class WorkerGroups:
         self._deaths = Counter[str]()
         """Worker groups that died in a row on each node, since one there committed a trial."""
         self._started = 0
+        self._capacity: Capacity | None = None
         self._waiting_since = time.monotonic()
 
     def tend(self, progress: Progress) -> None:
@@ -203,7 +205,19 @@ class WorkerGroups:
             at_work = self._room(nodes)
             known = [node["NodeID"] for node in alive]
             self._demand.ask(max(0, wanted - at_work), known=known, at_work=at_work)
+        self._tell_capacity(len(alive), sum(fit > 0 for fit in nodes.values()))
         self._check_autoscaler_timeout(progress)
+
+    def _tell_capacity(self, nodes: int, with_room: int) -> None:
+        capacity = Capacity(
+            nodes=nodes,
+            with_room=with_room,
+            asked=0 if self._demand is None else self._demand.asked,
+            need=self._resources.need,
+        )
+        if capacity != self._capacity:
+            self._capacity = capacity
+            self._queue.set_capacity(capacity)
 
     def _wanted(self, progress: Progress) -> int:
         """Workers that could be at work now."""
@@ -259,11 +273,9 @@ class WorkerGroups:
                     f"{len(progress.retired_nodes)} nodes are retired, and no other has room: "
                     f"{progress.notices[-1]}; then run the same command again"
                 )
-            needs = self._resources
-            need = f"{needs.cpus_per_trial} CPUs and {needs.gpus_per_trial or 0:g} GPUs"
-            if needs.workers_per_trial > 1:
-                need = f"{needs.workers_per_trial} times {need}"
-            raise FleetError(f"no node has {need} for a trial; ask for less, or add nodes")
+            raise FleetError(
+                f"no node has {self._resources.need} for a trial; ask for less, or add nodes"
+            )
 
     def _autoscaler_timeout(self) -> float:
         # A laptop's only node does not grow; a cluster's autoscaler may be bringing one.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ingest_text,
         summary_text,
     )
-    from raymem.show.terminal_status import describe_store, merge_text
+    from raymem.show.terminal_status import describe_store, merge_text, watch_status
 
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "summary_text",
     "tell",
     "top",
+    "watch_status",
     "where",
     "write_leave_one_out",
     "write_removal",

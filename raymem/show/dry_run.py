@@ -19,9 +19,9 @@ import pyarrow as pa
 import torch
 
 from raymem.data import CachedExamples
-from raymem.encoding import epsilon_name
+from raymem.encoding import duration, epsilon_name
 from raymem.errors import StoreError
-from raymem.fleet import duration, estimated_trial, group_size, timed_group, timed_trial
+from raymem.fleet import estimated_trial, group_size, timed_group, timed_trial
 from raymem.privacy import Mechanism, bounds_on_memorization, tightest
 from raymem.scores import (
     PairRule,

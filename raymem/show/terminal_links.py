@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from raymem.encoding import at_epsilon
-from raymem.fleet import duration
+from raymem.encoding import at_epsilon, duration
 from raymem.links import (
     TARGET,
     Audit,

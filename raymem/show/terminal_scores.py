@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raymem.encoding import epsilon_name
+from raymem.encoding import duration, epsilon_name
 from raymem.errors import StoreError
-from raymem.fleet import duration
 from raymem.show.score_tables import pairs_table
 from raymem.show.table import format_table, percent
 from raymem.show.tables import TableError, top

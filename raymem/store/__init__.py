@@ -9,6 +9,7 @@
     models/eps-inf/000017.safetensors   its weights, for the trials whose weights are kept
     curvature/MODEL/SHARD.parquet       curvature under one model, streamed over shards
     failed/eps-inf/000017.1.json        an attempt that failed: cause
+    failures.json                       failed attempts by cause, each with its first traceback
     scores/*.parquet, links.json, ...   derived, replaced whole
     damaged/...                         what `verify --repair` moved away
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from raymem.store.failure_log import FailureCause, FailureLog, failure_causes
     from raymem.store.files import Files, read_ahead
     from raymem.store.lock import DriverLock, is_alive, read_driver
     from raymem.store.merge_stores import MergeSummary, merge
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = [
     "DriverLock",
     "Failure",
+    "FailureCause",
+    "FailureLog",
     "Files",
     "MergeSummary",
     "Part",
@@ -41,6 +45,7 @@ __all__ = [
     "StudyRecord",
     "Target",
     "TrialKey",
+    "failure_causes",
     "is_alive",
     "merge",
     "parse_part",

@@ -16,7 +16,9 @@ from raymem.store.files import Files
 from raymem.store.study_record import SHOWN, StudyRecord
 from raymem.store.trials import TrialKey
 
-Note = Literal["links", "repeat", "command", "until", "membership", "removal", "leave_one_out"]
+Note = Literal[
+    "links", "repeat", "command", "until", "membership", "removal", "leave_one_out", "failures"
+]  # fmt: skip
 
 
 class Derived:

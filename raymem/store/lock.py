@@ -40,6 +40,8 @@ class DriverRecord(TypedDict):
     interval: float
     counter: int
     """Moves while the driver lives."""
+    heartbeat: str
+    """When it last moved, by the driver's clock."""
     progress: dict[str, Any]
     """For `raymem status`: where its stage is."""
 
@@ -132,6 +134,7 @@ class DriverLock:
             "started": self._started,
             "interval": self.interval,
             "counter": self._counter,
+            "heartbeat": datetime.now(UTC).isoformat(timespec="seconds"),
             "progress": dict(self.progress()),
         }
         return json.dumps(record, indent=1).encode()
