@@ -28,6 +28,7 @@ from raymem.show import (
     top,
     where,
 )
+from raymem.show.table import fold
 from raymem.store import Store, verify
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def status_command(store: str, debug: bool) -> None:
     Example: raymem status runs/feldman_digits
     """
     with command_errors(debug):
-        click.echo(describe_store(Store(store)))
+        click.echo(fold(describe_store(Store(store))))
 
 
 @main.command("removal")
@@ -60,7 +61,7 @@ def removal_command(store: str, debug: bool) -> None:
     from raymem.show import removal_text
 
     with command_errors(debug):
-        click.echo(removal_text(find_removal(Store(store))))
+        click.echo(fold(removal_text(find_removal(Store(store)))))
 
 
 @main.command("leave-one-out")
@@ -75,7 +76,7 @@ def leave_one_out_command(store: str, debug: bool) -> None:
     from raymem.show import leave_one_out_text
 
     with command_errors(debug):
-        click.echo(leave_one_out_text(find_leave_one_out(Store(store))))
+        click.echo(fold(leave_one_out_text(find_leave_one_out(Store(store)))))
 
 
 @main.command("scores")
@@ -195,7 +196,7 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
     Example: raymem example runs/feldman_digits digit-0905
     """
     with command_errors(debug):
-        click.echo(example_text(Store(store), example_id, n))
+        click.echo(fold(example_text(Store(store), example_id, n)))
 
 
 @main.command("links")
@@ -240,10 +241,10 @@ def links_command(
         for url, links in found.items():
             if len(found) > 1:
                 click.echo(f"\n{url}\n")
-            click.echo(links_text(links))
+            click.echo(fold(links_text(links)))
         for url, rows in across.items():
-            click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n")
-            click.echo("\n".join(map(str, verdicts_on_link1(rows))))
+            click.echo(fold(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n"))
+            click.echo(fold("\n".join(map(str, verdicts_on_link1(rows)))))
 
 
 def _extrapolate(stores: Sequence[Store], csv: bool, as_json: bool) -> None:
@@ -304,7 +305,7 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
         if as_json:
             click.echo(json.dumps(found.as_dict(), indent=1))
         else:
-            click.echo(membership_text(found))
+            click.echo(fold(membership_text(found)))
 
 
 @main.command("errors")
@@ -339,7 +340,7 @@ def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool
         if as_csv:
             write_csv(pa.Table.from_pylist(found.rows), sys.stdout.buffer)
         else:
-            click.echo(label_errors_text(found, n))
+            click.echo(fold(label_errors_text(found, n)))
 
 
 @main.command("report")

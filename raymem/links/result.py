@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,25 +63,6 @@ class Links:
 
     def __repr__(self) -> str:
         return "\n".join(map(str, self.verdicts))
-
-    def _repr_html_(self) -> str:
-        text = "".join(f"<li>{html.escape(str(verdict))}</li>" for verdict in self.verdicts)
-        rows = [
-            (
-                epsilon_name(epsilon), c.measure, c.spearman.format(2), f"{c.ceiling:.2f}",
-                c.among_memorized.format(2), c.auc.format(2), f"{c.examples:,}",
-            )
-            for epsilon, found in self.correlations.items()
-            for c in found
-        ]  # fmt: skip
-        names = (
-            "epsilon", "memorization against", "Spearman [95%]", "at most", "among mem > 0",
-            "AUC of mem > 0.25", "examples",
-        )  # fmt: skip
-        head = "".join(f"<th>{name}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(f'<td>{v}</td>' for v in row)}</tr>" for row in rows)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"<ul>{text}</ul>{table if rows else ''}"
 
     @property
     def verdict(self) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,12 +113,9 @@ def figures(
             yield _figure(
                 "membership-roc",
                 "Membership inference: true against false positives",
-                f"Curves over {here.targets:,} target trials, both axes logarithmic: "
-                + ", ".join(
-                    f"{one.name} finds {100 * one.tpr_at_fpr.value:.2g}% of the members at 1% "
-                    "false positives"
-                    for one in here.attacks
-                )
+                f"Curves over {here.targets:,} target trials, both axes logarithmic. At 1% false "
+                "positives the attacks find, in percent of the members: "
+                + ", ".join(f"{one.name} {100 * one.tpr_at_fpr.value:.2g}" for one in here.attacks)
                 + ".",
                 functools.partial(_roc, here=here),
             )
@@ -148,17 +145,20 @@ def leave_one_out_figure(found: LeftOut) -> Figure:
 
 
 def _figure(name: str, title: str, alt: str, draw: Draw) -> Figure:
+    about = {"Title": title, "Description": alt}
     return Figure(
         name=name,
         title=title,
         alt=alt,
-        light=_drawn(draw, LIGHT, "png"),
-        dark=_drawn(draw, DARK, "png"),
-        pdf=_drawn(draw, LIGHT, "pdf"),
+        light=_drawn(draw, LIGHT, "png", about),
+        dark=_drawn(draw, DARK, "png", about),
+        pdf=_drawn(draw, LIGHT, "pdf", {"CreationDate": None}),
     )
 
 
-def _drawn(draw: Draw, colours: dict[str, str], kind: str) -> bytes:
+def _drawn(
+    draw: Draw, colours: dict[str, str], kind: str, about: Mapping[str, str | None]
+) -> bytes:
     # Without pyplot: no global state, no display.
     from matplotlib.figure import Figure as Canvas
 
@@ -181,9 +181,7 @@ def _drawn(draw: Draw, colours: dict[str, str], kind: str) -> bytes:
         for text in legend.get_texts():
             text.set_color(colours["ink"])
     out = io.BytesIO()
-    canvas.savefig(
-        out, format=kind, dpi=140, metadata={} if kind == "png" else {"CreationDate": None}
-    )
+    canvas.savefig(out, format=kind, dpi=140, metadata=about)
     return out.getvalue()
 
 

@@ -141,7 +141,9 @@ def _memorization(
         return ""
     if not summary:  # published scores have no list
         above = pc.sum(pc.greater(table["memorization"], 0.25)).as_py() or 0
-        return f"{above:,} of {known:,} training examples have memorization above 0.25."
+        of = f"{above:,} of {table.num_rows:,} training examples have memorization above 0.25"
+        unknown = table.num_rows - known
+        return f"{of}; that of {unknown:,} is not published." if unknown else f"{of}."
     listed, trials = summary["memorized"], summary["trials"]
     rate = (
         "at most 5% of this list is expected to be false"
