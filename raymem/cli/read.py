@@ -322,8 +322,9 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
 def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
     """Probable label errors, for cleaning a data set.
 
-    Examples to whose labels models that did not see them give less than 10%. Where labels were
-    flipped on purpose (--flip-labels), how many of those are found.
+    Training examples to whose labels models that did not see them give less than 10%. Where labels
+    were flipped on purpose (--flip-labels), how many of those are found. Test examples are ranked
+    by `raymem scores STORE --where "split == test" --sort loss_out`.
 
     Example: raymem errors runs/feldman_digits
     """

@@ -26,6 +26,7 @@ from raymem.show.result_tables import (
     findings_table,
     fits_table,
     memorization_by_epsilon_table,
+    memorized_by_epsilon_table,
     one_model_table,
     references_table,
 )
@@ -93,6 +94,7 @@ def page(
         "charts": lambda start: [_chart(c) for c in charts if c.name.startswith(start)],
         **_curvature(links, chosen.epsilon),
         **_privacy(links),
+        "memorized": memorized_by_epsilon_table(links.memorized) if links.memorized else None,
         **_membership(attacked, stale),
         "left_out": _left_out(left_out),
         "checks": _checks(links),

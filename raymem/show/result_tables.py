@@ -21,6 +21,7 @@ from raymem.links import (
     Finding,
     LabelErrors,
     Link2,
+    Memorized,
     OneModel,
     RemovalEffect,
     Removed,
@@ -53,7 +54,7 @@ _RATES = (
 def label_errors_table(found: LabelErrors, n: int) -> Table:
     """The n most suspicious labels."""
     known = found.rows[0] if found.rows else {}
-    wanted = ("example_id", "label", "loss_out", "accuracy_out", "accuracy_in")
+    wanted = ("example_id", "class", "loss_out", "accuracy_out", "accuracy_in")
     names = [name for name in wanted if name in known]
     return Table(
         title=f"{len(found.rows):,} probable label errors: models trained without them give their "
@@ -301,6 +302,23 @@ def memorization_by_epsilon_table(audits: Sequence[Audit]) -> Table:
         ]
         if audits
         else [],
+    )
+
+
+def memorized_by_epsilon_table(found: Sequence[Memorized]) -> Table:
+    """Mean memorization of the memorized examples and of all others at each epsilon."""
+    return Table(
+        title="Mean memorization of the examples that are memorized without privacy, and of the "
+        "others (95% intervals over runs)",
+        columns=[
+            EPSILON,
+            Column(key="memorized", title=f"the {found[0].memorized.examples:,} memorized"),
+            Column(key="others", title=f"the {found[0].others.examples:,} others"),
+        ],
+        rows=[
+            [epsilon_name(at.epsilon), Estimate.of(at.memorized), Estimate.of(at.others)]
+            for at in found
+        ],
     )
 
 

@@ -34,7 +34,7 @@ def examples_table(table: pa.Table, *more: str) -> Table:
         Column(key="models", title="models in/out"),
         Column(key="accuracy", title="accuracy in, out"),
         Column(key="memorization_soft", title="soft"),
-        *(Column(key=name, title=title_of(name)) for name in more),
+        *map(column_of, more),
     ]
     return Table(columns=columns, rows=[_example(row, more) for row in table.to_pylist()])
 
