@@ -159,12 +159,13 @@ class Opened:
         order = pc.sort_indices(table, [("memorization", "descending")])[:SHOWN]
         shown = examples_table(table.take(order))
         pictures = self._pictures([str(row[0]) for row in shown.rows])
-        with_pictures = Table(
-            columns=[Column(key="picture", title="picture"), *shown.columns],
-            rows=[[pictures.get(str(row[0])), *row] for row in shown.rows],
-        )
+        if pictures:
+            shown = Table(
+                columns=[Column(key="picture", title="picture"), *shown.columns],
+                rows=[[pictures.get(str(row[0])), *row] for row in shown.rows],
+            )
         return (
-            f"{text}{with_pictures._repr_html_()}"
+            f"{text}{shown._repr_html_()}"
             f"<p>{table.num_rows:,} rows; .examples.to_pandas() has all, .explore() shows all</p>"
         )
 
