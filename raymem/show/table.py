@@ -137,9 +137,9 @@ class Table:
 
     def text(self, width: int | None = None) -> str:
         """Title, aligned columns, notes. Columns beyond `width` characters are named, not shown."""
-        lines = [f"{self.title}:"] if self.title else []
+        title = folded(f"{self.title}:", width) if self.title else []
         notes = [line for note in self.notes for line in folded(note, width)]
-        return "\n".join([*folded("\n".join(lines), width), *self._lines(width), *notes])
+        return "\n".join([*title, *self._lines(width), *notes])
 
     def _lines(self, width: int | None) -> list[str]:
         grid = [[column.heading for column in self.columns], *self.cells]
