@@ -13,7 +13,7 @@ from raymem import CurvatureRule, Examples, Recipe, Study
 EVIL = '<script>alert("x")</script>'
 
 
-def trained(folder):
+def trained(folder, trials=20):
     """A study with labels that are wrong, copies, and names that are markup; returns it."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (90, 8, 8, 1), np.uint8)
@@ -29,7 +29,7 @@ def trained(folder):
         ),
         recipe=Recipe(model="mlp-32", epochs=10, batch_size=20, learning_rate=0.3),
         store=folder / "store",
-        trials=20,
+        trials=trials,
         curvature=CurvatureRule(),
     )  # fmt: skip
     study.train(engine="serial")

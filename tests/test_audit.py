@@ -6,9 +6,12 @@ import itertools
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import optimize, stats
 
+from raymem import import_npz, score
+from raymem.links import memorized_by_epsilon
 from raymem.privacy import (
     Mechanism,
     bounds_on_memorization,
@@ -24,6 +27,7 @@ from raymem.privacy import (
     tightest,
 )
 from raymem.privacy.accounting import spent_epsilon
+from raymem.store import Target, TrialKey
 
 GRID = [(0.1, 1e-5), (1.0, 0.01), (1.0, 1e-5), (4.0, 1e-3)]
 
@@ -241,3 +245,38 @@ def test_broken_mechanisms_are_caught(broken):
 def test_extra_steps_are_not_caught():
     """What an audit cannot see: these are counted where they are taken (see test_privacy)."""
     assert audited(steps=2 * T) < 4.0
+
+
+def test_what_privacy_changes_for_the_memorized_examples(tmp_path):
+    """Five examples that only models which saw them get right; with privacy it is a coin's fall."""
+    rng = np.random.default_rng(3)
+    masks = rng.random((40, 30)) < 0.5
+    right = np.ones_like(masks)
+    right[:, :5] = masks[:, :5]
+    np.savez(tmp_path / "fleet.npz", masks=masks, correct_train=right)
+    store = import_npz(tmp_path / "fleet.npz", tmp_path / "store")
+    assert memorized_by_epsilon(score_all(store), store) == []
+    coins = rng.random((40, 30)) < 0.5
+    for key in sorted(store.done()):
+        table = store.trial(key)
+        for name, values in (
+            ("epsilon", np.full(30, 2.0)), ("correct", coins[key.trial]),
+        ):  # fmt: skip
+            place = table.column_names.index(name)
+            field = table.schema.field(name)
+            table = table.set_column(place, field, pa.array(values, field.type))
+        store.commit(TrialKey(2.0, key.trial), table, store.provenance(key))
+    store.target = Target(trials=40, epsilons=(2.0, math.inf))
+    private, free = memorized_by_epsilon(score_all(store), store)
+    assert (private.epsilon, free.epsilon) == (2.0, math.inf)
+    assert (free.memorized.value, free.others.value) == (1, 0)
+    assert (free.memorized.examples, free.others.examples) == (5, 25)
+    dense = [coins[masks[:, i], i].mean() - coins[~masks[:, i], i].mean() for i in range(30)]
+    assert private.memorized.value == pytest.approx(np.mean(dense[:5]))
+    assert private.others.value == pytest.approx(np.mean(dense[5:]))
+    assert private.memorized.low < 0 < private.memorized.high
+
+
+def score_all(store):
+    score(store)
+    return store

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import os
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from scipy import stats
 
 from raymem import (
@@ -432,8 +437,75 @@ def test_published_pairs_are_checked_by_their_memorization(data, tmp_path):
         import_scores(path, tmp_path / "wrong", data=data)
     (folder / "y_index.npz").unlink()
     np.savez(path, **pairs)
-    with pytest.raises(ImportFileError, match=r"pairs only, .*put the \*_index\.npz"):
-        import_scores(path, tmp_path / "wrong", data=data)
+    with pytest.raises(ImportFileError, match=r"pairs only, .*give --data, or put the \*_index"):
+        import_scores(path, tmp_path / "wrong")
+
+
+@pytest.fixture(scope="module")
+def many():
+    """A set of which pairs can be checked: ten classes, and ten test examples of each."""
+    rng = np.random.default_rng(5)
+    return Examples(
+        name="many",
+        x_train=rng.integers(0, 256, (200, 4, 4, 1), np.uint8),
+        y_train=rng.permutation(np.arange(200) % 10),
+        x_test=rng.integers(0, 256, (100, 4, 4, 1), np.uint8),
+        y_test=rng.permutation(np.arange(100) % 10),
+    )
+
+
+def pairs_of(data, tests):
+    """A pair of each of these test examples and a training example of its class."""
+    train = np.array([np.flatnonzero(data.y_train == data.y_test[j])[j % 7] for j in tests])
+    return {
+        "tr_idx": train, "tt_idx": tests, "infl": np.linspace(0.15, 0.6, len(tests)),
+        "mem": 0.26 + train / 400,
+    }  # fmt: skip
+
+
+def test_pairs_alone_are_checked_by_their_classes(many, tmp_path):
+    """Feldman & Zhang's file of pairs for CIFAR-100, which most people have, is enough."""
+    path = tmp_path / "cifar100_high_infl_pairs_infl0.15_mem0.25.npz"
+    pairs = pairs_of(many, np.arange(0, 100, 3))
+    np.savez(path, **pairs)
+    store = import_scores(path, tmp_path / "store", data=many)
+    rows = store.scores("influence").to_pylist()
+    strongest_first = [
+        (many.train_ids[i], many.test_ids[j], x)
+        for i, j, x in zip(pairs["tr_idx"], pairs["tt_idx"], pairs["infl"], strict=True)
+    ][::-1]
+    assert [(r["train_id"], r["test_id"], r["influence"]) for r in rows] == strongest_first
+    assert all(r["strong"] for r in rows)
+    known = {many.train_ids[i]: m for i, m in zip(pairs["tr_idx"], pairs["mem"], strict=True)}
+    for row in store.scores().to_pylist():
+        assert row["memorization"] == known.get(row["example_id"])
+        reason = "test example" if row["split"] == "test" else "not published"
+        assert row["null_reason"] == (None if row["example_id"] in known else reason)
+    assert verify(store) == []
+    page = Path(write_report(store.url, many)).read_text()
+    assert f"{len(known)} of 200 training examples have memorization above 0.25" in page
+    np.savez(tmp_path / "set.npz", x_train=many.x_train, y_train=many.y_train, x_test=many.x_test,
+             y_test=many.y_test)  # fmt: skip
+    arguments = ["fz-scores", str(path), str(tmp_path / "t"), "--data", str(tmp_path / "set.npz")]
+    said = CliRunner().invoke(main, ["import", *arguments])
+    assert said.output == f"{len(known)} scores, 34 pairs\n"
+
+
+def test_pairs_alone_that_cannot_be_of_this_set_are_refused(many, tmp_path):
+    path = tmp_path / "pairs.npz"
+    pairs = pairs_of(many, np.arange(0, 100, 3))
+    order = np.random.default_rng(1).permutation(200)
+    again = {name: np.append(values, values[:1]) for name, values in pairs.items()}
+    for changed_pairs, says in (
+        (pairs | {"tr_idx": order[pairs["tr_idx"]]}, "of 34 pairs have different classes in many"),
+        (pairs | {"tt_idx": pairs["tt_idx"] + 100}, "beyond 200 training and 100 test examples"),
+        (pairs | {"mem": pairs["mem"] + 1}, "mem must be numbers from -1 to 1"),
+        (again | {"mem": np.append(pairs["mem"], 0.9)}, "differs from pair to pair"),
+        (pairs_of(many, np.arange(5)), "of 5 test examples, too few to check its order"),
+    ):
+        np.savez(path, **changed_pairs)
+        with pytest.raises(ImportFileError, match=says):
+            import_scores(path, tmp_path / "wrong", data=many)
 
 
 def test_what_was_exported_is_read_as_published_scores(fleet, data, tmp_path):
@@ -520,6 +592,74 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     with pytest.raises(ImportFileError, match="not text"):
         array_of(tmp_path / "lists.npy")
     assert not (tmp_path / "exploded").exists()
+
+
+def card_of(store, folder, *more):
+    done = CliRunner().invoke(main, ["export", "hf", store.url, str(folder), *more])
+    assert done.exit_code == 0, done.output
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_has_pictures_and_figures(fleet, data, tmp_path):
+    assert "No images are in it" in card_of(fleet, tmp_path / "before")
+    write_report(fleet.url, data)
+    text = card_of(fleet, tmp_path / "card")
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert all((tmp_path / "card" / name).stat().st_size > 0 for name in shown)
+    assert "figures/memorization.png" in shown
+    assert "![Memorization of the training examples](figures/memorization.png)" in text
+    assert "Histogram of memorization over 24 examples" in text
+    # The most memorized first, each with its own picture, of which every pixel is enlarged.
+    best = max(mem(fleet).items(), key=lambda item: item[1] if item[1] is not None else -9)
+    row = next(line for line in text.splitlines() if "pictures/01.png" in line)
+    assert f"{best[1]:.3f}" in row
+    name = next(name for name in data.train_ids if f"| {name} |" in row)
+    with Image.open(tmp_path / "card" / "pictures" / "01.png") as image:
+        enlarged = np.kron(data.x_train[data.train_ids.index(name)][..., 0], np.ones((24, 24)))
+        assert (np.asarray(image) == enlarged).all()
+    assert len(list((tmp_path / "card" / "pictures").iterdir())) == 12
+    text = card_of(fleet, tmp_path / "without", "--no-pictures")
+    assert "pictures/" not in text
+    assert not (tmp_path / "without" / "pictures").exists()
+
+
+def test_names_on_a_card_are_text(tmp_path):
+    evil = '<img src=x>|`*_[a](b)"'
+    rng = np.random.default_rng(0)
+    masks = rng.random((20, 4)) < 0.5
+    np.savez(
+        tmp_path / "fleet.npz", masks=masks, correct_train=masks, y_train=np.arange(4) % 2,
+        train_ids=np.array([f"{evil}{k}" for k in range(4)]), classes=np.array([evil, "b"]),
+    )  # fmt: skip
+    store = import_npz(tmp_path / "fleet.npz", tmp_path / "store")
+    score(store)
+    text = card_of(store, tmp_path / "card").split("## Load the tables")[0]
+    assert "<img" not in text
+    assert "&#60;img src=x&#62;&#124;&#96;&#42;" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 6
+    assert {line.count("|") for line in table} == {6}
+
+
+def test_the_cards_snippet_loads_the_tables(fleet, tmp_path):
+    """As it is printed, in the exported folder, with Hugging Face's own library."""
+    text = card_of(fleet, tmp_path / "card")
+    snippet = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    more = (
+        "\nimport json\n"
+        "names = ('trials', 'influence')\n"
+        "rows = {n: load_dataset(source, n, split='train').num_rows for n in names}\n"
+        "print('FOUND', json.dumps([rows, dict(zip(table.example_id, table.memorization))]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", snippet + more], cwd=tmp_path / "card", text=True, timeout=120,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows, found = json.loads(done.stdout.split("FOUND")[1])
+    assert rows == {n: fleet.scores(n).num_rows for n in ("trials", "influence")}
+    assert {k: None if v != v else v for k, v in found.items()} == mem(fleet)
 
 
 def test_tables_and_a_card(fleet, tmp_path):

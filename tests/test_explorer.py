@@ -90,7 +90,7 @@ def test_columns_are_those_of_the_score_table(study, tables):
 def test_menus_offer_measures_in_plain_words(tables):
     found = {m.name: m for m in tables.measures}
     assert list(found)[:2] == ["memorization", "curvature_out"]
-    assert found["curvature_out"].label == "curvature, models without it"
+    assert found["curvature_out"].label == "curvature, out (nats/pixel^2)"
     assert "trace of the Hessian" in found["curvature_out"].meaning
     assert found["memorization"].around == ("memorization_low", "memorization_high")
     assert found["curvature_out"].around == ("curvature_out_stderr",)
@@ -235,7 +235,7 @@ def test_figures_for_papers(study, tmp_path, suffix, start):
     data = path.read_bytes()
     assert data.startswith(start)
     if suffix == "svg":
-        assert b"loss, models without it" in data
+        assert b"loss, out (nats)" in data
         assert data.count(b'aria-roledescription="point"') == 60
 
 

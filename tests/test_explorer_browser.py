@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from explored import EVIL, served, trained
 
 import raymem
+from raymem.show import write_report
 from raymem.show.explorer import explorer_page, explorer_section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -22,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("browser"))
+    return trained(tmp_path_factory.mktemp("browser"), trials=40)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,19 @@ def url(study, tmp_path_factory):
     section = explorer_section(raymem.open(study.store, data=study.examples))
     path = tmp_path_factory.mktemp("page") / "explorer.html"
     path.write_text(explorer_page(section, "A small study"))
+    return f"file://{path}"
+
+
+@pytest.fixture(scope="module")
+def report(study):
+    """The report with all its sections: membership, and checks outside their limits, too."""
+    store = raymem.Store(study.store)
+    store.write_note("command", {"command": "python jobs/mine.py --trials 20"})
+    raymem.membership(store).write(store)
+    path = write_report(study.store, study.examples)
+    text = Path(path).read_text()
+    assert 'role="alert"' in text
+    assert "LiRA online" in text
     return f"file://{path}"
 
 
@@ -99,7 +114,7 @@ def test_pointing_shows_the_image_and_clicking_opens_it(study, opened):
     panel.locator("canvas.explorer-strip").wait_for()
     n_in = rows[row]["n_in"]
     assert f"of {n_in} models that trained on it get it right" in panel.inner_text()
-    assert "curvature, models without it" in panel.inner_text()
+    assert "curvature, out" in panel.inner_text()
     assert page.evaluate("document.querySelector('.explorer-panel img').naturalWidth") == 8
 
 
@@ -164,8 +179,8 @@ def test_a_brush_fills_gallery_and_table_and_is_copied(study, opened):
 def test_menus_choose_measures_classes_and_scales(study, opened):
     page = opened()
     rows = study.scores().to_pylist()
-    page.locator("#explorer-x").select_option(label="loss, models without it")
-    page.locator(".explorer-table th", has_text="loss, models without it").wait_for()
+    page.locator("#explorer-x").select_option(label="loss, out (nats)")
+    page.locator(".explorer-table th", has_text="loss, out").wait_for()
     highest = max((r for r in rows if r["split"] == "train"), key=lambda r: r["loss_out"])
     first = page.locator(".explorer-table .explorer-id").first
     assert first.inner_text() == highest["example_id"]
@@ -202,14 +217,20 @@ def test_the_keyboard_does_what_the_mouse_does(study, opened):
 
 
 @pytest.mark.parametrize(
-    ("width", "scheme"), [(390, "light"), (390, "dark"), (768, "dark"), (1280, "light")]
-)
-def test_no_width_is_too_small_and_axe_finds_nothing(study, opened, width, scheme):
+    ("width", "scheme", "whole"),
+    [
+        (390, "light", False), (768, "dark", False),
+        (390, "dark", True), (768, "light", True), (1280, "light", True), (1280, "dark", True),
+    ],
+)  # fmt: skip
+def test_no_width_is_too_small_and_axe_finds_nothing(opened, report, width, scheme, whole):
+    """On the explorer alone, and on the whole report with everything unfolded."""
     from axe_playwright_python.sync_playwright import Axe
 
-    page = opened(width, color_scheme=scheme)
+    page = opened(width, report if whole else None, color_scheme=scheme)
     page.locator(".explorer-tile").first.click()
     page.locator("canvas.explorer-strip").wait_for()
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     found = Axe().run(page)
     assert found.response["violations"] == [], found.generate_report()
@@ -231,7 +252,7 @@ def test_plots_are_saved(study, opened):
         page.get_by_role("button", name="Save plot as SVG").click()
     svg = saved.value.path().read_text()
     assert svg.startswith("<svg")
-    assert "curvature, models without it" in svg
+    assert "curvature, out" in svg
     with page.expect_download() as saved:
         page.get_by_role("button", name="Save plot as PNG").click()
     from PIL import Image
@@ -251,10 +272,10 @@ def test_a_served_page_does_the_same(study, opened):
         panel.locator("canvas.explorer-strip").wait_for()
         assert rows[row]["example_id"] in panel.inner_text()
         assert f"of {rows[row]['n_in']} models that trained on it" in panel.inner_text()
-        shown = panel.locator("tr", has_text="curvature, models without it").first.inner_text()
+        shown = panel.locator("tr", has_text="curvature, out").first.inner_text()
         assert f"{rows[row]['curvature_out']:.3f}" in shown
         page.locator("#explorer-x").select_option("loss_out")
-        page.locator(".explorer-table th", has_text="loss, models without it").wait_for()
+        page.locator(".explorer-table th", has_text="loss, out").wait_for()
 
 
 def test_a_notebook_shows_it_in_a_frame(study, browser, tmp_path):
@@ -270,11 +291,8 @@ def test_a_notebook_shows_it_in_a_frame(study, browser, tmp_path):
     page.close()
 
 
-def test_the_report_has_it(study, opened, tmp_path):
-    from raymem.show import write_report
-
-    path = write_report(study.store, study.examples)
-    page = opened(at=f"file://{path}")
+def test_the_report_has_it(opened, report):
+    page = opened(at=report)
     page.locator(".explorer-tile img").first.wait_for()
     assert page.locator(".explorer-count").inner_text().startswith("All 60 examples")
 

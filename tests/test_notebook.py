@@ -49,7 +49,7 @@ def check(shown, folder):
     assert table.memorization.is_monotonic_decreasing
     assert image.size == (160, 160)
     assert pairs.influence.is_monotonic_decreasing
-    assert "curvature_out" in links._repr_html_()
+    assert "curvature, out" in links._repr_html_()
     assert figure is None
     assert (folder / "memorization.pdf").read_bytes().startswith(b"%PDF")
 

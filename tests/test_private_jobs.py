@@ -375,6 +375,17 @@ def test_a_private_study_beside_the_first_gives_its_links_2_and_3(capsys, tmp_pa
     assert [row["epsilon"] for row in links["link_3_memorization_and_epsilon"]] == [2, "inf"]
     page = (store / "report.html").read_text()
     assert f"Measured in {other.url}." in page
+    by_hand = {row["example_id"]: row for row in Store(store).scores().to_pylist()}
+    for at in links["link_3_memorized_examples"]:
+        epsilon = float(at["epsilon"])
+        values = [
+            (by_hand[row["example_id"]]["memorized"], row["memorization"])
+            for row in other.scores().to_pylist()
+            if row["epsilon"] == epsilon and row["memorization"] is not None
+        ]
+        for name, listed in (("memorized", True), ("others", False)):
+            mean = np.mean([value for is_listed, value in values if is_listed is listed])
+            assert at[name]["value"] == pytest.approx(mean)
     assert Store(store).note("command")["command"].startswith("python ")
     # A trial was trained again, once: not by every run of the same command.
     assert "trained again: the same" in text

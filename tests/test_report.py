@@ -23,7 +23,7 @@ from raymem.errors import ExamplesError, StoreError
 from raymem.links import diagnostics, find_links, red
 from raymem.show import write_report
 from raymem.show.choose import choose
-from raymem.show.thumbnails import KEY
+from raymem.store.derived import THUMBNAILS
 from raymem.store.measures import title_of
 from raymem.store.trials import decode
 
@@ -114,7 +114,7 @@ def test_what_is_on_it(study, text):
         "What does privacy change?", "Who can be recognized?", "Can this run be trusted?",
         "Settings and command", "The most memorized of each class", "Load the tables",
         "python jobs/mine.py --trials 40", "Link 1: curvature", "polars.read_parquet",
-        "accuracy on the own subset", "lowest and highest curvature",
+        "training accuracy (mean over models)", "lowest and highest curvature",
     ):  # fmt: skip
         assert part in words, part
     assert all(image.get("alt") for image in read_page.images)
@@ -210,7 +210,7 @@ def test_label_errors_are_found(study):
 
 
 def test_pictures_are_the_examples_and_stay_in_the_store(study, text):
-    table = decode(Store(study.store).files.read(KEY), KEY)
+    table = decode(Store(study.store).files.read(THUMBNAILS), THUMBNAILS)
     ids = table["example_id"].to_pylist()
     # Those that the page shows, and of so small a set all others, for the explorer.
     assert set(choose(Store(study.store), math.inf).ids()) <= set(ids)
@@ -266,6 +266,16 @@ def test_the_command(study):
     missing = CliRunner().invoke(main, ["report", str(study.store / "nowhere")])
     assert missing.exit_code == 1
     assert "there is no study" in missing.output
+
+
+def test_what_commands_print_fits_the_terminal(study, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in (["links"], ["status"], ["pairs"], ["errors"], ["example"], ["membership"]):
+        more = ["train-7\"'><b>"] if command == ["example"] else []
+        result = CliRunner().invoke(main, [*command, str(study.store), *more])
+        assert result.exit_code == 0, result.output
+        wide = [line for line in result.output.splitlines() if len(line) > 80]
+        assert wide == [], command
 
 
 @pytest.mark.parametrize("more", [False, True])
@@ -486,7 +496,7 @@ def test_a_sound_run_has_no_red_line(study):
 def test_models_that_do_not_fit_are_red(tmp_path):
     make(tmp_path / "s", recipe=Recipe(model="mlp-2", epochs=1, learning_rate=1e-4), curvature=None)
     names = {finding.name for _, finding in red(diagnostics(Store(tmp_path / "s")))}
-    assert "accuracy on the own subset" in names
+    assert "training accuracy (mean over models)" in names
     assert "training accuracy on hard examples" in names
     assert "reliability of memorization" in names
 

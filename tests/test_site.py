@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
+from PIL import Image
 
 import raymem
 from raymem.cli import main
@@ -187,6 +188,10 @@ def understood(words: list[str]) -> None:
 def test_python_on_a_page_runs(page, tmp_path, monkeypatch):
     """The tutorial's blocks have a test of their own."""
     monkeypatch.chdir(tmp_path)
+    for k in range(20):  # a folder of images, as clean-a-data-set.md has one
+        folder = tmp_path / "clothes" / ("shirt", "shoe")[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), 12 * k, np.uint8)).save(folder / f"{k}.png")
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), {"__name__": "page"})
 

@@ -25,8 +25,8 @@ from raymem.cli import main, run_job
 from raymem.links import correlations_across, costs, diagnostics, find_links, link3
 from raymem.show import write_report
 from raymem.show.tables import TableError, where
-from raymem.show.thumbnails import KEY
 from raymem.store import TrialKey, verify
+from raymem.store.derived import THUMBNAILS
 
 
 def small(store, trials, **more):
@@ -77,11 +77,11 @@ def test_a_scored_trial_that_is_gone_is_named(study):
 
 def test_damaged_thumbnails_are_made_again(study):
     write_report(study.store, study.examples)
-    whole = Store(study.store).files.read(KEY)
+    whole = Store(study.store).files.read(THUMBNAILS)
     for damage in (b"", whole[:100]):
-        Store(study.store).files.replace(KEY, damage)
+        Store(study.store).files.replace(THUMBNAILS, damage)
         write_report(study.store, study.examples)
-        assert Store(study.store).files.read(KEY) == whole
+        assert Store(study.store).files.read(THUMBNAILS) == whole
 
 
 def test_a_failure_note_without_its_parts_is_damage_that_repair_moves(study):

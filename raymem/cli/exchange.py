@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import click
+import pyarrow.compute as pc
 
 from raymem.cli.base import command_errors, debug_option, main
 from raymem.cli.options import filled, setting_options
@@ -110,8 +111,8 @@ def import_command(
     correct_test, margins_train, margins_test, y_train, y_test, train_ids, test_ids, classes.
     fz: Feldman & Zhang's runs (aux_arrays.npz). lira: keep.npy, logits, scores. datamodels:
     masks.npy, train_margins.npy, or train_masks_50pct.npy and its like. fz-scores:
-    *_infl_matrix.npz, or *_index.npz with *_high_infl_pairs_*.npz beside it. c-scores: labels and
-    scores.
+    *_infl_matrix.npz, *_index.npz with *_high_infl_pairs_*.npz beside it, or with --data the latter
+    alone. c-scores: labels and scores.
 
     Example: raymem import npz fleet.npz runs/imported
     """
@@ -129,9 +130,10 @@ def import_command(
                 "published scores have their own labels and names, and no trials: give --data only"
             )
         made = import_scores(path, store, data=examples)
-        click.echo(
-            f"{made.scores().num_rows:,} scores, {made.scores('influence').num_rows:,} pairs"
-        )
+        scores = made.scores()
+        nothing = pc.and_(pc.is_null(scores["memorization"]), pc.is_null(scores["accuracy_out"]))
+        known = scores.num_rows - pc.sum(nothing).as_py()
+        click.echo(f"{known:,} scores, {made.scores('influence').num_rows:,} pairs")
 
 
 @main.command("export")
@@ -144,17 +146,27 @@ def import_command(
     default=math.inf,
     help="Privacy budget of the trials; inf is not private.",
 )
+@click.option(
+    "--pictures/--no-pictures",
+    default=True,
+    help="With hf: publish pictures of the most memorized examples too; they are training data.",
+    show_default=True,
+)
 @debug_option
-def export_command(format: str, store: str, path: str, epsilon: float, debug: bool) -> None:
+def export_command(
+    format: str, store: str, path: str, epsilon: float, pictures: bool, debug: bool
+) -> None:
     """Write a store in the format of other code.
 
     npz: the fleet's arrays. fz: Feldman & Zhang's runs, scores and pairs. lira: keep.npy,
-    scores.npy, correct.npy. csv: the tables. hf: the Parquet with a card for Hugging Face.
+    scores.npy, correct.npy. csv: the tables. hf: the Parquet and a card for Hugging Face, with the
+    figures and pictures that `raymem report` made.
 
     Example: raymem export csv runs/feldman_digits digits-csv
     """
     with command_errors(debug):
-        click.echo(f"written: {export(format, store, path, epsilon=epsilon)}")
+        made = export(format, store, path, epsilon=epsilon, pictures=pictures)
+        click.echo(f"written: {made}")
 
 
 @setting_options(IngestOptions())

@@ -31,6 +31,7 @@ from raymem.show import (
     where,
 )
 from raymem.show.study_status import StudyStatus
+from raymem.show.table import fold
 from raymem.store import Store, verify
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def status_command(
         elif as_json:
             click.echo(json.dumps(StudyStatus.read(opened, price=price).as_dict(), indent=1))
         elif stalled_after is None:
-            click.echo(describe_store(opened, price=price, tracebacks=tracebacks))
+            click.echo(fold(describe_store(opened, price=price, tracebacks=tracebacks)))
         if stalled_after is not None:
             why = StudyStatus.read(opened).stalled(60 * stalled_after)
             click.echo(f"stalled: {why}" if why else "not stalled")
@@ -105,7 +106,7 @@ def removal_command(store: str, debug: bool) -> None:
     from raymem.show import removal_text
 
     with command_errors(debug):
-        click.echo(removal_text(find_removal(Store(store))))
+        click.echo(fold(removal_text(find_removal(Store(store)))))
 
 
 @main.command("leave-one-out")
@@ -120,7 +121,7 @@ def leave_one_out_command(store: str, debug: bool) -> None:
     from raymem.show import leave_one_out_text
 
     with command_errors(debug):
-        click.echo(leave_one_out_text(find_leave_one_out(Store(store))))
+        click.echo(fold(leave_one_out_text(find_leave_one_out(Store(store)))))
 
 
 @main.command("scores")
@@ -240,7 +241,7 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
     Example: raymem example runs/feldman_digits digit-1553
     """
     with command_errors(debug):
-        click.echo(example_text(Store(store), example_id, n))
+        click.echo(fold(example_text(Store(store), example_id, n)))
 
 
 @main.command("links")
@@ -285,10 +286,10 @@ def links_command(
         for url, links in found.items():
             if len(found) > 1:
                 click.echo(f"\n{url}\n")
-            click.echo(links_text(links))
+            click.echo(fold(links_text(links)))
         for url, rows in across.items():
-            click.echo(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n")
-            click.echo("\n".join(map(str, verdicts_on_link1(rows))))
+            click.echo(fold(f"\n{opened[0].url} against {url}\n\n{correlations_text(rows)}\n"))
+            click.echo(fold("\n".join(map(str, verdicts_on_link1(rows)))))
 
 
 def _extrapolate(stores: Sequence[Store], csv: bool, as_json: bool) -> None:
@@ -349,7 +350,7 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
         if as_json:
             click.echo(json.dumps(found.as_dict(), indent=1))
         else:
-            click.echo(membership_text(found))
+            click.echo(fold(membership_text(found)))
 
 
 @main.command("errors")
@@ -366,8 +367,9 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
 def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
     """Probable label errors, for cleaning a data set.
 
-    Examples to whose labels models that did not see them give less than 10%. Where labels were
-    flipped on purpose (--flip-labels), how many of those are found.
+    Training examples to whose labels models that did not see them give less than 10%. Where labels
+    were flipped on purpose (--flip-labels), how many of those are found. Test examples are ranked
+    by `raymem scores STORE --where "split == test" --sort loss_out`.
 
     Example: raymem errors runs/feldman_digits
     """
@@ -384,7 +386,7 @@ def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool
         if as_csv:
             write_csv(pa.Table.from_pylist(found.rows), sys.stdout.buffer)
         else:
-            click.echo(label_errors_text(found, n))
+            click.echo(fold(label_errors_text(found, n)))
 
 
 @main.command("report")

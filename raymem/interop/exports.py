@@ -4,7 +4,7 @@ npz    the fleet's arrays, as `raymem import npz` takes them
 fz     Feldman & Zhang's training runs (RATIO/RUN/aux_arrays.npz), and their list of pairs
 lira   a folder for each model: keep.npy, scores.npy, correct.npy (Carlini et al. 2022)
 csv    the score tables
-hf     a folder for Hugging Face: the Parquet and a card that loads it
+hf     a folder for Hugging Face: the Parquet and a card with pictures that says how to load it
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pyarrow.csv import write_csv
 
 from raymem.encoding import epsilon_name
 from raymem.errors import ImportFileError, StoreError
+from raymem.interop.card import write_card
 from raymem.store import Store, TrialKey
-from raymem.store.columns import as_markdown
 
 TABLES = ("examples", "trials", "influence")
 
@@ -37,10 +37,13 @@ def export(
     path: str | os.PathLike[str],
     *,
     epsilon: float = math.inf,
+    pictures: bool = True,
 ) -> Path:
     """Write a store in one of EXPORTS to `path`, a folder (for npz: a file) that must not be there.
 
-    Fleets are those of one `epsilon`. The file or folder appears when it is whole.
+    Fleets are those of one `epsilon`. The file or folder appears when it is whole. The card of hf
+    has the report's figures and, if `pictures`, its pictures of the most memorized examples; both
+    are there after `raymem report`.
 
     Raises StoreError if the store lacks what is exported, ImportFileError if `path` is there.
     """
@@ -55,6 +58,8 @@ def export(
     partial.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     EXPORTS[format](Store(store), partial, epsilon)
+    if format == "hf":
+        write_card(Store(store), partial, TABLES, pictures=pictures)
     partial.rename(target)
     return target
 
@@ -172,34 +177,6 @@ def _hf(store: Store, path: Path, epsilon: float) -> None:
     (path / "data").mkdir(parents=True)
     for name in TABLES:
         pq.write_table(store.scores(name), path / "data" / f"{name}.parquet", compression="zstd")
-    (path / "README.md").write_text(_card(store))
-
-
-def _card(store: Store) -> str:
-    """The data set's card: what was run, what the columns mean, how to load it."""
-    study = store.study()
-    trials = store.scores("trials").num_rows
-    configs = "\n".join(
-        f"- config_name: {name}\n  data_files: data/{name}.parquet" for name in TABLES
-    )
-    command = (store.note("command") or {}).get("command")
-    return (
-        f"---\npretty_name: {_yaml(study.data_name + ': memorization')}\n"
-        "tags: [memorization, influence, data-quality, raymem]\n"
-        f"configs:\n{configs}\n---\n\n# {study.data_name}: what was memorized\n\n"
-        f"Memorization and influence (Feldman & Zhang 2020) of {study.n_train:,} training and "
-        f"{study.n_test:,} test examples, from {trials:,} models on "
-        f"{study.plan}; study `{study.hash[:16]}`. No images are in it.\n\n"
-        + (f"Made by `{command}`.\n\n" if command else "")
-        + "```python\nfrom datasets import load_dataset\n\n"
-        'examples = load_dataset("THIS_REPOSITORY", "examples", split="train")\n```\n\n'
-        "Every number has its standard error or interval and its counts beside it; undefined "
-        f"values are null.\n\n{as_markdown()}"
-    )
-
-
-def _yaml(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ") + '"'
 
 
 EXPORTS: dict[str, Callable[[Store, Path, float], None]] = {

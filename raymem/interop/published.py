@@ -3,8 +3,9 @@
 fz-scores   Feldman & Zhang's *_infl_matrix.npz (tr_mem, tr_labels, tt_labels, infl_matrix_class{K},
             tr_classidx_{K}, tt_classidx_{K}), with their *_index.npz beside it if there is one; or
             *_index.npz (tr_mem, tr_labels, tt_labels, tr_filenames, tt_filenames) with their
-            *_high_infl_pairs_*.npz (tr_idx, tt_idx, infl, mem) beside it if there is one. raymem's
-            own export has no * before the names
+            *_high_infl_pairs_*.npz (tr_idx, tt_idx, infl, mem) beside it if there is one; or
+            *_high_infl_pairs_*.npz alone, with the data set: memorization is then known of the
+            training examples in pairs only. raymem's own export has no * before the names
 c-scores    *-cscores-*.npz (labels, scores, filenames): Jiang et al. 2021's consistency, the
             accuracy on an example of models that did not see it: column accuracy_out
 
@@ -41,6 +42,8 @@ Arrays = dict[str, NDArray[Any]]
 PARTS = ("infl_matrix", "index", "high_infl_pairs")
 PAIRS = {"tr_idx", "tt_idx", "infl", "mem"}
 SAME = 1e-4
+# Largest probability that another order would pass the check of pairs alone.
+BY_CHANCE = 1e-6
 
 
 def import_scores(
@@ -50,7 +53,9 @@ def import_scores(
     data: Examples | None = None,
 ) -> Store:
     """A store of published scores; nothing is left to score. With `data`, rows get its ids and
-    hashes: they are joined by file names, or else all labels must agree row by row.
+    hashes: they are joined by file names, or else all labels must agree row by row. Pairs alone
+    have no labels and need `data`: the examples of a published pair have one class, and they must
+    have one there. This detects an order that mixes classes, not one that differs within them.
 
     Raises ImportFileError for other files, and where rows cannot be joined.
     """
@@ -60,10 +65,13 @@ def import_scores(
         with laid_out(path, "published scores"):
             found = _memorization(arrays, path)
     elif set(arrays) >= PAIRS:
-        raise ImportFileError(
-            f"{path} has pairs only, with no labels to check them by; put the *_index.npz or the "
-            "*_infl_matrix.npz of the same set beside it"
-        )
+        if data is None:
+            raise ImportFileError(
+                f"{path} has pairs only, with no labels to check them by; give --data, or put the "
+                "*_index.npz or the *_infl_matrix.npz of the same set beside it"
+            )
+        with laid_out(path, "published pairs"):
+            found = _pairs_alone(arrays, data, path)
     elif {"labels", "scores"} <= set(arrays):
         found = _consistency(arrays, path)
     else:
@@ -130,8 +138,6 @@ def _memorization(a: Arrays, path: Path) -> Arrays:
         rows.append(_kept(a[name], train, test, a["tr_mem"]))
     if not rows and set(a) >= PAIRS:
         rows.append(_high_pairs(a, N, M, path))
-    pairs = np.concatenate(rows) if rows else np.zeros((0, 4))
-    order = np.lexsort((pairs[:, 0], pairs[:, 1], -pairs[:, 2]))
     return {
         "memorization": np.clip(np.asarray(a["tr_mem"], np.float64), -1, 1),
         "y_train": labels,
@@ -139,8 +145,12 @@ def _memorization(a: Arrays, path: Path) -> Arrays:
         "train_ids": _names(a.get("tr_filenames"), "train", N),
         "test_ids": _names(a.get("tt_filenames"), "test", M),
         "named": np.array("tr_filenames" in a),
-        "pairs": pairs[order],
+        "pairs": _strongest_first(np.concatenate(rows) if rows else np.zeros((0, 4))),
     }
+
+
+def _strongest_first(pairs: NDArray[np.float64]) -> NDArray[np.float64]:
+    return pairs[np.lexsort((pairs[:, 0], pairs[:, 1], -pairs[:, 2]))]
 
 
 def _places(a: Arrays, name: str, n: int, path: Path) -> NDArray[np.int64]:
@@ -169,26 +179,69 @@ def _kept(
 def _high_pairs(a: Arrays, N: int, M: int, path: Path) -> NDArray[np.float64]:
     """Rows as those of `_kept`, of pairs that were published by themselves. Their memorization
     says if they are of these examples, in this order."""
+    pairs = _rows_of_pairs(a, N, M, path)
+    wrong = int((~(np.abs(a["mem"] - a["tr_mem"][pairs[:, 0].astype(int)]) <= SAME)).sum())
+    if wrong:
+        raise ImportFileError(
+            f"{path}: {wrong:,} of {len(pairs):,} pairs have other memorization than tr_mem has; "
+            "they are of another set or order"
+        )
+    return pairs
+
+
+def _rows_of_pairs(a: Arrays, N: int, M: int, path: Path) -> NDArray[np.float64]:
+    """Rows as those of `_kept`, of a file of pairs."""
     train, test = (whole_numbers(a[name], f"{path}: {name}") for name in ("tr_idx", "tt_idx"))
     if len({len(numbers(a[name], 1, f"{path}: {name}")) for name in PAIRS}) > 1:
         raise ImportFileError(f"{path}: tr_idx, tt_idx, infl and mem have other lengths")
-    if not (np.abs(a["infl"]) <= 1 + 1e-6).all():
-        raise ImportFileError(f"{path}: infl must be numbers from -1 to 1")
-    if len(train) and not (
-        min(train.min(), test.min()) >= 0 and train.max() < N and test.max() < M
-    ):
+    for name in ("infl", "mem"):
+        if not (np.abs(a[name]) <= 1 + 1e-6).all():
+            raise ImportFileError(f"{path}: {name} must be numbers from -1 to 1")
+    if len(train) and not (train.max() < N and test.max() < M):
         raise ImportFileError(
             f"{path}: pairs name examples beyond {N:,} training and {M:,} test examples"
-        )
-    wrong = int((~(np.abs(a["mem"] - a["tr_mem"][train]) <= SAME)).sum())
-    if wrong:
-        raise ImportFileError(
-            f"{path}: {wrong:,} of {len(train):,} pairs have other memorization than tr_mem has; "
-            "they are of another set or order"
         )
     rule = PairRule()
     strong = (a["infl"] >= rule.min_influence) & (a["mem"] >= rule.min_memorization)
     return np.stack([train, test, a["infl"], strong], 1).astype(np.float64)
+
+
+def _pairs_alone(a: Arrays, data: Examples, path: Path) -> Arrays:
+    """Pairs of the examples of `data`, in its order; memorization is NaN of those in no pair."""
+    pairs = _rows_of_pairs(a, len(data.train_ids), len(data.test_ids), path)
+    train, test = (pairs[:, k].astype(np.int64) for k in (0, 1))
+    _check_classes(data, train, test, path)
+    memorization = np.full(len(data.train_ids), np.nan)
+    memorization[train] = np.clip(a["mem"], -1, 1)
+    if not (np.abs(memorization[train] - a["mem"]) <= SAME).all():
+        raise ImportFileError(f"{path}: mem of one training example differs from pair to pair")
+    return {
+        "memorization": memorization,
+        "y_train": data.y_train,
+        "y_test": data.y_test,
+        "named": np.array(False),
+        "pairs": _strongest_first(pairs),
+    }
+
+
+def _check_classes(
+    data: Examples, train: NDArray[np.int64], test: NDArray[np.int64], path: Path
+) -> None:
+    """Raises ImportFileError unless both of every pair have one class, and are so many that this
+    is no chance."""
+    wrong = int((data.y_train[train] != data.y_test[test]).sum())
+    if wrong:
+        raise ImportFileError(
+            f"{path}: the two examples of {wrong:,} of {len(train):,} pairs have different classes "
+            f"in {data.name}, and published pairs have one; the pairs are of another set or order"
+        )
+    classes = data.y_test[np.unique(test)]
+    share = np.bincount(data.y_test) / max(1, len(data.y_test))
+    if np.log(share[classes]).sum() > math.log(BY_CHANCE):
+        raise ImportFileError(
+            f"{path} has pairs of {len(classes):,} test examples, too few to check its order by "
+            "their classes; put the *_index.npz or the *_infl_matrix.npz of the same set beside it"
+        )
 
 
 def _consistency(a: Arrays, path: Path) -> Arrays:
@@ -257,6 +310,7 @@ def _write(a: Arrays, store: Store, path: Path) -> Store:
     of = columns.SCORES_EXAMPLES
     values: dict[str, Any] = {
         "epsilon": np.full(N + M, math.inf),
+        "null_reason": _why_null(a, N, M),
         **{
             name: pa.array(np.concatenate([a[name], np.full(M, np.nan)]), from_pandas=True)
             for name in ("memorization", "accuracy_out")
@@ -274,6 +328,12 @@ def _write(a: Arrays, store: Store, path: Path) -> Store:
     store.write_scores("trials", empty, about)
     store.write_scores("influence", _pair_table(a, ids, N), about)
     return store
+
+
+def _why_null(a: Arrays, N: int, M: int) -> pa.Array:
+    known = np.isfinite(a.get("memorization", np.full(N, np.nan)))
+    reasons = [None if k else "not published" for k in known.tolist()]
+    return pa.array([*reasons, *["test example"] * M], pa.string())
 
 
 def _pair_table(a: Arrays, ids: list[str], N: int) -> pa.Table:

@@ -7,7 +7,15 @@ What memorized examples are worth to accuracy (Feldman & Zhang 2020, section 4):
 How far memorization at a subset ratio is from leaving one out: `find_leave_one_out`, `extrapolate`.
 """
 
-from raymem.links.audit import Audit, BoundCheck, PoolMean, link3, verdict
+from raymem.links.audit import (
+    Audit,
+    BoundCheck,
+    Memorized,
+    PoolMean,
+    link3,
+    memorized_by_epsilon,
+    verdict,
+)
 from raymem.links.binned import Crossed, Line, PaperBins, Plane, paper_bins
 from raymem.links.cleaning import LabelErrors, Ranking, label_errors
 from raymem.links.correlation import (
@@ -71,6 +79,7 @@ __all__ = [
     "Link2",
     "Links",
     "Mean",
+    "Memorized",
     "Observed",
     "OneModel",
     "PaperBins",
@@ -104,6 +113,7 @@ __all__ = [
     "leave_one_out_by_scores",
     "link2",
     "link3",
+    "memorized_by_epsilon",
     "most_memorized",
     "of_one_model",
     "paper_bins",

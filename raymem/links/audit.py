@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from raymem.data import ABSENT, rows_of
 from raymem.encoding import epsilon_name
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.epsilons import plain
@@ -374,6 +376,47 @@ def _pool_mean(found: Evidence, pool: NDArray[np.int64]) -> PoolMean | None:
         examples=len(pool),
         what=found.what,
     )
+
+
+class Memorized(NamedTuple):
+    """Mean memorization at one epsilon of the examples that are memorized without privacy."""
+
+    epsilon: float
+    memorized: PoolMean
+    others: PoolMean
+
+
+def memorized_by_epsilon(store: Store, private: Store) -> list[Memorized]:
+    """What privacy changes for the examples on `store`'s list of memorized ones at epsilon inf, and
+    for all others: their mean memorization by the trials of `private`, an entry for each epsilon,
+    rising; empty if the list is, or if `private` has no finite epsilon.
+
+    If both stores are one, the trials at inf chose the list, and their mean of it is too high.
+
+    Raises StoreError without scores.
+    """
+    listed = train_at(store.scores(), math.inf)
+    listed = listed.filter(pc.fill_null(listed["memorized"], False))
+    scores = private.scores()
+    epsilons = sorted(set(scores["epsilon"].to_pylist()))
+    if not listed.num_rows or not any(map(math.isfinite, epsilons)):
+        return []
+    found = []
+    for epsilon in epsilons:
+        here = train_at(scores, epsilon)
+        ids = here["example_id"].to_pylist()
+        drawn = (floats(here, "n_in") > 0) & (floats(here, "n_out") > 0)
+        rows = rows_of(listed["example_id"].to_pylist(), ids)
+        is_listed = np.isin(np.arange(len(ids)), rows[rows != ABSENT])
+        means = []
+        for what, chosen in (("memorized", is_listed), ("others", ~is_listed)):
+            pool = Pool(np.flatnonzero(chosen & drawn), what, True)
+            means.append(
+                _pool_mean(_evidence(private, here, private.scored(epsilon), pool), pool.rows)
+            )
+        if means[0] is not None and means[1] is not None:
+            found.append(Memorized(epsilon, means[0], means[1]))
+    return found
 
 
 def _one_sided(mean: PoolMean, trials: int, alpha: float) -> float:

@@ -52,8 +52,8 @@ class LabelErrors:
     """Is the loss or accuracy of models without the examples known? Published memorization alone
     does not say what is wrong."""
     rows: list[dict[str, Any]]
-    """Models that did not see them give their label less than 10%; the largest loss of these models
-    first."""
+    """Training examples to whose label models that did not see them give less than 10%; the largest
+    loss of these models first. Columns of the score table, and `class`, the label's name."""
     planted: int
     """How many labels were flipped on purpose."""
     precision: float
@@ -80,7 +80,8 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     likely = np.flatnonzero((believed < UNBELIEVED) & np.isfinite(suspicion))
     likely = likely[np.argsort(-suspicion[likely], kind="stable")]
     rows = here.select([name for name in SHOWN if name in here.column_names]).take(pa.array(likely))
-    planted = np.array(store.study().flipped, np.int64)
+    study = store.study()
+    planted = np.array(study.flipped, np.int64)
     flipped = np.isin(np.arange(here.num_rows), planted)
     found = int(flipped[likely].sum())
     rankings = []
@@ -92,7 +93,10 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     return LabelErrors(
         epsilon=epsilon,
         known=bool(np.isfinite(suspicion).any()),
-        rows=rows.to_pylist(),
+        rows=[
+            {**row, "class": None if row["label"] is None else study.classes[row["label"]]}
+            for row in rows.to_pylist()
+        ],
         planted=len(planted),
         precision=found / len(likely) if len(planted) and len(likely) else math.nan,
         recall=found / len(planted) if len(planted) else math.nan,

@@ -109,7 +109,7 @@ def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[
     outliers = [done[int(k)]["trial"] for k in low_ones]
     return [
         Finding(
-            name="accuracy on the own subset",
+            name="training accuracy (mean over models)",
             value=mean,
             text=f"{100 * mean:.1f}%, of {len(done):,} models",
             limit=f"{100 * LEAST_FIT:.0f}% or more" if plainly else "",
@@ -122,7 +122,7 @@ def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[
         ),
         *_fit_of_hard(here, plainly),
         Finding(
-            name="models that fit worse than the others",
+            name="training-accuracy outliers",
             value=len(outliers),
             text=f"{len(outliers):,}"
             + (f", such as trial {outliers[0]}" if outliers else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from raymem.encoding import epsilon_name
-from raymem.links.audit import Audit, PoolMean, link3, verdict
+from raymem.links.audit import (
+    Audit,
+    Memorized,
+    PoolMean,
+    link3,
+    memorized_by_epsilon,
+    verdict,
+)
 from raymem.links.binned import Crossed, Line, PaperBins, Plane
 from raymem.links.correlation import (
     Coefficient,
@@ -57,6 +63,8 @@ class Links:
     """Memorized examples that another one explains, by epsilon."""
     mean_memorization: dict[float, PoolMean] = field(default_factory=dict)
     """Of this store's own trials, by epsilon, whatever store link 3 is from."""
+    memorized: list[Memorized] = field(default_factory=list)
+    """Mean memorization, by epsilon, of the examples that are memorized without privacy."""
     private_store: str | None = None
     """Where links 2 and 3 are from, if not from the same store."""
     private_diagnostics: dict[float, list[Finding]] = field(default_factory=dict)
@@ -64,25 +72,6 @@ class Links:
 
     def __repr__(self) -> str:
         return "\n".join(map(str, self.verdicts))
-
-    def _repr_html_(self) -> str:
-        text = "".join(f"<li>{html.escape(str(verdict))}</li>" for verdict in self.verdicts)
-        rows = [
-            (
-                epsilon_name(epsilon), c.measure, c.spearman.format(2), f"{c.ceiling:.2f}",
-                c.among_memorized.format(2), c.auc.format(2), f"{c.examples:,}",
-            )
-            for epsilon, found in self.correlations.items()
-            for c in found
-        ]  # fmt: skip
-        names = (
-            "epsilon", "memorization against", "Spearman [95%]", "at most", "among mem > 0",
-            "AUC of mem > 0.25", "examples",
-        )  # fmt: skip
-        head = "".join(f"<th>{name}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(f'<td>{v}</td>' for v in row)}</tr>" for row in rows)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return f"<ul>{text}</ul>{table if rows else ''}"
 
     @property
     def verdict(self) -> Verdict:
@@ -118,6 +107,10 @@ class Links:
             "links_2_and_3_diagnostics": _findings_as_dict(self.private_diagnostics),
             "link_2_curvature_and_epsilon": self.curvature.as_dict(),
             "link_3_memorization_and_epsilon": [audit.as_dict() for audit in self.memorization],
+            "link_3_memorized_examples": [
+                plain({"epsilon": e, "memorized": plain(vars(m)), "others": plain(vars(others))})
+                for e, m, others in self.memorized
+            ],
             "link_3_verdict": str(self.verdict),
             "verdicts": [verdict.as_dict() for verdict in self.verdicts],
         }
@@ -151,6 +144,7 @@ def privacy_links(store: Store, *, seed: int = 0) -> Links:
         curvature=link2(store, seed=seed),
         memorization=audits,
         mean_memorization={a.epsilon: a.pool for a in audits if a.pool is not None},
+        memorized=memorized_by_epsilon(store, store),
         diagnostics=diagnostics(store, twins),
         twins=twins,
     )
@@ -167,6 +161,7 @@ def with_private(links: Links, private: Links, store: Store, private_store: Stor
         links,
         curvature=with_unclipped(private.curvature, private_store, store),
         memorization=private.memorization,
+        memorized=memorized_by_epsilon(store, private_store),
         private_store=private_store.url,
         private_diagnostics=private.diagnostics,
     )

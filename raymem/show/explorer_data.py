@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
+from raymem.show.score_tables import column_of
 from raymem.store import Store, TrialKey, read_ahead
 from raymem.store.trials import decode
 
@@ -43,21 +44,6 @@ FIRST = (
     "memorization_soft", "curvature_in", "vulnerability", "forgetting_count", "cumulative_loss",
     "curvature_paper_out", "gradient_norm_out", "n_in", "n_out",
 )  # fmt: skip
-ARMS = {"_in": ", models with it", "_out": ", models without it"}
-NAMES = {
-    "memorization_soft": "memorization by probabilities",
-    "memorized_probability": "probability that memorization is above 0.25",
-    "memorized": "on the list of memorized examples",
-    "n_in": "number of models with it",
-    "n_out": "number of models without it",
-    "n_out_group": "number of models without any copy of it",
-    "n_curvature_in": "number of models with it and curvature",
-    "n_curvature_out": "number of models without it and curvature",
-    "group_memorization": "memorization of its group of near duplicates",
-    "attack_auc": "AUC of the best membership attack",
-    "vulnerability": "vulnerability to membership inference",
-}
-WORDS = {"p_true": "probability of the label", "cumulative_loss": "loss summed over training"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,26 +53,11 @@ class Measure:
     name: str
     """The column."""
     label: str
-    """Its plain name."""
+    """Its plain name with its unit."""
     meaning: str
-    """The column's own words, with its unit."""
+    """The column's own words."""
     around: tuple[str, ...] = ()
     """The columns of its interval: (low, high), or (stderr,), or none."""
-
-
-def plain_name(column: str) -> str:
-    """A column's name in words.
-
-    >>> plain_name("curvature_out"), plain_name("p_true_in"), plain_name("learning_epoch")
-    ('curvature, models without it', 'probability of the label, models with it', 'learning epoch')
-    """
-    if column in NAMES:
-        return NAMES[column]
-    stem, end = column, ""
-    for suffix, words in ARMS.items():
-        if column.endswith(suffix):
-            stem, end = column.removesuffix(suffix), words
-    return WORDS.get(stem, stem.replace("_", " ")) + end
 
 
 def measures(schema: pa.Schema) -> list[Measure]:
@@ -105,14 +76,13 @@ def measures(schema: pa.Schema) -> list[Measure]:
 
 def _measure(schema: pa.Schema, name: str) -> Measure:
     said = schema.field(name).metadata or {}
-    unit = said.get(b"unit", b"").decode()
     around: tuple[str, ...] = ()
     if f"{name}_low" in schema.names:
         around = (f"{name}_low", f"{name}_high")
     elif f"{name}_stderr" in schema.names:
         around = (f"{name}_stderr",)
-    meaning = said.get(b"meaning", b"").decode() + (f" [{unit}]" if unit else "")
-    return Measure(name=name, label=plain_name(name), meaning=meaning, around=around)
+    meaning = said.get(b"meaning", b"").decode()
+    return Measure(name=name, label=column_of(name).heading, meaning=meaning, around=around)
 
 
 class ExplorerTables:

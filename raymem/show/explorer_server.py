@@ -26,7 +26,7 @@ from raymem.show.explorer import about, explorer_page, pair_blobs, section_html,
 from raymem.show.explorer_data import ExplorerTables, Measure, packed, packed_text
 from raymem.show.explorer_spec import ExplorerError
 from raymem.show.notebook import Opened, as_image
-from raymem.show.thumbnails import kept_thumbnails, media_type
+from raymem.show.thumbnails import media_type
 
 try:
     import uvicorn
@@ -86,7 +86,7 @@ class Answers:
 
     def __init__(self, opened: Opened) -> None:
         self.opened, self.tables = opened, ExplorerTables(opened.store)
-        self._kept = kept_thumbnails(opened.store)
+        self._kept = opened.store.thumbnails()
         try:
             opened.data()
             self.images_at_hand = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,12 +116,9 @@ def figures(
             yield _figure(
                 "membership-roc",
                 "Membership inference: true against false positives",
-                f"Curves over {here.targets:,} target trials, both axes logarithmic: "
-                + ", ".join(
-                    f"{one.name} finds {100 * one.tpr_at_fpr.value:.2g}% of the members at 1% "
-                    "false positives"
-                    for one in here.attacks
-                )
+                f"Curves over {here.targets:,} target trials, both axes logarithmic. At 1% false "
+                "positives the attacks find, in percent of the members: "
+                + ", ".join(f"{one.name} {100 * one.tpr_at_fpr.value:.2g}" for one in here.attacks)
                 + ".",
                 functools.partial(_roc, here=here),
             )
@@ -152,7 +149,8 @@ def leave_one_out_figure(found: LeftOut) -> Figure:
 
 def _figure(name: str, title: str, alt: str, draw: Draw) -> Figure:
     light, dark = _drawn(draw, LIGHT), _drawn(draw, DARK)
-    png = _saved(light, "png")
+    about = {"Title": title, "Description": alt}
+    png = _saved(light, "png", about)
     # To find the layout takes as long as to draw: it is found once.
     for canvas in (light, dark):
         canvas.set_layout_engine("none")
@@ -162,8 +160,8 @@ def _figure(name: str, title: str, alt: str, draw: Draw) -> Figure:
         title=title,
         alt=alt,
         light=png,
-        dark=_saved(dark, "png"),
-        pdf=_saved(light, "pdf"),
+        dark=_saved(dark, "png", about),
+        pdf=_saved(light, "pdf", {"CreationDate": None}),
     )
 
 
@@ -192,11 +190,9 @@ def _drawn(draw: Draw, colours: dict[str, str]) -> Canvas:
     return canvas
 
 
-def _saved(canvas: Canvas, kind: str) -> bytes:
+def _saved(canvas: Canvas, kind: str, about: Mapping[str, str | None]) -> bytes:
     out = io.BytesIO()
-    canvas.savefig(
-        out, format=kind, dpi=140, metadata={} if kind == "png" else {"CreationDate": None}
-    )
+    canvas.savefig(out, format=kind, dpi=140, metadata=about)
     return out.getvalue()
 
 

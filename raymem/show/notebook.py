@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import html
 import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
 from raymem.data import Examples, add_canaries, flip_labels, load_examples
+from raymem.encoding import at_epsilon
 from raymem.errors import ExamplesError, RaymemError, StoreError
 from raymem.links import Links, find_links
+from raymem.show.result_tables import correlations_table
+from raymem.show.score_tables import examples_table
+from raymem.show.table import Column, Table
 from raymem.store import Store
 
 if TYPE_CHECKING:
@@ -24,6 +31,24 @@ if TYPE_CHECKING:
 
 # So many rows of a table are shown in a notebook.
 SHOWN = 10
+PICTURE = '<img src="data:{};base64,{}" alt="{}" width="48" style="image-rendering: pixelated">'
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ShownLinks(Links):
+    """Links that a notebook shows as sentences and a table for each epsilon."""
+
+    def _repr_html_(self) -> str:
+        sentences = "".join(f"<li>{html.escape(str(verdict))}</li>" for verdict in self.verdicts)
+        tables = (
+            dataclasses.replace(
+                correlations_table(rows),
+                title=f"What is correlated with memorization{at_epsilon(epsilon)}",
+            )
+            for epsilon, rows in self.correlations.items()
+            if rows
+        )
+        return f"<ul>{sentences}</ul>{''.join(table._repr_html_() for table in tables)}"
 
 
 class Opened:
@@ -52,9 +77,9 @@ class Opened:
         """scores/trials.parquet: one row per trial."""
         return self.store.scores("trials")
 
-    def links(self) -> Links:
+    def links(self) -> ShownLinks:
         """The three links, computed from the tables; takes seconds."""
-        return find_links(self.store)
+        return ShownLinks(**vars(find_links(self.store)))
 
     def data(self) -> Examples:
         """The images, from where the study had them, checked against its index.
@@ -131,42 +156,31 @@ class Opened:
             table = self.examples
         except StoreError as error:
             return f"{text}<p>{html.escape(str(error))}</p>"
-        names = ["example_id", "label", "epsilon", "memorization", "memorization_low",
-                 "memorization_high", "n_in", "n_out"]  # fmt: skip
         order = pc.sort_indices(table, [("memorization", "descending")])[:SHOWN]
-        rows = table.take(order).to_pylist()
-        pictures = self._pictures([row["example_id"] for row in rows])
-        head = "".join(f"<th>{name}</th>" for name in names)
-        body = "".join(
-            f"<tr><td>{pictures.get(row['example_id'], '')}</td>"
-            + "".join(f"<td>{_cell(row[name])}</td>" for name in names)
-            + "</tr>"
-            for row in rows
-        )
+        shown = examples_table(table.take(order))
+        pictures = self._pictures([str(row[0]) for row in shown.rows])
+        if pictures:
+            shown = Table(
+                columns=[Column(key="picture", title="picture"), *shown.columns],
+                rows=[[pictures.get(str(row[0])), *row] for row in shown.rows],
+            )
         return (
-            f"{text}<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"{text}{shown._repr_html_()}"
             f"<p>{table.num_rows:,} rows; .examples.to_pandas() has all, .explore() shows all</p>"
         )
 
-    def _pictures(self, ids: list[str]) -> dict[str, str]:
+    def _pictures(self, ids: list[str]) -> dict[str, Markup]:
         """Image elements of those whose pictures are at hand: in the store, or in memory."""
-        from raymem.show.thumbnails import encoded, kept_thumbnails, media_type
+        from raymem.show.thumbnails import encoded, media_type
 
-        found = {k: v for k, v in kept_thumbnails(self.store).items() if k in ids}
+        found = {k: v for k, v in self.store.thumbnails().items() if k in ids}
         if isinstance(self._data, Examples):
             with contextlib.suppress(RaymemError):  # other images; `image` says so
                 found |= {i: encoded(self.image(i)) for i in ids if i not in found}
         return {
-            i: f'<img src="data:{media_type(data)};base64,{base64.b64encode(data).decode()}" '
-            f'alt="{html.escape(i)}" width="48" style="image-rendering: pixelated">'
+            i: Markup(PICTURE).format(media_type(data), base64.b64encode(data).decode(), i)
             for i, data in found.items()
         }
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return html.escape("" if value is None else str(value))
 
 
 def as_image(pixels: NDArray[np.uint8]) -> Image.Image:

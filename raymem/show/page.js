@@ -8,11 +8,18 @@
   let sorted = data.columns.findIndex(function (c) { return c.key === "memorization"; });
   let down = true;
 
+  // Counts have no decimals, all other numbers the same.
+  const digits = data.columns.map(function (_, i) {
+    return data.rows.every(function (row) {
+      return typeof row[i] !== "number" || Number.isInteger(row[i]);
+    }) ? 0 : 3;
+  });
+
   function cell(value, column) {
     const td = document.createElement("td");
     if (typeof value === "number") {
       td.className = "number";
-      td.textContent = Number.isInteger(value) ? String(value) : value.toFixed(3);
+      td.textContent = value.toFixed(digits[column]);
     } else {
       td.textContent = value === null ? "" : value;
     }
@@ -41,8 +48,8 @@
     });
     body.replaceChildren(fragment);
     count.textContent = shown.length < rows.length
-      ? "the first " + shown.length + " of " + rows.length + " rows"
-      : rows.length + " rows";
+      ? "First " + shown.length + " of " + rows.length.toLocaleString("en") + " rows"
+      : rows.length.toLocaleString("en") + " rows";
     table.querySelectorAll("th").forEach(function (th, i) {
       th.setAttribute("aria-sort", i === sorted ? (down ? "descending" : "ascending") : "none");
     });

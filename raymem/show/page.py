@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import jinja2
-
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links import LeftOut, Links
 from raymem.links.verdicts import verdict_on_link1, verdicts_on_costs
@@ -28,17 +26,18 @@ from raymem.show.result_tables import (
     findings_table,
     fits_table,
     memorization_by_epsilon_table,
+    memorized_by_epsilon_table,
     one_model_table,
     references_table,
 )
-from raymem.show.score_tables import memorization_of
+from raymem.show.score_tables import column_of, memorization_of
 from raymem.show.story import Story
-from raymem.show.table import Cell, Column, Table, from_arrow
+from raymem.show.table import Cell, Table, environment, from_arrow
 from raymem.show.terminal_leave_one_out import bias_table, example_table, sources_text
 from raymem.show.terminal_links import costs_text, link2_lines, paper_bins_text
 from raymem.show.terminal_membership import best_text, correlation_text
 from raymem.store import StudyRecord
-from raymem.store.measures import MEASURES, title_of, unit_of
+from raymem.store.measures import MEASURES, unit_of
 from raymem.version import VERSION
 
 COLUMNS = (
@@ -75,7 +74,8 @@ def page(
     show = _Cards(chosen.classes, pictures)
     values = {
         "title": f"{study.data_name}: what was memorized",
-        "subtitle": f"{study.plan}; raymem {VERSION}",
+        "subtitle": f"{study.n_train:,} training and {study.n_test:,} test examples; {study.plan}; "
+        f"raymem {VERSION}",
         "story": story,
         "nav": _nav(
             story, bool(links.correlations.get(chosen.epsilon)), bool(left_out), bool(sections)
@@ -94,6 +94,7 @@ def page(
         "charts": lambda start: [_chart(c) for c in charts if c.name.startswith(start)],
         **_curvature(links, chosen.epsilon),
         **_privacy(links),
+        "memorized": memorized_by_epsilon_table(links.memorized) if links.memorized else None,
         **_membership(attacked, stale),
         "left_out": _left_out(left_out),
         "checks": _checks(links),
@@ -105,17 +106,7 @@ def page(
         **_examples(chosen),
         **{kind: _resource(f"page.{kind}") for kind in ("css", "js")},
     }
-    return _environment().get_template("report.html").render(values)
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("raymem.show", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    return environment().get_template("report.html").render(values)
 
 
 def _resource(name: str) -> str:
@@ -208,7 +199,7 @@ def _memorization(row: Row) -> str:
     return (
         "memorization not known"
         if found is None
-        else f"memorization {found.text('.2f')}".replace(" ", NO_BREAK)
+        else f"memorization {found.text('.2f').replace(' ', NO_BREAK)}"
     )
 
 
@@ -357,7 +348,9 @@ def _settings(study: StudyRecord, location: str) -> list[tuple[str, str]]:
 def _words(value: Any) -> str:
     if isinstance(value, dict):
         return str(value.get("name", value))
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
 
 
 def _examples(chosen: Chosen) -> dict[str, Any]:
@@ -366,8 +359,7 @@ def _examples(chosen: Chosen) -> dict[str, Any]:
     rows: list[list[Cell]] = [
         [_cell(row, name, chosen.classes) for name in names] for row in chosen.table
     ]
-    columns = [Column(key=name, title=title_of(name), unit=unit_of(name)) for name in names]
-    table = Table(columns=columns, rows=rows)
+    table = Table(columns=[column_of(name) for name in names], rows=rows)
     data = json.dumps(table.as_dict(), allow_nan=False, separators=(",", ":"))
     # A script element ends at the first "</", whatever is in it.
     return {"examples": table, "examples_json": data.replace("<", chr(92) + "u003c")}

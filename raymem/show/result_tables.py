@@ -21,14 +21,15 @@ from raymem.links import (
     Finding,
     LabelErrors,
     Link2,
+    Memorized,
     OneModel,
     RemovalEffect,
     Removed,
 )
 from raymem.scores import Attack, Attacked
-from raymem.show.score_tables import memorization_of
+from raymem.show.score_tables import column_of, memorization_of
 from raymem.show.table import EPSILON, Cell, Column, Estimate, Table, percent
-from raymem.store.measures import MEASURES, title_of, unit_of
+from raymem.store.measures import title_of, unit_of
 
 REFERENCES_TITLE = "Membership inference with fewer reference trials"
 REFERENCES_NOTE = (
@@ -53,13 +54,13 @@ _RATES = (
 def label_errors_table(found: LabelErrors, n: int) -> Table:
     """The n most suspicious labels."""
     known = found.rows[0] if found.rows else {}
-    wanted = ("example_id", "label", "loss_out", "accuracy_out", "accuracy_in")
+    wanted = ("example_id", "class", "loss_out", "accuracy_out", "accuracy_in")
     names = [name for name in wanted if name in known]
     return Table(
         title=f"{len(found.rows):,} probable label errors: models trained without them give their "
         "label less than 10%; the largest loss of these models first",
         columns=[
-            *(Column(key=name, title=title_of(name), unit=unit_of(name)) for name in names),
+            *map(column_of, names),
             Column(key="memorization", title="memorization [95%]"),
         ],
         rows=[[*(row[name] for name in names), memorization_of(row)] for row in found.rows[:n]],
@@ -165,7 +166,7 @@ def equal_loss_table(rows: Sequence[Correlation]) -> Table | None:
         columns=[
             Column(key="measure", title="measure"),
             Column(key="all", title="all examples"),
-            *(Column(key=method, title=method) for method in METHODS),
+            *(Column(key=method, title=method.replace("_", " ")) for method in METHODS),
         ],
         rows=[[title_of(row.measure), row.spearman.value, *at.values] for row, at in found],
         notes=[NOT_A_TEST],
@@ -180,10 +181,7 @@ def bins_table(epsilon: float, bins: pa.Table) -> Table:
         columns=[
             Column(key="memorization", title="memorization"),
             Column(key="examples", title="examples"),
-            *(
-                Column(key=name, title=title_of(name), unit=MEASURES[name].unit, digits=".3g")
-                for name in names
-            ),
+            *(column_of(name, ".3g") for name in names),
         ],
         rows=[
             [f"{row['from']:.1f} to {row['to']:.1f}", row["examples"], *(row[n] for n in names)]
@@ -207,7 +205,7 @@ def one_model_table(epsilon: float, rows: Sequence[OneModel]) -> Table:
         ],
         rows=[
             [
-                row.measure.replace("_", " "),
+                title_of(f"{row.measure}_in").removesuffix(", in"),
                 f"{row.spearman:.3f} ({row.spearman_low:.3f} to {row.spearman_high:.3f})",
                 row.pearson,
                 row.agreement,
@@ -277,7 +275,7 @@ def memorization_by_epsilon_table(audits: Sequence[Audit]) -> Table:
             *(Column(key=name, title=title) for name, title in names),
             Column(key="violations", title="examples above a bound"),
             Column(key="certified", title="certified epsilon"),
-            Column(key="told_apart", title="told apart"),
+            Column(key="told_apart", title="told apart", digits=".1%"),
             Column(key="allowed", title="claim allows"),
             Column(key="refuted_from", title="refuted from"),
         ],
@@ -307,6 +305,23 @@ def memorization_by_epsilon_table(audits: Sequence[Audit]) -> Table:
     )
 
 
+def memorized_by_epsilon_table(found: Sequence[Memorized]) -> Table:
+    """Mean memorization of the memorized examples and of all others at each epsilon."""
+    return Table(
+        title="Mean memorization of the examples that are memorized without privacy, and of the "
+        "others (95% intervals over runs)",
+        columns=[
+            EPSILON,
+            Column(key="memorized", title=f"the {found[0].memorized.examples:,} memorized"),
+            Column(key="others", title=f"the {found[0].others.examples:,} others"),
+        ],
+        rows=[
+            [epsilon_name(at.epsilon), Estimate.of(at.memorized), Estimate.of(at.others)]
+            for at in found
+        ],
+    )
+
+
 def _about_audits(audit: Audit) -> str:
     at = f"Audits at epsilon {epsilon_name(audit.epsilon)}"
     singly, pairs = audit.candidates, audit.pairs
@@ -327,11 +342,9 @@ def _certified(audit: Audit) -> str:
     return "" if found is None else f"{found.certified:.2f} of {found.certifiable:.2f}"
 
 
-def _told_apart(audit: Audit) -> str:
+def _told_apart(audit: Audit) -> Estimate | None:
     found = audit.pairs
-    if found is None:
-        return ""
-    return f"{found.accuracy:.1%} [{found.low:.1%}, {found.high:.1%}]"
+    return None if found is None else Estimate(found.accuracy, found.low, found.high)
 
 
 def _percent_of_pairs(audit: Audit, name: str) -> str:

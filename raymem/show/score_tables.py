@@ -9,7 +9,16 @@ from typing import Any
 import pyarrow as pa
 
 from raymem.show.table import EPSILON, Cell, Column, Estimate, Table
-from raymem.store.measures import title_of
+from raymem.store.measures import title_of, unit_of
+
+
+def column_of(name: str, digits: str = ".3f") -> Column:
+    """A column of scores/examples.parquet, or a measure, by its plain name and unit.
+
+    >>> column_of("curvature_out").heading
+    'curvature, out (nats/pixel^2)'
+    """
+    return Column(key=name, title=title_of(name), unit=unit_of(name), digits=digits)
 
 
 def examples_table(table: pa.Table, *more: str) -> Table:
@@ -25,7 +34,7 @@ def examples_table(table: pa.Table, *more: str) -> Table:
         Column(key="models", title="models in/out"),
         Column(key="accuracy", title="accuracy in, out"),
         Column(key="memorization_soft", title="soft"),
-        *(Column(key=name, title=title_of(name)) for name in more),
+        *map(column_of, more),
     ]
     return Table(columns=columns, rows=[_example(row, more) for row in table.to_pylist()])
 

@@ -26,6 +26,7 @@ from raymem.links import (
     Correlation,
     Finding,
     Links,
+    Memorized,
     PoolMean,
     label_errors,
     red,
@@ -38,6 +39,7 @@ from raymem.store import Store
 from raymem.store.trials import metadata_of
 
 CONFIDENCE = 0.95
+NOT_REFUTED = "No example is significantly above a bound that the claimed privacy implies"
 LEADS = {
     "memorization": "Memorization",
     "influence": "Influence",
@@ -98,7 +100,7 @@ def tell(
         influence=_influence(store, epsilon, here),
         label_errors=_label_errors(store, epsilon),
         curvature=_curvature(links.correlations.get(epsilon, ())),
-        privacy=_privacy(links.memorization),
+        privacy=_privacy(links.memorization, links.memorized),
         membership=_membership([a for a in attacked if a.epsilon == epsilon]),
         trust=_trust(links.diagnostics, found),
         outside=[
@@ -141,7 +143,9 @@ def _memorization(
         return ""
     if not summary:  # published scores have no list
         above = pc.sum(pc.greater(table["memorization"], 0.25)).as_py() or 0
-        return f"{above:,} of {known:,} training examples have memorization above 0.25."
+        of = f"{above:,} of {table.num_rows:,} training examples have memorization above 0.25"
+        unknown = table.num_rows - known
+        return f"{of}; that of {unknown:,} is not published." if unknown else f"{of}."
     listed, trials = summary["memorized"], summary["trials"]
     rate = (
         "at most 5% of this list is expected to be false"
@@ -232,7 +236,7 @@ def _auc(found: Coefficient) -> str:
     return found.format(3)
 
 
-def _privacy(audits: Sequence[Audit]) -> str:
+def _privacy(audits: Sequence[Audit], memorized: Sequence[Memorized]) -> str:
     private = [a for a in audits if a.mechanism is not None and a.pool is not None]
     if not private:
         return ""
@@ -242,6 +246,8 @@ def _privacy(audits: Sequence[Audit]) -> str:
             f"The claimed differential privacy is refuted at epsilon {', '.join(refuted)} (see the "
             "audit)."
         )
+    if memorized and math.isinf(memorized[-1].epsilon):
+        return f"{_privacy_of_memorized(memorized)} {NOT_REFUTED}."
     shown = private if len(private) <= 3 else [private[0], private[-1]]
     what = next(a.pool.what for a in private if a.pool)
     means = ", ".join(
@@ -255,8 +261,21 @@ def _privacy(audits: Sequence[Audit]) -> str:
     )
     return (
         f"With differential privacy the mean memorization of {what} is {means}{against} "
-        "(percentage points of accuracy); no example is significantly above a bound that the "
-        "claimed privacy implies."
+        f"(percentage points of accuracy). {NOT_REFUTED}."
+    )
+
+
+def _privacy_of_memorized(found: Sequence[Memorized]) -> str:
+    """What privacy changes for the examples that are memorized without it."""
+    *private, free = found
+    shown = private if len(private) <= 3 else [private[0], private[-1]]
+    means = ", ".join(
+        f"{_points(at.memorized)} at epsilon {epsilon_name(at.epsilon)}" for at in reversed(shown)
+    )
+    return (
+        f"The {free.memorized.examples:,} memorized examples: models are right on them "
+        f"{_points(free.memorized)} percentage points more often if they trained on them; with "
+        f"differential privacy {means}."
     )
 
 

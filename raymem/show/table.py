@@ -1,23 +1,30 @@
 """One table model: a result as titled columns and rows, for the terminal, the page and JSON.
 
-In:  what `result_tables` makes of a result. Out: text, cells for HTML, dictionaries for JSON.
+In:  what `result_tables` makes of a result. Out: text, HTML, dictionaries for JSON.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
 from raymem.encoding import json_ready
 
+if TYPE_CHECKING:
+    import jinja2
+
 GAP = "  "
+# What stands for a number that there is not.
+NO_WORD = ("", "-")
 
 
 class Ranged(Protocol):
@@ -126,12 +133,13 @@ class Table:
 
     def is_text(self, place: int) -> bool:
         """Does the column hold words? They start at the left, numbers end at the right."""
-        return any(isinstance(row[place], str) for row in self.rows)
+        return any(isinstance(row[place], str) and row[place] not in NO_WORD for row in self.rows)
 
     def text(self, width: int | None = None) -> str:
         """Title, aligned columns, notes. Columns beyond `width` characters are named, not shown."""
-        lines = [f"{self.title}:"] if self.title else []
-        return "\n".join([*lines, *self._lines(width), *self.notes])
+        title = folded(f"{self.title}:", width) if self.title else []
+        notes = [line for note in self.notes for line in folded(note, width)]
+        return "\n".join([*title, *self._lines(width), *notes])
 
     def _lines(self, width: int | None) -> list[str]:
         grid = [[column.heading for column in self.columns], *self.cells]
@@ -147,9 +155,14 @@ class Table:
             for row in grid
         ]
         if fitting < len(widths):
-            left_out = ", ".join(column.title for column in self.columns[fitting:])
-            lines.append(f"(wider than the terminal, not shown: {left_out})")
+            left_out = "; ".join(column.title for column in self.columns[fitting:])
+            lines += folded(f"(not shown, the terminal is too narrow: {left_out})", width)
         return lines
+
+    def _repr_html_(self) -> str:
+        """As the report has it; notebooks call it."""
+        macros = environment().get_template("macros.html").module
+        return str(macros.table(self))  # type: ignore[attr-defined]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: columns with keys, plain names and units, rows as lists; an estimate is its
@@ -163,6 +176,20 @@ class Table:
             "rows": [[_json(cell) for cell in row] for row in self.rows],
             "notes": list(self.notes),
         }
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The templates of pages and tables; they escape all text but `markupsafe.Markup`."""
+    import jinja2  # not at import: `raymem scores` answers at once
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("raymem.show", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def _json(cell: Cell) -> Any:
@@ -204,6 +231,31 @@ def from_arrow(table: pa.Table, titles: Mapping[str, str] | None = None) -> Tabl
 
 def _plain_cell(value: Any) -> Cell:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def folded(text: str, width: int | None, hang: int = 0) -> list[str]:
+    """Lines of prose of at most `width` characters, the following ones indented by `hang`.
+
+    >>> folded("a line of prose", 10, hang=2)
+    ['a line of', '  prose']
+    """
+    return [
+        part
+        for line in text.split("\n")
+        for part in (
+            textwrap.wrap(
+                line, width, subsequent_indent=" " * hang, break_long_words=False,
+                break_on_hyphens=False,
+            )
+            if width is not None and len(line) > width
+            else [line]
+        )
+    ]  # fmt: skip
+
+
+def fold(text: str) -> str:
+    """Text whose long lines, which are prose, are folded at the edge of the terminal."""
+    return "\n".join(folded(text, terminal_width()))
 
 
 def percent(share: float) -> str:

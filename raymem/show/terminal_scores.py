@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from raymem.encoding import duration, epsilon_name
 from raymem.errors import StoreError
 from raymem.show.score_tables import pairs_table
-from raymem.show.table import format_table, percent
+from raymem.show.table import folded, format_table, percent, terminal_width
 from raymem.show.tables import TableError, top
 from raymem.store import Store
 
@@ -127,10 +127,10 @@ def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
     shown = {k: v for k, v in row.items() if k not in (*skip, "near_duplicate_group")}
     known = {name: _three_digits(value) for name, value in shown.items() if value is not None}
     width, wide = max(map(len, known)), max(map(len, known.values()))
-    lines += [
-        f"  {name.ljust(width)}  {text.rjust(wide)}  {_meaning(train.schema.field(name))}".rstrip()
-        for name, text in known.items()
-    ]
+    edge = terminal_width()
+    for name, text in known.items():
+        line = f"  {name.ljust(width)}  {text.rjust(wide)}  {_meaning(train.schema.field(name))}"
+        lines += folded(line.rstrip(), edge, hang=width + wide + 6)
     return lines
 
 

@@ -9,12 +9,11 @@ import pyarrow as pa
 from PIL import Image
 
 from raymem.data import ABSENT, rows_of
-from raymem.errors import DamagedObjectError, RaymemError
+from raymem.errors import RaymemError
 from raymem.show.notebook import Opened, as_image
-from raymem.store import Store
-from raymem.store.trials import decode, encode
+from raymem.store.derived import THUMBNAILS
+from raymem.store.trials import encode
 
-KEY = "figures/thumbnails.parquet"
 SIDE = 48
 SCHEMA = pa.schema(
     [
@@ -33,7 +32,7 @@ def thumbnails(
     Kept in the store, if `keep`: where the images are no longer at hand, the pictures of before
     are shown.
     """
-    kept = kept_thumbnails(opened.store)
+    kept = opened.store.thumbnails()
     wanted = list(ids)
     missing = [example_id for example_id in wanted if example_id not in kept]
     if not missing:
@@ -60,7 +59,7 @@ def thumbnails(
         },
         schema=SCHEMA,
     )
-    opened.store.files.replace(KEY, encode(table, {"side": SIDE}))
+    opened.store.files.replace(THUMBNAILS, encode(table, {"side": SIDE}))
     return kept, ""
 
 
@@ -82,12 +81,3 @@ def media_type(data: bytes) -> str:
     'image/png'
     """
     return "image/png" if data.startswith(b"\x89PNG") else "image/jpeg"
-
-
-def kept_thumbnails(store: Store) -> dict[str, bytes]:
-    """The pictures that the store has, by example id; none if they are damaged."""
-    try:
-        table = decode(store.files.read(KEY), KEY)
-        return dict(zip(table["example_id"].to_pylist(), table["image"].to_pylist(), strict=True))
-    except (FileNotFoundError, NotADirectoryError, DamagedObjectError, KeyError):
-        return {}  # made again

@@ -180,7 +180,8 @@ SCORES_EXAMPLES: Columns = {
     ),
     "null_reason": Column(
         pa.string(),
-        "why memorization is null: test example, canary, no in-trial, no out-trial; else null",
+        "why memorization is null: test example, canary, no in-trial, no out-trial, not published; "
+        "else null",
     ),
 }
 

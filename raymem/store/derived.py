@@ -16,6 +16,7 @@ from raymem.store.files import Files
 from raymem.store.study_record import SHOWN, StudyRecord
 from raymem.store.trials import TrialKey
 
+THUMBNAILS = "figures/thumbnails.parquet"
 Note = Literal[
     "links", "repeat", "command", "until", "membership", "removal", "leave_one_out", "failures"
 ]  # fmt: skip
@@ -93,6 +94,15 @@ class Derived:
             return dict(json.loads(self.files.read(f"{name}.json")))
         except (FileNotFoundError, ValueError):
             return None
+
+    def thumbnails(self) -> dict[str, bytes]:
+        """The small pictures that the store has, by example id; none if they are damaged."""
+        try:
+            table = trials.decode(self.files.read(THUMBNAILS), THUMBNAILS)
+            names, images = (table[name].to_pylist() for name in ("example_id", "image"))
+            return dict(zip(names, images, strict=True))
+        except (FileNotFoundError, NotADirectoryError, DamagedObjectError, KeyError):
+            return {}  # made again
 
     def streamed(self) -> dict[str, set[str]]:
         """The shards that were scored, by model: a listing, nothing is read."""

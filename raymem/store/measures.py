@@ -143,8 +143,14 @@ _TITLES = {
     "epsilon": "epsilon",
     "n_in": "models in",
     "n_out": "models out",
-    "accuracy_in": "accuracy, in",
-    "accuracy_out": "accuracy, out",
+    "n_out_group": "models out, of all near duplicates",
+    "n_curvature_in": "models in, with curvature",
+    "n_curvature_out": "models out, with curvature",
+    "p_true_in": "p(label), in",
+    "p_true_out": "p(label), out",
+    "memorized": "on the list of memorized examples",
+    "memorized_probability": "probability of memorization above 0.25",
+    "group_memorization": "memorization with its near duplicates",
     "memorization_low": "95% from",
     "memorization_high": "95% to",
     "attack": "best attack",
@@ -154,15 +160,19 @@ _TITLES = {
 
 
 def title_of(column: str) -> str:
-    """The plain name of a measure or column; the column's own where it has none.
+    """The plain name of a measure or column; the column's own words where it has none.
 
-    >>> title_of("curvature_out"), title_of("n_in"), title_of("null_reason")
-    ('curvature, out', 'models in', 'null reason')
+    >>> title_of("curvature_out"), title_of("n_in"), title_of("accuracy_in")
+    ('curvature, out', 'models in', 'accuracy, in')
     """
     known = {**MEASURES, OTHER.name: OTHER, SOFT.name: SOFT}
     if column in known:
         return known[column].title
-    return _TITLES.get(column, column.replace("_", " "))
+    if column in _TITLES:
+        return _TITLES[column]
+    stem, _, arm = column.rpartition("_")
+    words = f"{stem}, {arm}" if arm in ("in", "out") else column
+    return words.replace("_", " ")
 
 
 def unit_of(column: str) -> str:
