@@ -159,7 +159,7 @@ def test_an_image_that_cannot_be_read_is_bad_under_every_model(records, tmp_path
 def test_a_model_that_gives_nan_spoils_no_other(shards, alone, tmp_path):
     broken = scoring_model(7)
     with torch.no_grad():
-        broken.net[-1].bias[0] = float("nan")
+        list(broken.net.parameters())[-1][0] = float("nan")
     sound, spoiled = run(shards, [MODELS[1], broken], tmp_path, skip_bad=True)
     assert (sound.scored, spoiled.scored, len(spoiled.bad)) == (N, 0, N)
     assert {k: v for k, v in objects(tmp_path).items() if "/net1/" in k} == {
@@ -214,10 +214,9 @@ def test_a_block_is_whole_batches_of_bounded_size(side, batch_size):
 
 def test_as_many_models_as_fit_in_memory_share_a_pass(shards, tmp_path, monkeypatch):
     loaded = Counter()
-    monkeypatch.setattr(pipeline, "scorer_memory", lambda gpus, threads: 1e6)
-    size = MODELS[0].weight_bytes
-    assert pipeline.models_that_fit(size, 1e6) == 32
-    monkeypatch.setattr(pipeline, "MOST_MODELS", 3)
+    # Three models, held twice, in a quarter of it.
+    memory = 3.5 * 2 * 4 * MODELS[0].weight_bytes
+    monkeypatch.setattr(pipeline, "scorer_memory", lambda gpus, threads: memory)
     original = Work.passes
 
     def counting(work, models_per_pass):

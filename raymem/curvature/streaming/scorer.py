@@ -150,8 +150,8 @@ class Scorers:
         with fast_arithmetic(work.threads):
             return Meter(
                 model.net.to(self.device).eval(),
-                torch.from_numpy(work.sample.pixels).to(self.device),
-                torch.from_numpy(work.sample.labels).to(self.device),
+                torch.tensor(work.sample.pixels, device=self.device),
+                torch.tensor(work.sample.labels, device=self.device),
                 dataclasses.replace(work.rule, mode=about["mode"], precision=exact),
                 seed=seed,
                 channels_last=model.channels_last,

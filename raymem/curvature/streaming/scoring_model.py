@@ -250,5 +250,6 @@ def identity_of(
 
 def _pick_mode(model: ScoringModel, sample: Sample, seed: int) -> str:
     """The mode of the trace that suits the model."""
-    x = as_input(torch.from_numpy(sample.pixels), torch.contiguous_format)
-    return pick_mode(model.net.cpu(), x, torch.from_numpy(sample.labels), seed=seed)
+    # Copied, as what Ray's object store hands out cannot be written to.
+    x = as_input(torch.tensor(sample.pixels), torch.contiguous_format)
+    return pick_mode(model.net.cpu(), x, torch.tensor(sample.labels), seed=seed)
