@@ -30,7 +30,8 @@ class Sums:
     def __init__(self, table: pa.Table, measures: Sequence[str]) -> None:
         self.n_folds = len(set(table["fold"].to_pylist()))
         self._sums = {
-            name: floats(table, name).reshape(self.n_folds, -1)
+            # Folds without curvature have null sums and no count.
+            name: np.nan_to_num(floats(table, name).reshape(self.n_folds, -1))
             for name in {
                 *(f"{what}_{arm}" for what in ("n", "correct") for arm in ("in", "out")),
                 *map(_sum, measures),
@@ -58,7 +59,7 @@ class Sums:
         """In how many folds a measure was measured."""
         if name == "memorization":
             return self.n_folds
-        return int((np.nan_to_num(self._sums[_count(name)]).sum(1) > 0).sum())
+        return int((self._sums[_count(name)].sum(1) > 0).sum())
 
     @property
     def can_be_halved(self) -> bool:
@@ -67,16 +68,23 @@ class Sums:
 
     def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """Of the examples `rows`, when folds count `weights` times."""
-        return memorization_of(*(weights @ self._sums[name][:, rows] for name in COUNTS))
+        return memorization_of(*(self._total(name, weights, rows) for name in COUNTS))
 
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """Of a measure, the same."""
         if name == "memorization":
             return self.memorization(weights, rows)
-        # Folds without curvature have null sums and no count.
-        total = weights @ np.nan_to_num(self._sums[_sum(name)][:, rows])
-        mean = ratio(total, weights @ np.nan_to_num(self._sums[_count(name)][:, rows]))
+        mean = ratio(
+            self._total(_sum(name), weights, rows), self._total(_count(name), weights, rows)
+        )
         return 1 - mean if "wrong" in name else mean
+
+    def _total(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
+        # To add up all examples is faster than to gather some, unless they are few.
+        sums = self._sums[name]
+        few = 8 * len(rows) < sums.shape[1]
+        total: Floats = weights @ sums[:, rows] if few else (weights @ sums)[rows]
+        return total
 
 
 class FixedSums(Sums):
