@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import queue
+import time
 from collections import Counter
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import shard_files
 import torch
 
+from benchmarks import passes
 from raymem import (
     CurvatureRule,
     ExamplesError,
@@ -19,7 +22,7 @@ from raymem import (
     list_shards,
     stream_curvature,
 )
-from raymem.curvature.streaming import ScorerOptions, blocks, pipeline, stream_models
+from raymem.curvature.streaming import ScorerOptions, blocks, gather, pipeline, stream_models
 from raymem.curvature.streaming.blocks import Reading, read_blocks
 from raymem.curvature.streaming.scorer import ModelSource, Work
 from raymem.data.shards.records import Record, Shard
@@ -121,6 +124,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(shards, alone, tmp_path, monke
         return original(store, model, shard, table, about)
 
     monkeypatch.setattr(Store, "write_streamed", dying)
+    monkeypatch.setattr(gather, "WRITERS", 1)
     for left in (2, 7):
         with pytest.raises(Killed):
             run(shards, MODELS, tmp_path)
@@ -256,3 +260,15 @@ def test_settings_that_make_no_sense_are_refused():
     for name in ("models_per_pass", "scorers", "batch_size", "threads"):
         with pytest.raises(CurvatureError, match=f"{name} must be 1 or more, got 0"):
             dataclasses.replace(ScorerOptions(), **{name: 0})
+
+
+def test_the_benchmark_compares_the_same_work(tmp_path):
+    sizes = passes.Sizes(images=24, side=32, shards=6, models=2, large_shard=0)
+    passes.write_shards(tmp_path / "set", sizes, sizes.images, sizes.shards)
+    done = queue.Queue()
+    passes.score_alone(str(tmp_path / "set"), sizes, 0, 1, done)
+    assert sum(images for _, images in done.queue) == 48
+    for one_pass in (True, False):
+        _, rate = passes.scored(tmp_path / "set", sizes, one_pass=one_pass, engine="serial")
+        assert rate > 0
+    assert passes.peak_memory(lambda: time.sleep(0.7)) > 1e7

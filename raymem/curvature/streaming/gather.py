@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from raymem.data.shards.records import Shard
 from raymem.errors import ExamplesError
 from raymem.fleet import StageProgress
 from raymem.store import Store, columns
+
+# Objects of a shard that are written at once: an object store takes tens of milliseconds for each.
+WRITERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +84,8 @@ class Gathered:
         done = 0
         if _complete(blocks.values()):
             ordered = [blocks[first] for first in sorted(blocks)]
-            for model in block.by_model:
-                self._write(model, shard, ordered)
+            with ThreadPoolExecutor(WRITERS, thread_name_prefix="raymem-write") as pool:
+                list(pool.map(lambda model: self._write(model, shard, ordered), block.by_model))
             del self._blocks[shard]
             done = len(block.by_model)
         images = len(block.by_model) * len(block.example_ids) - bad
