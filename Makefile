@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-latest check bench gpu-check docs figures clean
+.PHONY: demo test test-all test-latest check bench soak gpu-check docs figures clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
 
-# Tests that only count are run in two processes; those that wait for others are run by themselves.
+# Tests that only count are run in two processes, in the order of their files: the doctests, which are
+# short, even out the end. Those that wait for others are run by themselves.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not alone'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not alone'
 	$(BIN)/python -m pytest -m 'alone and not slow'
 
 test-all: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/python -m pytest -m alone
 
 # What depends on Ray's and opacus' internals, with the newest versions that pyproject.toml admits.
@@ -31,6 +32,10 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+# Half an hour of a study through a stream of faults, and a quarter more to check what came of it.
+soak: .venv/installed-dev
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
 
 # Is training on this machine's GPU right, and how fast is it? Six minutes at most.
 gpu-check: .venv/installed-dev

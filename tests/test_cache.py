@@ -36,8 +36,6 @@ from raymem.data.shards import ingest
 from raymem.data.shards.shard_readers import read_shard
 from raymem.models import build_model
 
-pytestmark = pytest.mark.alone
-
 SIZE = 16
 
 
@@ -212,6 +210,7 @@ print(int(x_train.sum()), int(x_test.sum()))
 """
 
 
+@pytest.mark.alone
 def test_two_processes_at_once_copy_once(cache, tmp_path):
     log = tmp_path / "log"
     text = SCRIPT.format(log=str(log), url=cache.url, folder=str(tmp_path / "both"))

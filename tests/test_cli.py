@@ -17,8 +17,6 @@ from raymem import JobSettings, Store, Study, Target, run_job
 from raymem.cli import absolute_store, main
 from raymem.errors import StoreError
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):

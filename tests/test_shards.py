@@ -46,8 +46,6 @@ from raymem.data.shards.shard_readers import read_shard
 from raymem.models import build_model
 from raymem.scores import join_curvature
 
-pytestmark = pytest.mark.alone
-
 N = 60
 INF = float("inf")
 ROOT = Path(__file__).parents[1]
@@ -107,6 +105,7 @@ def test_every_form_gives_the_scores_of_the_same_pixels_in_memory(
     assert table["error"].null_count == N
 
 
+@pytest.mark.alone
 def test_ray_data_gives_what_this_process_gives_once_per_shard(shards_at, tmp_path):
     model = scoring_model()
     stream(shards_at / "tar", tmp_path / "here", model)
@@ -814,6 +813,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_killed_at_any_shard_and_run_again_gives_the_same_objects(digits, tmp_path):
     records = shard_files.encoded(digits, 480)

@@ -37,8 +37,6 @@ from raymem.store import lock as lock_module
 from raymem.store.derived import Note
 from raymem.store.trials import digest, encode
 
-pytestmark = pytest.mark.alone
-
 KEY = TrialKey(math.inf, 3)
 
 
@@ -402,6 +400,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
     assert files.list() == []
 
 
+@pytest.mark.alone
 def test_a_dead_drivers_lock_is_taken_over_at_once(tmp_path):
     program = (
         "import os, sys\nfrom raymem.store import DriverLock, Files\n"
@@ -428,8 +427,18 @@ def test_a_process_number_used_again_is_not_the_driver(tmp_path):
     with DriverLock(files):
         now = json.loads(files.read("driver.json"))
         assert now["token"] != record["token"]
-        assert now["process_started"] == psutil.Process().create_time()
+        assert now["process_started"] != record["process_started"]
     assert files.list() == []
+
+
+@pytest.mark.parametrize("seconds", [-3600, 2, 3600])
+def test_a_clock_that_is_set_ends_no_drivers_hold(tmp_path, monkeypatch, seconds):
+    """Linux keeps when processes started as a time since the boot, and moves the boot."""
+    files, boot = Files(tmp_path), psutil._psplatform.boot_time
+    with DriverLock(files):
+        monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot() + seconds)
+        with pytest.raises(StoreHeldError, match=str(os.getpid())):
+            DriverLock(files).__enter__()
 
 
 def test_a_driver_elsewhere_lives_while_its_counter_moves(tmp_path, monkeypatch):
@@ -468,6 +477,7 @@ def test_a_torn_lock_is_no_lock(tmp_path):
     assert files.list() == []
 
 
+@pytest.mark.alone
 def test_progress_is_in_the_lock(tmp_path):
     files, progress = Files(tmp_path), {"done": 1}
     with DriverLock(files, interval=0.05, progress=lambda: progress):
