@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from raymem.curvature import CurvatureRule
-from raymem.curvature.streaming import StageSummary, measure_kept
+from raymem.curvature.streaming import ScorerOptions, StageSummary, measure_kept
 from raymem.data import CachedExamples, Examples
 from raymem.data.shards import list_shards
 from raymem.encoding import json_ready
 from raymem.errors import PlanError
 from raymem.experiments import LeaveOneOut, Removal
 from raymem.fleet import (
-    Engine,
     Progress,
     Repeat,
     Resources,
@@ -356,17 +355,13 @@ class Study(StudySettings):
         return float(store.provenance(min(done))["seconds"]) if done else math.inf
 
     def measure_curvature(
-        self,
-        *,
-        engine: Engine = "ray",
-        gpus_per_scorer: float | None = None,
-        threads: int = 1,
-        verbose: bool = False,
+        self, options: ScorerOptions | None = None, **settings: Any
     ) -> StageSummary | None:
         """Measure curvature of every image under the models that were kept for it.
 
-        None if trials measure it themselves, or nobody does. Raises StoreError if trials are not
-        done, and what `measure_kept` raises.
+        None if trials measure it themselves, or nobody does. `settings` are fields of `options`:
+        `measure_curvature(models_per_pass=8)`. Raises StoreError if trials are not done, and what
+        `measure_kept` raises.
         """
         if self.curvature is None or self.curvature_at == "trial":
             return None
@@ -379,10 +374,8 @@ class Study(StudySettings):
             sorted(wanted, key=lambda key: (self.epsilons.index(key.epsilon), key.trial)),
             list_shards(data, self.examples.classes, n_classes=self.examples.n_classes),
             self.curvature,
-            engine=engine,
-            gpus_per_scorer=gpus_per_scorer,
-            threads=threads,
-            verbose=verbose,
+            options=options,
+            **settings,
         )
 
     def score(self, rule: PairRule | None = None) -> list[EpsilonSummary]:

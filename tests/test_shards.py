@@ -805,9 +805,11 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}]
 from test_shards import scoring_model
-from raymem import Store, list_shards, stream_curvature
+from raymem import Store, list_shards
+from raymem.curvature.streaming import stream_models
 if __name__ == "__main__":
-    stream_curvature(list_shards({data!r}), scoring_model(), Store({store!r}), batch_size=8)
+    models = [scoring_model(), scoring_model("other", seed=1)]
+    stream_models(list_shards({data!r}), models, Store({store!r}), batch_size=8)
 """
 
 
@@ -817,27 +819,28 @@ def test_killed_at_any_shard_and_run_again_gives_the_same_objects(digits, tmp_pa
     records = shard_files.encoded(digits, 480)
     for number, part in enumerate(shard_files.parts(records, 24)):
         shard_files.write_tar(tmp_path / "set" / f"part-{number:02d}.tar", part)
-    stream(tmp_path / "set", tmp_path / "whole")
+    for model in (scoring_model(), scoring_model("other", seed=1)):
+        stream(tmp_path / "set", tmp_path / "whole", model, batch_size=8)
     script = tmp_path / "run.py"
-    folder = tmp_path / "killed/curvature/net"
+    folder = tmp_path / "killed/curvature"
     text = SCRIPT.format(
         tests=str(ROOT / "tests"), data=str(tmp_path / "set"), store=str(tmp_path / "killed")
     )
     script.write_text(text)
-    for wanted in (1, 8):
+    for wanted in (1, 16):
         process = subprocess.Popen([sys.executable, script], start_new_session=True)
         deadline = time.monotonic() + 240
-        while len(list(folder.glob("*.parquet"))) < wanted and time.monotonic() < deadline:
+        while len(list(folder.glob("*/*.parquet"))) < wanted and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        there = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
-        assert wanted <= len(there) < 24
+        there = {p: p.stat().st_mtime_ns for p in folder.glob("*/*.parquet")}
+        assert wanted <= len(there) < 48
     subprocess.run([sys.executable, script], check=True, timeout=300)
-    now = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
-    assert all(now[name] == when for name, when in there.items())
-    assert len(now) == 24
-    whole, again = (Store(tmp_path / name).curvature("net") for name in ("whole", "killed"))
-    assert again["example_id"].to_pylist() == whole["example_id"].to_pylist()
-    np.testing.assert_allclose(again["curvature"], whole["curvature"], rtol=2e-3)
+    now = {p: p.stat().st_mtime_ns for p in folder.glob("*/*.parquet")}
+    assert all(now[path] == when for path, when in there.items())
+    assert len(now) == 48
+    for path in now:
+        same = tmp_path / "whole/curvature" / path.relative_to(folder)
+        assert path.read_bytes() == same.read_bytes()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -11,11 +12,16 @@ import click
 
 from raymem.cli.options import run_command
 from raymem.curvature import CurvatureRule
-from raymem.curvature.streaming import ScoringModel, StreamSummary, stream_curvature
+from raymem.curvature.streaming import (
+    ScorerOptions,
+    ScoringModel,
+    StreamSummary,
+    stream_models,
+)
+from raymem.curvature.streaming.pipeline import models_that_fit, scorer_memory
 from raymem.data.shards import list_shards
 from raymem.encoding import counted, duration, epsilon_name
 from raymem.errors import RecipeError
-from raymem.fleet import Engine
 from raymem.settings import Setting
 from raymem.store import Store, TrialKey
 
@@ -95,18 +101,8 @@ class ScoringSettings:
     """How curvature is measured."""
     seed: Annotated[int, Setting(least=0)] = 0
     """Random seed of the probes."""
-    engine: Engine = "ray"
-    """Where models run; serial: in this process, without Ray."""
-    scorers: Annotated[int | None, Setting(least=1)] = None
-    """Copies of the model at work at once; None: one for each GPU, or core."""
-    gpus_per_scorer: Annotated[float | None, Setting(least=0)] = None
-    """GPUs of each copy; a fraction packs several on one GPU; None: 1 if there are any, else 0."""
-    batch_size: Annotated[int | None, Setting(least=1)] = None
-    """Images in a batch; None: by the size of the images."""
-    threads: Annotated[int, Setting(least=1, most=256)] = 1
-    """CPU threads of each copy."""
-    verbose: bool = False
-    """Show Ray's own output."""
+    options: ScorerOptions = field(default_factory=ScorerOptions)
+    """What images are scored on."""
 
 
 def run_curvature_job(
@@ -121,23 +117,32 @@ def run_curvature_job(
 
 def _score(settings: ScoringSettings) -> None:
     store = Store(settings.store)
-    for model in settings.models.load():
-        shards = list_shards(settings.data, model.classes, n_classes=model.n_classes)
-        summary = stream_curvature(
-            shards,
-            model,
+    for models in _together(settings.models.load(), settings.options.models_per_pass):
+        first = models[0]
+        summaries = stream_models(
+            list_shards(settings.data, first.classes, n_classes=first.n_classes),
+            models,
             store,
             settings.curvature,
             seed=settings.seed,
             skip_bad=settings.on_bad == "skip",
-            engine=settings.engine,
-            scorers=settings.scorers,
-            gpus_per_scorer=settings.gpus_per_scorer,
-            batch_size=settings.batch_size,
-            threads=settings.threads,
-            verbose=settings.verbose,
+            options=settings.options,
         )
-        click.echo(stream_text(summary, store))
+        for summary in summaries:
+            click.echo(stream_text(summary, store))
+
+
+def _together(models: Iterable[ScoringModel], most: int | None) -> Iterator[list[ScoringModel]]:
+    """Neighbours that take the same pixels: as many as this process may hold, `most` if given."""
+    held: list[ScoringModel] = []
+    for model in models:
+        fit = most or models_that_fit(model.weight_bytes, scorer_memory(0.0, os.cpu_count() or 1))
+        if held and (len(held) >= fit or model.pixels != held[0].pixels):
+            yield held
+            held = []
+        held.append(model)
+    if held:
+        yield held
 
 
 def stream_text(summary: StreamSummary, store: Store) -> str:

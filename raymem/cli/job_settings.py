@@ -14,6 +14,7 @@ import click
 
 from raymem.cli.base import absolute_store
 from raymem.cli.exchange import CacheImages
+from raymem.curvature.streaming import ScorerOptions
 from raymem.data import (
     Examples,
     add_canaries,
@@ -32,6 +33,9 @@ from raymem.show import ingest_text
 from raymem.show.dry_run import Cluster
 from raymem.study import Study, StudySettings
 from raymem.training import Recipe, private_recipe
+
+# What `Resources` say for the whole study, and what few need.
+NOT_IN_STUDIES = ("engine", "scorers", "gpus_per_scorer", "batch_size", "threads", "verbose")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +208,21 @@ class RunOptions:
     """What `plan` plans for."""
     resources: Resources = field(default_factory=Resources)
     """What trials run on."""
+    scorers: Annotated[ScorerOptions, Setting(without=NOT_IN_STUDIES)] = field(
+        default_factory=ScorerOptions
+    )
+    """What the curvature stage runs on, beside what `resources` say."""
+
+    @property
+    def scorer_options(self) -> ScorerOptions:
+        """What the curvature stage runs on."""
+        return dataclasses.replace(
+            self.scorers,
+            engine=self.resources.engine,
+            gpus_per_scorer=self.resources.gpus_per_trial,
+            threads=self.resources.cpus_per_trial,
+            verbose=self.resources.verbose,
+        )
 
 
 def recipe_option(recipes: Recipe | Mapping[str, Recipe]) -> list[click.Option]:

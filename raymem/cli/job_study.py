@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from raymem.cli.job_settings import JobSettings, RunOptions, recipe_option, with_cache
 from raymem.cli.options import run_command, stage_argument
 from raymem.cli.smoke import Smoke, check_rows
+from raymem.curvature.streaming import ScorerOptions
 from raymem.encoding import duration, epsilon_name
 from raymem.fleet import Resources
 from raymem.scores import PairRule
@@ -166,7 +167,7 @@ def _run(study: Study, stage: str, run: RunOptions) -> Links | None:
     if stage in ("all", "repeat"):
         _repeat(study, resources, asked=stage == "repeat")
     if stage in ("all", "curvature"):
-        _measure(study, resources, asked=stage == "curvature")
+        _measure(study, run.scorer_options, asked=stage == "curvature")
     if stage in ("all", "score"):
         heading("Scores")
         score_and_print(study, run.pairs, detailed=detailed)
@@ -208,13 +209,8 @@ def _repeat(study: Study, resources: Resources, *, asked: bool) -> None:
     click.echo(study.repeat(threads=resources.cpus_per_trial).text)
 
 
-def _measure(study: Study, resources: Resources, *, asked: bool) -> None:
-    done = study.measure_curvature(
-        engine=resources.engine,
-        gpus_per_scorer=resources.gpus_per_trial,
-        threads=resources.cpus_per_trial,
-        verbose=resources.verbose,
-    )
+def _measure(study: Study, options: ScorerOptions, *, asked: bool) -> None:
+    done = study.measure_curvature(options)
     if done is None:
         if asked:
             click.echo(

@@ -110,6 +110,10 @@ class Files:
         data: bytes = self._ask(lambda: self.fs.cat_file(self.path(key), start=-size))
         return data
 
+    def size(self, key: str) -> int:
+        """Bytes of `key`. Raises FileNotFoundError."""
+        return int(self._ask(lambda: self.fs.info(self.path(key))["size"]))
+
     def exists(self, key: str) -> bool:
         """Is there an object `key`, as of now?"""
         try:

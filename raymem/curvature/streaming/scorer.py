@@ -1,6 +1,6 @@
-"""The work of workers: read and decode a shard in chunks of rows, and score batches of rows.
+"""Blocks of images under several models: `Work` says which, `Scorers` holds them on a device.
 
-The same code in this process and in Ray Data's tasks and actors.
+The same code in this process and in Ray Data's actors.
 """
 
 from __future__ import annotations
@@ -8,136 +8,156 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from raymem.curvature import CurvatureRule
-from raymem.curvature.streaming.scoring_model import ScoringModel
-from raymem.data.pixels import content_hash
-from raymem.data.shards.records import Shard
-from raymem.data.shards.shard_readers import read_shard
-from raymem.data.shards.transform import LARGEST_LABEL, Batch, Transform, decode
-from raymem.store import columns
+from raymem.curvature.streaming.blocks import Decoded, Place, Reading, Sample
+from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
+from raymem.errors import CurvatureError
+from raymem.store import Store, TrialKey, columns
 from raymem.training import Meter, default_device, fast_arithmetic
 
-# Rows in a chunk.
-CHUNK = 64
-# The position of the row after a shard's last; its label says how many there were.
-LAST = -1
+NOT_FINITE = "the model gives values for it that are not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """The settings of reading and scoring, sent to every worker."""
+class ModelSource:
+    """A model that is scored, and where workers get it."""
 
-    shards: Sequence[Shard]
-    transform: Transform
-    n_classes: int
+    name: str
+    """Name of its folder in the store."""
+    source: ScoringModel | TrialKey
+    """The model, or the trial that kept it in the store."""
+    seed: int | None = None
+    """Random seed of its probes; None: the trial's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be scored: every image of some shards, under the models that each shard lacks."""
+
+    store_url: str
+    reading: Reading
+    models: Mapping[int, ModelSource]
+    """By their numbers."""
+    wanted: Mapping[int, Sequence[int]]
+    """Numbers of the models, by the number of the shard."""
     rule: CurvatureRule
-    seed: int
-    batch_size: int
     threads: int
-    channels_last: bool
+    sample: Sample
 
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a model and a shard."""
+        return sum(len(models) for models in self.wanted.values())
 
-def read(task: Task, number: int) -> Iterator[Batch]:
-    """A shard in chunks of rows, and a last row that says how many there were."""
-    rows: list[dict[str, object]] = []
-    H, W = task.transform.size
-    blank = np.zeros((H, W, 1 if task.transform.grey else 3), np.uint8)
-
-    def row(position: int, **values: Any) -> dict[str, object]:
-        empty = {"example_id": "", "label": -1, "content_hash": "", "error": "", "pixels": blank}
-        return {"shard": number, "position": position, **empty, **values}
-
-    position = 0
-    for record in read_shard(task.shards[number]):
-        pixels, error = decode(record, task.transform, task.n_classes)
-        values: dict[str, object] = {"example_id": record.example_id, "error": error}
-        if record.label is not None and 0 <= record.label < LARGEST_LABEL:
-            values["label"] = record.label
-        if pixels is not None:
-            values |= {"pixels": pixels, "content_hash": content_hash(pixels)}
-        rows.append(row(position, **values))
-        position += 1
-        if len(rows) == CHUNK:
-            yield _columns(rows)
-            rows = []
-    rows.append(row(LAST, label=position))
-    yield _columns(rows)
-
-
-def _columns(rows: Sequence[Mapping[str, object]]) -> Batch:
-    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-class Scorer:
-    """Holds a model on its device; scores batches of decoded images."""
-
-    def __init__(self, task: Task, model: ScoringModel) -> None:
-        self.task, self.device = task, default_device()
-        self.net = model.net.to(self.device).eval()
-        self.meter: Meter | None = None
-
-    def __call__(self, batch: Batch) -> Batch:
-        """The batch without pixels, with a value for each row that could be decoded."""
-        good = np.flatnonzero((batch["error"] == "") & (batch["position"] != LAST))
-        n, found = len(batch["position"]), {}
-        if len(good):
-            x = torch.from_numpy(np.ascontiguousarray(batch["pixels"][good])).to(self.device)
-            y = torch.from_numpy(batch["label"][good].astype(np.int64)).to(self.device)
-            with fast_arithmetic(self.task.threads):
-                found = self._score(x, y)
-        errors = batch["error"].astype(object)
-        for row, finite in zip(good, _finite(found), strict=True):
-            if not finite:
-                errors[row] = "the model gives values for it that are not finite"
-        values = {}
-        for name in columns.STREAMED_VALUES:
-            if name == "curvature_paper" and self.task.rule.paper is None:
-                continue
-            values[name] = np.full(n, np.nan, np.float32)
-            if name in found:
-                values[name][good] = found[name]
-        kept = ("shard", "position", "example_id", "label", "content_hash")
-        return {**{name: batch[name] for name in kept}, "error": errors.astype(str), **values}
-
-    def _score(self, x: torch.Tensor, y: torch.Tensor) -> Batch:
-        task = self.task
-        if self.meter is None:
-            # Scorers see other images first, and would choose other precisions.
-            asked = task.rule.precision
-            exact = "float32" if asked == "auto" else asked
-            rule = dataclasses.replace(task.rule, precision=exact)
-            self.meter = Meter(
-                self.net, x, y, rule, seed=task.seed, channels_last=task.channels_last
+    def passes(self, models_per_pass: int) -> Iterator[Work]:
+        """The work in parts of so many models each, all images of a part being decoded once."""
+        if models_per_pass < 1:
+            raise CurvatureError(f"models_per_pass must be 1 or more, got {models_per_pass}")
+        numbers = sorted({model for models in self.wanted.values() for model in models})
+        for at in range(0, len(numbers), models_per_pass):
+            part = set(numbers[at : at + models_per_pass])
+            wanted = {
+                shard: [model for model in models if model in part]
+                for shard, models in self.wanted.items()
+            }
+            yield dataclasses.replace(
+                self,
+                models={number: self.models[number] for number in part},
+                wanted={shard: models for shard, models in wanted.items() if models},
             )
-        return self.meter.all(x, y, task.batch_size)
 
 
-def _finite(found: Batch) -> NDArray[np.bool_]:
-    if not found:
-        return np.zeros(0, bool)
-    finite: NDArray[np.bool_] = np.logical_and.reduce([np.isfinite(v) for v in found.values()])
-    return finite
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """What one model gives for the images of a block."""
+
+    errors: Sequence[str]
+    """Why an image has no values; "" where it has."""
+    values: Mapping[str, NDArray[np.float32]]
+    """By column; NaN where there are none."""
 
 
-def read_on_ray(batch: Batch, task: Any) -> Iterator[Batch]:
-    import ray
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A block with its scores, without its pixels."""
 
-    yield from read(ray.get(task[0]), int(batch["number"][0]))
+    place: Place
+    example_ids: Sequence[str]
+    labels: NDArray[np.int64]
+    hashes: Sequence[str]
+    by_model: Mapping[int, Values]
+    """By the numbers of the models that the shard lacks."""
 
 
-class RayScorer:
-    """A scorer as an actor of Ray Data."""
+class Scorers:
+    """Holds the models of some work on one device, each from its first block on."""
 
-    def __init__(self, task: Any, model: Any) -> None:
-        import ray
+    def __init__(self, work: Work, store: Store) -> None:
+        self.work, self.store = work, store
+        self.device = default_device()
+        self._held: dict[int, Meter] = {}
 
-        self.scorer = Scorer(ray.get(task[0]), ray.get(model[0]))
+    def __call__(self, block: Decoded) -> Scored:
+        """The block under each model that its shard lacks."""
+        x = torch.from_numpy(block.pixels).to(self.device)
+        y = torch.from_numpy(block.labels[block.good]).to(self.device)
+        return Scored(
+            place=block.place,
+            example_ids=block.example_ids,
+            labels=block.labels,
+            hashes=block.hashes,
+            by_model={
+                model: self._values(self._meter(model), block, x, y)
+                for model in self.work.wanted[block.place.shard]
+            },
+        )
 
-    def __call__(self, batch: Batch) -> Batch:
-        return self.scorer(batch)
+    def _values(self, meter: Meter, block: Decoded, x: Tensor, y: Tensor) -> Values:
+        errors, n = list(block.errors), len(block.errors)
+        values = {name: np.full(n, np.nan, np.float32) for name in value_columns(self.work.rule)}
+        if len(x):
+            with fast_arithmetic(self.work.threads):
+                found = meter.all(x, y, self.work.reading.batch_size)
+            for name in values:
+                values[name][block.good] = found[name]
+            finite = np.logical_and.reduce([np.isfinite(v) for v in found.values()])
+            for row in block.good[~finite]:
+                errors[row] = NOT_FINITE
+        return Values(errors=errors, values=values)
+
+    def _meter(self, number: int) -> Meter:
+        if number not in self._held:
+            self._held[number] = self._load(self.work.models[number])
+        return self._held[number]
+
+    def _load(self, which: ModelSource) -> Meter:
+        work, model, seed = self.work, which.source, which.seed
+        if isinstance(model, TrialKey):
+            if seed is None:
+                seed = self.store.provenance(model)["seeds"]["init"]
+            model = ScoringModel.of_store(self.store, model, name=which.name)
+        assert seed is not None
+        data = work.reading.shards[0].root
+        about = identity_of(self.store, model, work.rule, seed, data, lambda: work.sample)
+        # Scorers may run on unlike devices, which would choose other precisions.
+        exact = "float32" if work.rule.precision == "auto" else work.rule.precision
+        with fast_arithmetic(work.threads):
+            return Meter(
+                model.net.to(self.device).eval(),
+                torch.tensor(work.sample.pixels, device=self.device),
+                torch.tensor(work.sample.labels, device=self.device),
+                dataclasses.replace(work.rule, mode=about["mode"], precision=exact),
+                seed=seed,
+                channels_last=model.channels_last,
+            )
+
+
+def value_columns(rule: CurvatureRule) -> list[str]:
+    """The columns of values that a rule gives."""
+    return [n for n in columns.STREAMED_VALUES if n != "curvature_paper" or rule.paper is not None]

@@ -8,24 +8,22 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from raymem.curvature import CHECKED, CurvatureRule, pick_mode
-from raymem.data.shards.records import Shard
-from raymem.data.shards.shard_readers import read_shard
-from raymem.data.shards.transform import PAPER, Transform, decode, of_timm
-from raymem.errors import ExamplesError, RecipeError, StoreError, StudyMismatchError, first_line
+from raymem.curvature import CurvatureRule, pick_mode
+from raymem.curvature.streaming.blocks import Sample
+from raymem.data.shards.transform import PAPER, Transform, of_timm
+from raymem.errors import RecipeError, StoreError, StudyMismatchError, first_line
 from raymem.models import Normalize, build_model, identity
 from raymem.retry import open_fs, open_patiently
 from raymem.store import Store, TrialKey
+from raymem.store.study_record import StudyRecord
 from raymem.store.weights import weights_digest
 from raymem.training import as_input
 from raymem.version import VERSION
@@ -56,6 +54,16 @@ class ScoringModel:
                 "starting with one of the latter"
             )
         object.__setattr__(self, "digest", weights_digest(self.net.eval().state_dict()))
+
+    @property
+    def pixels(self) -> tuple[object, ...]:
+        """What it asks of images: models with the same can be scored in one pass."""
+        return self.transform, self.n_classes, self.classes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(tensor.nbytes for tensor in self.net.state_dict().values())
 
     def as_dict(self) -> dict[str, Any]:
         """The record of the model beside its scores."""
@@ -96,11 +104,10 @@ class ScoringModel:
             std=recipe["std"],
         )
         _load(net, weights, f"{store.url} {key}")
-        transform = Transform(size=(H, W), way="fit", grey=C == 1)
         return cls(
             name=name or key.name,
             net=net,
-            transform=PAPER if paper else transform,
+            transform=PAPER if paper else transform_of(study),
             n_classes=len(study.classes),
             classes=study.classes,
             channels_last=recipe["channels_last"],
@@ -151,6 +158,12 @@ class ScoringModel:
         )
 
 
+def transform_of(study: StudyRecord) -> Transform:
+    """The pixels of a study's own images: what models that it kept take."""
+    H, W, C = study.image_shape
+    return Transform(size=(H, W), way="fit", grey=C == 1)
+
+
 def read_weights(url: str) -> dict[str, Tensor]:
     """A state dict from a safetensors file or one of `torch.save`, without running code in it.
 
@@ -194,17 +207,31 @@ def _load(net: nn.Module, weights: dict[str, Tensor], source: str) -> None:
         ) from error
 
 
-def identity_of(
-    store: Store, model: ScoringModel, rule: CurvatureRule, seed: int, shards: Sequence[Shard]
-) -> dict[str, Any]:
-    """curvature/MODEL/_about.json, made or checked: what makes its shards comparable."""
+def about_key(model: str) -> str:
+    """Key of the record of a model's scores."""
     # With an underscore, so that Arrow and pandas read the folder as one table, this left out.
-    key = f"curvature/{model.name}/_about.json"
+    return f"curvature/{model}/_about.json"
+
+
+def identity_of(
+    store: Store,
+    model: ScoringModel,
+    rule: CurvatureRule,
+    seed: int,
+    data: str,
+    sample: Callable[[], Sample],
+) -> dict[str, Any]:
+    """The record of a model's scores, made or checked: what makes its shards comparable.
+
+    `sample` gives images of the set at `data` to choose the trace's mode with, if that is not
+    recorded yet. Raises StudyMismatchError if the record is of other scores.
+    """
+    key = about_key(model.name)
     # Names of shards are relative to the set: those of another set would count as done.
-    about = {"data": shards[0].root, **model.as_dict(), "rule": rule.as_dict(), "seed": seed}
+    about = {"data": data, **model.as_dict(), "rule": rule.as_dict(), "seed": seed}
     here = json.loads(json.dumps(about))
     if not store.files.exists(key):
-        mode = rule.mode if rule.mode != "auto" else _pick_mode(model, shards, seed)
+        mode = rule.mode if rule.mode != "auto" else _pick_mode(model, sample(), seed)
         text = json.dumps({**here, "mode": mode, "raymem": VERSION}, indent=1)
         store.files.create(key, text.encode() + b"\n")
     there: dict[str, Any] = json.loads(store.files.read(key))
@@ -221,23 +248,8 @@ def identity_of(
     return there
 
 
-def _pick_mode(model: ScoringModel, shards: Sequence[Shard], seed: int) -> str:
-    """The mode of the trace that suits the model, found on the first few readable images."""
-    found: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    first = ""
-    for record in (record for shard in shards for record in read_shard(shard)):
-        pixels, error = decode(record, model.transform, model.n_classes)
-        first = first or (error and f"; the first, {record.example_id}: {error}")
-        if pixels is not None:
-            found.append(pixels)
-            labels.append(record.label or 0)
-        if len(found) == CHECKED:
-            break
-    if not found:
-        raise ExamplesError(
-            "no image of the set can be read and has a label of the model"
-            f"{first}; check --data and --model"
-        )
-    x = as_input(torch.from_numpy(np.stack(found)), torch.contiguous_format)
-    return pick_mode(model.net.cpu(), x, torch.tensor(labels), seed=seed)
+def _pick_mode(model: ScoringModel, sample: Sample, seed: int) -> str:
+    """The mode of the trace that suits the model."""
+    # Copied, as what Ray's object store hands out cannot be written to.
+    x = as_input(torch.tensor(sample.pixels), torch.contiguous_format)
+    return pick_mode(model.net.cpu(), x, torch.tensor(sample.labels), seed=seed)

@@ -1,24 +1,27 @@
-"""Shards and a model -> curvature/MODEL/SHARD.parquet, one object per shard, each once.
+"""Shards and models -> curvature/MODEL/SHARD.parquet, one object per pair, each once.
 
-Ray Data reads and decodes shards in tasks on CPU workers, and scores in actors that hold the model;
-it holds decoding back when scoring is behind. What comes out are numbers, which the driver gathers
-until a shard is whole. What is in the store is not scored again.
+What is in the store is not scored again. How it is scored is `raymem.curvature.streaming.pipeline`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Generator, Sequence
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 from raymem.curvature import CurvatureRule
+from raymem.curvature.streaming.blocks import Reading, sample_of
 from raymem.curvature.streaming.gather import Gathered, StreamSummary
-from raymem.curvature.streaming.scorer import RayScorer, Scorer, Task, read, read_on_ray
+from raymem.curvature.streaming.pipeline import score
+from raymem.curvature.streaming.scorer import ModelSource, Scored, Work
+from raymem.curvature.streaming.scorer_options import ScorerOptions
 from raymem.curvature.streaming.scoring_model import ScoringModel, identity_of
-from raymem.data.shards.ray_data import actors, batches_of, ray_data, with_readers
 from raymem.data.shards.records import Shard
-from raymem.data.shards.transform import Batch
+from raymem.encoding import counted
 from raymem.errors import CurvatureError
-from raymem.fleet import Engine, LongStage
+from raymem.fleet import LongStage, StageProgress
 from raymem.store import DriverLock, Files, Store
 from raymem.training import batch_of
 
@@ -31,90 +34,123 @@ def stream_curvature(
     *,
     seed: int = 0,
     skip_bad: bool = False,
-    engine: Engine = "ray",
-    scorers: int | None = None,
-    gpus_per_scorer: float | None = None,
-    batch_size: int | None = None,
-    threads: int = 1,
-    verbose: bool = False,
+    options: ScorerOptions | None = None,
+    **settings: Any,
 ) -> StreamSummary:
-    """Score what `store` does not have yet of `shards`, under `model`.
+    """Score what `store` does not have yet of `shards`, under `model`; see `stream_models`."""
+    options = dataclasses.replace(options or ScorerOptions(), **settings)
+    (summary,) = stream_models(
+        shards, [model], store, rule, seed=seed, skip_bad=skip_bad, options=options
+    )
+    return summary
 
-    `scorers` actors hold the model, with `gpus_per_scorer` GPUs (by default 1 where the cluster has
-    any), else `threads` CPUs each; by default as many as fit, two CPUs of a cluster being left to
-    read. A single image that does not fit on its device is an error; larger batches are halved.
+
+def stream_models(
+    shards: Sequence[Shard],
+    models: Sequence[ScoringModel],
+    store: Store,
+    rule: CurvatureRule | None = None,
+    *,
+    seed: int = 0,
+    skip_bad: bool = False,
+    options: ScorerOptions | None = None,
+    **settings: Any,
+) -> list[StreamSummary]:
+    """Score what `store` does not have yet of `shards`, under each of `models`.
+
+    Models must take the same pixels. Each image is decoded once for `models_per_pass` of them, and
+    the scores are those of each model alone, to the bit. By default there are as many scorers as
+    fit, two CPUs of a cluster being left to read. A single image that does not fit on its device is
+    an error; larger batches are halved. `settings` are fields of `options`.
 
     Raises ExamplesError at the first image that cannot be read, unless `skip_bad`: then it has a
     row without scores. Raises StudyMismatchError if curvature/MODEL was made by another model,
-    transform or rule, FleetError on clusters too small, and Stopped after Ctrl-C.
+    transform or rule, CurvatureError if models take different pixels, FleetError on clusters too
+    small, and Stopped after Ctrl-C.
     """
+    options = dataclasses.replace(options or ScorerOptions(), **settings)
     rule = rule or CurvatureRule()
     if rule.every_epochs is not None:
         raise CurvatureError(
             "one model's weights have no epochs to average over; leave every_epochs out"
         )
-    done = store.streamed_shards(model.name)
-    missing = [shard for shard in shards if shard.name not in done]
-    summary = StreamSummary(
-        model=model.name, shards=len(shards), done_before=len(shards) - len(missing)
+    other = next((model for model in models if model.pixels != models[0].pixels), None)
+    if other is not None:
+        raise CurvatureError(
+            f"{models[0].name} and {other.name} take different pixels or classes; score them in "
+            "one pass each"
+        )
+    reading = Reading(
+        shards=tuple(shards),
+        transform=models[0].transform,
+        n_classes=models[0].n_classes,
+        batch_size=options.batch_size or batch_of(models[0].transform.values),
     )
-    about = identity_of(store, model, rule, seed, shards)
-    summary.mode = about["mode"]
-    if not missing:
-        return summary
-    task = Task(
-        shards=missing,
-        transform=model.transform,
-        n_classes=model.n_classes,
-        rule=dataclasses.replace(rule, mode=about["mode"]),
-        seed=seed,
-        batch_size=batch_size or batch_of(model.transform.values),
-        threads=threads,
-        channels_last=model.channels_last,
+    sample = functools.cache(lambda: sample_of(reading))
+    summaries = []
+    for model in models:
+        about = identity_of(store, model, rule, seed, shards[0].root, sample)
+        summaries.append(StreamSummary(model=model.name, shards=len(shards), mode=about["mode"]))
+    wanted = missing(store, shards, summaries)
+    if not wanted:
+        return summaries
+    work = Work(
+        store_url=store.url,
+        reading=reading,
+        models={
+            number: ModelSource(name=model.name, source=model, seed=seed)
+            for number, model in enumerate(models)
+        },
+        wanted=wanted,
+        rule=rule,
+        threads=options.threads,
+        sample=sample(),
     )
-    run = _on_ray if engine == "ray" else _in_process
-    gathered = Gathered(store, model, task, about, summary, skip_bad)
-    folder = Files(f"{store.url}/curvature/{model.name}")
-    status = {"stage": "curvature"}
-    with (
-        DriverLock(folder, progress=lambda: {**status, "left": gathered.progress.left}) as lock,
-        LongStage(lock) as stage,
-    ):
-        results = run(task, model, scorers, gpus_per_scorer, verbose)
-        stage.collect(results, gathered.add, gathered.progress)
-    return summary
+    one = len(models) == 1
+    total = len(models) * len(shards)
+    progress = StageProgress(
+        what="curvature" if one else f"curvature of {counted(len(models), 'model')}",
+        unit="shards" if one else "shards of a model",
+        total=total,
+        done_before=total - work.pairs,
+    )
+    gathered = Gathered(store, shards, summaries, rule, progress, skip_bad=skip_bad)
+    with contextlib.ExitStack() as held:
+        status = {"stage": "curvature"}
+        locks = [
+            held.enter_context(
+                DriverLock(
+                    Files(f"{store.url}/curvature/{model.name}"),
+                    progress=lambda: {**status, "left": progress.left},
+                )
+            )
+            for model in models
+        ]
+
+        def take(block: Scored) -> None:
+            for lock in locks:
+                lock.check()
+            gathered.add(block)
+
+        stage = held.enter_context(LongStage(locks[0]))
+        weight_bytes = max(model.weight_bytes for model in models)
+        scored = score(work, store, options, weight_bytes=weight_bytes)
+        stage.collect(scored, take, progress)
+    return summaries
 
 
-def _in_process(
-    task: Task, model: ScoringModel, scorers: int | None, gpus: float | None, verbose: bool
-) -> Generator[Batch]:
-    scorer = Scorer(task, model)
-    for number in range(len(task.shards)):
-        for batch in read(task, number):
-            yield scorer(batch)
+def missing(
+    store: Store, shards: Sequence[Shard], summaries: Sequence[StreamSummary]
+) -> dict[int, list[int]]:
+    """Numbers of the models that each shard is not scored under, by its number.
 
-
-def _on_ray(
-    task: Task, model: ScoringModel, scorers: int | None, gpus: float | None, verbose: bool
-) -> Generator[Batch]:
-    with ray_data(num_cpus=with_readers(), verbose=verbose) as ray:
-        n, held = actors(ray.cluster_resources(), task.threads, scorers, gpus)
-        rows = ray.data.from_items(
-            [{"number": number} for number in range(len(task.shards))],
-            override_num_blocks=len(task.shards),
-        )
-        # In a list the reference is passed on; alone, Ray Data would replace it by its value.
-        shared, net = [ray.put(task)], [ray.put(model)]
-        decoded = rows.map_batches(
-            read_on_ray, batch_size=1, num_cpus=1, fn_kwargs={"task": shared}
-        )
-        scored = decoded.map_batches(
-            RayScorer,
-            batch_size=task.batch_size,
-            compute=ray.data.ActorPoolStrategy(size=n),
-            # Differs from the reader's, so that Ray Data does not fuse decoding into these actors.
-            scheduling_strategy="SPREAD",
-            fn_constructor_args=(shared, net),
-            **held,
-        )
-        yield from batches_of(ray, scored, "scoring")
+    Counts in `summaries` what is done.
+    """
+    wanted: dict[int, list[int]] = {}
+    for model, summary in enumerate(summaries):
+        done = store.streamed_shards(summary.model)
+        lacking = [number for number, shard in enumerate(shards) if shard.name not in done]
+        summary.done_before = len(shards) - len(lacking)
+        for number in lacking:
+            wanted.setdefault(number, []).append(model)
+    return dict(sorted(wanted.items()))

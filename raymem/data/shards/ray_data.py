@@ -16,10 +16,13 @@ READERS = 2
 
 
 @contextlib.contextmanager
-def ray_data(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[Any]:
+def ray_data(
+    *, num_cpus: int | None = None, block_bytes: int | None = None, verbose: bool = False
+) -> Iterator[Any]:
     """The module `ray`, connected for Ray Data, which is silent unless `verbose`.
 
-    `num_cpus` is what a local cluster says it has.
+    `num_cpus` is what a local cluster says it has. Ray Data joins rows until they are `block_bytes`
+    (None: its default, 128 MB) before it hands them on.
     """
     # Ray takes seconds to import, and nothing but this needs it.
     from raymem.fleet.cluster import connected
@@ -36,7 +39,12 @@ def ray_data(*, num_cpus: int | None = None, verbose: bool = False) -> Iterator[
         if not verbose:
             # Ray Data sets its own levels when it is imported.
             logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield ray
+        before = context.target_max_block_size
+        context.target_max_block_size = block_bytes or before
+        try:
+            yield ray
+        finally:
+            context.target_max_block_size = before
 
 
 def batches_of(ray: Any, rows: Any, what: str) -> Generator[Batch]:
