@@ -13,7 +13,6 @@ from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming import StageSummary, measure_kept
 from raymem.data import CachedExamples, Examples
 from raymem.data.shards import list_shards
-from raymem.encoding import json_ready
 from raymem.errors import PlanError
 from raymem.experiments import LeaveOneOut, Removal
 from raymem.fleet import (
@@ -322,7 +321,7 @@ class Study(StudySettings):
             value, forecast = until.value(seen), until.forecast(seen)
             if forecast is not None:  # it stops at the ends of blocks only
                 forecast = math.ceil(forecast / block) * block
-            interim.append({"trials": trials, "value": json_ready(value), "forecast": forecast})
+            interim.append({"trials": trials, "value": value, "forecast": forecast})
             store.write_note(
                 "until", {"rule": str(until), "most_trials": self.trials, "interim": interim}
             )

@@ -16,7 +16,7 @@ from raymem.errors import StoreError
 from raymem.scores import lira, read_membership, rmia
 from raymem.scores.attack_scores import ATTACKS, TargetScores, auc_by_example, by_example
 from raymem.scores.few_references import arms, reference_sums
-from raymem.scores.lira import Sums
+from raymem.scores.lira import Moments, add_margins, margin_sums
 from raymem.scores.trial_margins import TrialMargins
 from raymem.show import membership_text
 from raymem.show.result_tables import references_table
@@ -30,10 +30,10 @@ def auc_by_pairs(values, members):
 
 
 def summed(margins, masks, trials):
-    sums = Sums(margins[0])
+    sums = margin_sums(margins[0])
     for t in trials:
-        sums.add(margins[t], masks[t])
-    return sums.moments()
+        add_margins(sums, margins[t], masks[t])
+    return Moments.of(sums)
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])

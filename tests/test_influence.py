@@ -14,7 +14,7 @@ from scipy import stats
 from raymem import Examples, PairRule, Plan, Recipe, Study, find_pairs, influence
 from raymem.scores import Bits, hypergeometric_tail, join_pairs, pairs_work
 from raymem.scores import influence_table as scoring_pairs
-from raymem.scores.running_sums import Outcomes
+from raymem.scores.trial_sums import Outcomes
 
 
 def module():

@@ -5,18 +5,18 @@ What takes seconds to import (scipy, figures) is imported by the commands that u
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import pyarrow as pa
 from pyarrow.csv import write_csv
 
 from raymem.cli.base import command_errors, debug_option, main, row_options
+from raymem.encoding import json_bytes
 from raymem.errors import StoreError
 from raymem.show import (
     Table,
@@ -31,7 +31,7 @@ from raymem.show import (
 from raymem.store import Store, verify
 
 if TYPE_CHECKING:
-    from raymem.links import Links
+    from raymem.links import Correlation, Links
 
 SHOWN_PROBLEMS = 20
 
@@ -235,7 +235,7 @@ def links_command(
         across = {other.url: correlations_across(opened[0], other) for other in opened[1:]}
         found = {store.url: find_links(store) for store in opened}
         if as_json:
-            click.echo(json.dumps(_as_json(found, across), indent=1))
+            click.echo(json_bytes(_all_links(found, across)), nl=False)
             return
         for url, links in found.items():
             if len(found) > 1:
@@ -259,23 +259,20 @@ def _extrapolate(stores: Sequence[Store], csv: bool, as_json: bool) -> None:
     if csv:
         write_csv(found.examples, sys.stdout.buffer)
     else:
-        click.echo(json.dumps(found.as_dict(), indent=1) if as_json else extrapolated_text(found))
+        click.echo(json_bytes(found).rstrip() if as_json else extrapolated_text(found))
 
 
-def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str, Any]:
-    from raymem.links import correlations_as_dict, verdicts_on_link1
+def _all_links(
+    found: Mapping[str, Links], across: Mapping[str, Mapping[float, Sequence[Correlation]]]
+) -> object:
+    from raymem.links import verdicts_on_link1
 
     if len(found) == 1:
-        return next(iter(found.values())).as_dict()
+        return next(iter(found.values()))
     return {
-        "stores": {url: links.as_dict() for url, links in found.items()},
-        "memorization_of_the_first_against": {
-            url: correlations_as_dict(rows) for url, rows in across.items()
-        },
-        "verdicts_against": {
-            url: [verdict.as_dict() for verdict in verdicts_on_link1(rows)]
-            for url, rows in across.items()
-        },
+        "stores": found,
+        "memorization_of_the_first_against": across,
+        "verdicts_against": {url: verdicts_on_link1(rows) for url, rows in across.items()},
     }
 
 
@@ -302,7 +299,7 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
         found = membership(opened, targets=targets)
         found.write(opened)
         if as_json:
-            click.echo(json.dumps(found.as_dict(), indent=1))
+            click.echo(json_bytes(found), nl=False)
         else:
             click.echo(membership_text(found))
 

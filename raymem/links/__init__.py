@@ -37,7 +37,6 @@ from raymem.links.removal import (
 )
 from raymem.links.result import (
     Links,
-    correlations_as_dict,
     find_links,
     privacy_links,
     with_private,
@@ -86,7 +85,6 @@ __all__ = [
     "by_memorization",
     "correlations",
     "correlations_across",
-    "correlations_as_dict",
     "costs",
     "diagnostics",
     "extrapolate",

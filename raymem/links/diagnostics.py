@@ -19,7 +19,6 @@ from scipy import stats
 
 from raymem.encoding import epsilon_name
 from raymem.links.column_arrays import Floats, floats, train_at
-from raymem.links.epsilons import plain
 from raymem.links.twins import Twins, find_twins
 from raymem.plan import Plan
 from raymem.scores import LEAST_FIT, fit_of_hard, ratio
@@ -49,10 +48,6 @@ class Finding:
     """What it should be; empty: nothing."""
     red: bool = False
     """Is it outside?"""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return plain(vars(self))
 
 
 def diagnostics(

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from raymem.encoding import JsonObject
 from raymem.links.column_arrays import Floats
 from raymem.links.fits import Fit, Shape
 from raymem.links.two_stages import CONFIDENCE, Parameter, bootstrapped, doubts, laws
@@ -73,7 +74,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link2:
+class Link2(JsonObject):
     """Mean curvature against epsilon."""
 
     observed: list[Observed]
@@ -103,22 +104,20 @@ class Link2:
         """The epsilons that one curve can go through: all finite ones, inf if clipped."""
         return [o for o in self.observed if math.isfinite(o.epsilon) or self.clipped_at_inf]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+    def json_fields(self) -> Mapping[str, object]:
+        """As links.json has it."""
         return {
             "measured_on": "training examples, in the subset or not",
-            "observed": [plain(vars(o)) for o in self.observed],
+            "observed": self.observed,
             "curvature_modes": self.curvature_modes,
             "clipped_at_inf": self.clipped_at_inf,
-            "fitted_epsilons": [number(o.epsilon) for o in self.fitted],
-            "loss_fit": None if self.shape is None else plain(vars(self.shape)),
-            "parameters": {k: plain(vars(v)) for k, v in self.parameters.items()},
-            "slope_by_arm": {k: plain(vars(v)) for k, v in self.slope_by_arm.items()},
-            "laws": [
-                plain({**vars(fit), "parameters": plain(fit.parameters)}) for fit in self.fits
-            ],
-            "spearman_of_curvature_with_epsilon": number(self.rises),
-            "clipping": None if self.clipping is None else plain(vars(self.clipping)),
+            "fitted_epsilons": [o.epsilon for o in self.fitted],
+            "loss_fit": self.shape,
+            "parameters": self.parameters,
+            "slope_by_arm": self.slope_by_arm,
+            "laws": self.fits,
+            "spearman_of_curvature_with_epsilon": self.rises,
+            "clipping": self.clipping,
             "warnings": self.warnings,
         }
 
@@ -292,18 +291,6 @@ def _spearman(means: Floats) -> float:
         return math.nan
     ranks = means.argsort().argsort()
     return float(np.corrcoef(np.arange(len(means)), ranks)[0, 1])
-
-
-def number(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinity."""
-    if value is None or math.isfinite(value):
-        return value
-    return None if math.isnan(value) else "inf"
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The same of a dictionary's floats."""
-    return {k: number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def observed_table(link: Link2) -> pa.Table:

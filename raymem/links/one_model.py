@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.column_arrays import Floats, floats, train_at
+from raymem.links.folds import Folds
 from raymem.links.split_half import pearson
-from raymem.links.sums import Sums
 from raymem.scores import trial_folds
 from raymem.store import Store, TrialKey
 
@@ -78,7 +78,7 @@ def of_one_model(store: Store, epsilons: Sequence[float]) -> dict[float, list[On
 
 
 def _at(store: Store, epsilon: float, rows: Sequence[Mapping[str, Any]]) -> list[OneModel]:
-    sums = Sums(train_at(store.scores("folds"), epsilon), [])
+    sums = Folds(train_at(store.scores("folds"), epsilon), [])
     done = [key for key in store.done() if key.epsilon == epsilon]
     fold_of = trial_folds(done, store.plan())
     models = []

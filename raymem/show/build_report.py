@@ -59,7 +59,7 @@ def write_report(
         if private is not None:
             other = Store(private)
             links = with_private(links, privacy_links(other), store_, other)
-    store_.write_note("links", links.as_dict())
+    store_.write_note("links", links)
     chosen = choose(store_, shown)
     attacked = read_membership(store_)
     left_out = None if leave_one_out is None else _left_out(store_, Store(leave_one_out))

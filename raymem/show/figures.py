@@ -109,7 +109,7 @@ def figures(
         )
 
     for here in attacked:
-        if here.epsilon == epsilon and any(one.roc for one in here.attacks):
+        if here.epsilon == epsilon and any(one.roc.fpr for one in here.attacks):
             yield _figure(
                 "membership-roc",
                 "Membership inference: true against false positives",
@@ -289,7 +289,7 @@ def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
     least = 1.0
     for one, (colour, style) in zip(here.attacks, styles, strict=False):
         # A rate of 0 has no place on a logarithmic axis.
-        points = [(fpr, tpr) for fpr, tpr in one.roc if tpr > 0]
+        points = [(f, t) for f, t in zip(one.roc.fpr, one.roc.tpr, strict=True) if t > 0]
         if points:
             x, y = zip(*points, strict=True)
             least = min(least, *x)

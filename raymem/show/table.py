@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from raymem.encoding import json_ready
+from raymem.encoding import JsonObject
 
 GAP = "  "
 
@@ -101,7 +101,7 @@ EPSILON = Column(key="epsilon", title="epsilon")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(JsonObject):
     """A result as rows; columns in the order of their importance: a narrow terminal has the first.
 
     >>> columns = [Column(key="id", title="example"), Column(key="x", title="score")]
@@ -151,22 +151,13 @@ class Table:
             lines.append(f"(wider than the terminal, not shown: {left_out})")
         return lines
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: columns with keys, plain names and units, rows as lists; an estimate is its
-        value with the ends of its interval."""
-        return {
-            "title": self.title,
-            "columns": [
-                {"key": column.key, "title": column.title, "unit": column.unit}
-                for column in self.columns
-            ],
-            "rows": [[_json(cell) for cell in row] for row in self.rows],
-            "notes": list(self.notes),
-        }
-
-
-def _json(cell: Cell) -> Any:
-    return json_ready(vars(cell) if isinstance(cell, Estimate) else cell)
+    def json_fields(self) -> Mapping[str, object]:
+        """Columns with keys, plain names and units, rows as lists; an estimate is its value with
+        the ends of its interval."""
+        return {**vars(self), "columns": [
+            {"key": column.key, "title": column.title, "unit": column.unit}
+            for column in self.columns
+        ]}  # fmt: skip
 
 
 def _total(widths: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ The words here go into the Parquet files' field metadata and, by `make docs`, in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -380,14 +380,6 @@ SUMS_CURVATURE: Columns = {
         for tail in tails
     },
 }
-
-
-def sums_of_curvature(measured: Iterable[str]) -> Columns:
-    """The columns of SUMS_CURVATURE for the columns that trials measured."""
-    sums = {
-        f"{name}_{arm}{tail}" for name in measured for arm in _OVER for tail in ("", "_squares")
-    }
-    return {n: c for n, c in SUMS_CURVATURE.items() if n in sums or n.startswith("n_")}
 
 
 FOLDS: Columns = {
