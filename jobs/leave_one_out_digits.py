@@ -13,7 +13,8 @@ of other trials, in STORE_scores or --scores-from: half choose the examples, hal
 of the three groups and the rank correlation, with their intervals.
 """
 
-from raymem import LeaveOneOutSettings, Recipe, run_leave_one_out_job
+from raymem import Recipe
+from raymem.cli import LeaveOneOutSettings, run_leave_one_out_job
 
 # The recipe of removal_digits.py.
 RECIPE = Recipe(model="mlp-128", epochs=12, batch_size=64, learning_rate=0.2)

@@ -8,8 +8,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raymem import Target, TrialKey
 from raymem.encoding import epsilon_name, from_json, to_json
+from raymem.store import Target, TrialKey
 
 epsilons = st.floats(1e-6, 1e6) | st.just(math.inf)
 numbers = st.floats(allow_nan=True, allow_infinity=True)

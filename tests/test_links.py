@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from scipy import optimize, stats
 
-from raymem import CurvatureRule, Recipe, Store, Study, correlations
+from raymem import CurvatureRule, Recipe, Store, Study
 from raymem.links import (
     by_memorization,
+    correlations,
     correlations_across,
     costs,
     find_links,
@@ -351,8 +352,8 @@ def test_costs_are_those_of_the_trials(study):
 
 def test_one_models_measures_against_memorization_of_the_others(study):
     """By hand, from the trial files: memorization of the folds that the model is not in."""
-    from raymem import TrialKey
     from raymem.links import of_one_model
+    from raymem.store import TrialKey
 
     store = Store(study.store)
     rows = {row.measure: row for row in of_one_model(store, [math.inf])[math.inf]}

@@ -121,7 +121,7 @@ def test_numbers_of_an_attack_are_those_of_pairs_and_thresholds():
         jackknife = math.sqrt(5 / 6 * sum((row[j] - np.mean(left_out, 0)[j]) ** 2
                                           for row in left_out))  # fmt: skip
         assert rate.stderr == pytest.approx(jackknife)
-    for fpr, tpr in found.roc:
+    for fpr, tpr in zip(found.roc.fpr, found.roc.tpr, strict=True):
         assert fpr * (~members).sum() >= 1
         assert tpr == max(
             [(values[members] >= c).mean() for c in np.unique(values)
@@ -133,7 +133,7 @@ def test_an_attack_without_others_knows_nothing():
     found = attack("a", [1.0, 2.0], [True, True], [0, 1])
     assert math.isnan(found.auc.value)
     assert math.isnan(found.tpr_at_fpr.stderr)
-    assert found.roc == []
+    assert found.roc.fpr == found.roc.tpr == []
     assert math.isnan(attack("a", [1.0, 2.0], [True, False], [0, 0]).auc.stderr)
 
 

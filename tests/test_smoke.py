@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from raymem import Cache, Store, verify
+from raymem import Store, verify
+from raymem.data import Cache
 
 pytestmark = pytest.mark.alone
 

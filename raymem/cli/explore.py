@@ -35,10 +35,10 @@ def explore_command(
     Example: raymem explore runs/feldman_digits
     """
     from raymem.show.explorer_spec import draw_figure
-    from raymem.show.notebook import Opened
+    from raymem.show.notebook import StudyResults
 
     with command_errors(debug):
-        opened = Opened(store, data)
+        opened = StudyResults(store, data)
         if figure:
             draw_figure(opened.store, figure, across=across, up=up, epsilon=epsilon)
             click.echo(f"figure: {figure}")

@@ -18,11 +18,11 @@ from raymem.links.correlation import (
     correlations,
     in_paper_bins,
 )
-from raymem.links.costs import Costs, costs
 from raymem.links.cross_store import joined
-from raymem.links.diagnostics import Finding, diagnostics
 from raymem.links.epsilons import Link2, link2, with_unclipped
+from raymem.links.link1_costs import Costs, costs
 from raymem.links.one_model import OneModel, of_one_model
+from raymem.links.run_diagnostics import Finding, diagnostics
 from raymem.links.twins import Twins, find_twins
 from raymem.links.verdicts import Verdict, verdict_on_link2, verdicts_on_costs, verdicts_on_link1
 from raymem.store import Store

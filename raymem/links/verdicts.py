@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links.correlation import Correlation, has_curvature
-from raymem.links.costs import TARGET, Costs
 from raymem.links.epsilons import Change, Link2, Observed
+from raymem.links.link1_costs import TARGET, Costs
 from raymem.links.one_model import OneModel
 
 

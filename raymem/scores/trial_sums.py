@@ -100,7 +100,7 @@ class TrialSums:
         fleets) make the sums NaN."""
         arms = by_arm(inside)
         self.outcomes.add(arms, correct=right, p_true=expit(margin), loss=loss_of(margin))
-        history = {name: _numpy(table, name, np.nan) for name in HISTORY}
+        history = {name: table[name].cast(pa.float64()).to_numpy() for name in HISTORY}
         unknown = np.where(inside & np.isnan(history["cumulative_loss"]), np.nan, 0.0)
         self.history.add(inside, **history)
         epoch = _numpy(table, "learning_epoch", 0)

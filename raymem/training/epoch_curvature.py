@@ -18,8 +18,8 @@ from torch import nn
 
 from raymem.curvature import CurvatureRule
 from raymem.errors import DivergedError
+from raymem.training.batched_curvature import Measured, measure_images
 from raymem.training.images import Images
-from raymem.training.measure import Measured, measure_images
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe
 
