@@ -16,16 +16,17 @@ import math
 
 from raymem import CurvatureRule, JobSettings, PrivateStudy, Recipe, run_job
 
-# Fits wrong labels too: 99% of flipped ones (30 epochs of batches of 64 at 0.1 fit 80%).
-RECIPE = Recipe(model="mlp-512-256", epochs=40, batch_size=128, learning_rate=0.3)
-# That of privacy_digits.py: Adam's steps have one size, however large the noise.
+# Fits wrong labels too: 98% of flipped ones. The cheapest net found that does: a second layer
+# fits 99% and takes three times as long.
+RECIPE = Recipe(model="mlp-512", epochs=40, batch_size=128, learning_rate=0.5, schedule="linear")
+# Large batches, as DP-SGD likes them; Adam's steps have one size, however large the noise.
 PRIVATE = PrivateStudy(
     recipe=Recipe(
-        model="mlp-128",
-        epochs=60,
-        batch_size=64,
+        model="mlp-512",
+        epochs=40,
+        batch_size=256,
         optimizer="adam",
-        learning_rate=0.003,
+        learning_rate=0.01,
         schedule="constant",
     ),
     trials=40,
