@@ -33,7 +33,7 @@ def as_images(x: Any, ids: Sequence[str]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(x)
 
 
-def _eight_bit(x: NDArray[Any], ids: Sequence[str]) -> NDArray[np.uint8]:
+def _eight_bit(x: np.ndarray, ids: Sequence[str]) -> NDArray[np.uint8]:
     def refuse(bad: NDArray[np.bool_], what: str) -> None:
         rows = np.flatnonzero(bad.reshape(len(x), -1).any(axis=1)).tolist()
         if len(rows):
@@ -97,7 +97,7 @@ def some(items: Iterable[Any]) -> str:
     return ", ".join(shown[:SHOWN]) + more
 
 
-def arrays_of_npz(path: Path, error: type[RaymemError]) -> dict[str, NDArray[Any]]:
+def arrays_of_npz(path: Path, error: type[RaymemError]) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; pickled objects are never loaded. Raises `error`."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:

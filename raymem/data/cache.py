@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from raymem.data.examples import Examples
@@ -189,7 +190,7 @@ def holds_cache(url: str | os.PathLike[str]) -> bool:
     return WHOLE in names or (ABOUT in names and not names.isdisjoint({"pieces", "shards"}))
 
 
-def _file_system(url: str | os.PathLike[str]) -> tuple[Any, str]:
+def _file_system(url: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     text = os.fspath(url)
     fs, root = open_fs(text if "://" in text else os.path.expanduser(text))
     return fs, root.rstrip("/")

@@ -20,6 +20,7 @@ from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.store import Store
+from raymem.store.columns import Row
 from raymem.store.measures import MEASURES, OTHER, SOFT
 
 RANKINGS = [m for m in (*MEASURES.values(), OTHER, SOFT) if m.ranks_label_errors]
@@ -51,7 +52,7 @@ class LabelErrors:
     known: bool
     """Is the loss or accuracy of models without the examples known? Published memorization alone
     does not say what is wrong."""
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     """Models that did not see them give their label less than 10%; the largest loss of these models
     first."""
     planted: int

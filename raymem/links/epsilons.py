@@ -29,6 +29,7 @@ from raymem.links.column_arrays import Floats
 from raymem.links.fits import Fit, Shape
 from raymem.links.two_stages import CONFIDENCE, Parameter, bootstrapped, doubts, laws
 from raymem.store import Store
+from raymem.store.columns import Row
 
 REPLICATES = 500
 EPSILONS_FOR_FITS = 4
@@ -159,14 +160,14 @@ def with_unclipped(link: Link2, store: Store, unclipped: Store) -> Link2:
     return dataclasses.replace(link, clipping=_clipping(link.observed, reference))
 
 
-def _done(store: Store) -> list[dict[str, Any]]:
+def _done(store: Store) -> list[Row]:
     return [row for row in store.scores("trials").to_pylist() if row["status"] == "done"]
 
 
 def _matrix(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     epsilons: Sequence[float],
-    value_of: Callable[[dict[str, Any]], float | None],
+    value_of: Callable[[Row], float | None],
 ) -> tuple[list[int], Floats]:
     """The trials that all epsilons have with a value, and the values [E, T]."""
     value = {(r["epsilon"], r["trial"]): value_of(r) for r in rows}
@@ -176,7 +177,7 @@ def _matrix(
     return trials, np.array([[value[e, t] for t in trials] for e in epsilons], np.float64)
 
 
-def _clipped(rows: Sequence[dict[str, Any]]) -> bool | None:
+def _clipped(rows: Sequence[Row]) -> bool | None:
     """Were gradients clipped at epsilon inf? None without such trials."""
     norms = [row.get("max_grad_norm") for row in rows if math.isinf(row["epsilon"])]
     return all(norm is not None and math.isfinite(norm) for norm in norms) if norms else None
@@ -192,7 +193,7 @@ def _without_clipping(store: Store, modes: Sequence[str]) -> Floats | None:
     return known if len(known) else None
 
 
-def _over_all(row: dict[str, Any], name: str, N: int) -> float | None:
+def _over_all(row: Row, name: str, N: int) -> float | None:
     """A trial's mean over all N training examples, from those over its subset and the rest."""
     inside, outside, n = row[f"{name}_in"], row[f"{name}_out"], row["subset_size"]
     if inside is None or (outside is None and n < N):

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 # The columns of one fold in scores/folds.parquet.
-FoldColumns = dict[str, NDArray[Any]]
+FoldColumns = dict[str, np.ndarray]
 
 
 class FoldBuffer:

@@ -34,6 +34,7 @@ from raymem.scores.running_sums import IN, OUT, RunningSums
 from raymem.scores.trial_margins import AHEAD, TrialMargins
 from raymem.scores.vulnerability_correlation import Half, RankCorrelation, crossed
 from raymem.store import Store, TrialKey, columns, read_ahead
+from raymem.store.columns import Row
 
 TARGETS = 20
 MOST_VULNERABLE = 10
@@ -72,7 +73,7 @@ class Attacked:
     """The attack with the highest AUC on either half of the examples, which `attack_auc` of the
     other half's examples is of."""
     correlation: RankCorrelation
-    most_vulnerable: list[dict[str, Any]]
+    most_vulnerable: list[Row]
     """example_id, label, vulnerability, vulnerability_stderr, attack_auc, memorization, n_in,
     n_out."""
     notes: list[str]
@@ -269,7 +270,7 @@ def _table(here: pa.Table, sums: RunningSums, on_each: ByExample) -> pa.Table:
     return pa.table(arrays).cast(columns.schema(columns.MEMBERSHIP)).combine_chunks()
 
 
-def _most_vulnerable(table: pa.Table) -> list[dict[str, Any]]:
+def _most_vulnerable(table: pa.Table) -> list[Row]:
     known = table.filter(pc.is_valid(table["vulnerability"]))
     order = [("vulnerability", "descending"), ("index", "ascending")]
     rows = known.take(pc.sort_indices(known, order)).slice(0, MOST_VULNERABLE)

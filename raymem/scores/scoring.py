@@ -38,6 +38,7 @@ from raymem.scores.running_sums import IN, OUT, RunningSums
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.scores.trial_sums import ARMS, Outcomes, TrialSums, fold_sums
 from raymem.store import Store, TrialKey, columns
+from raymem.store.columns import Row
 
 # More examples than this would add nothing to split halves but memory.
 EXAMPLES_FOR_RELIABILITY = 100_000
@@ -153,12 +154,12 @@ class _Scorer:
 
     def at(
         self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]
-    ) -> tuple[EpsilonSummary, list[dict[str, Any]]]:
+    ) -> tuple[EpsilonSummary, list[Row]]:
         """The summary and the rows of the trials; adds this epsilon's part to each table."""
         N, n_rows = self.plan.n, self.index.num_rows
         copies = copies_in(self.index)
         outcomes = Outcomes(N, n_rows - N, copies.rows)
-        rows: list[dict[str, Any]] = []
+        rows: list[Row] = []
         sampled: list[FoldColumns] = []
         streamed = StreamedCurvature(self.store, self.index)
         folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
@@ -240,7 +241,7 @@ def _example_table(
     return _as_table(index, values, schema)
 
 
-def _with_privacy(table: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
+def _with_privacy(table: pa.Table, rows: Sequence[Row]) -> pa.Table:
     """The table with the columns of privacy; all trials at one epsilon share a mechanism."""
     private = [row for row in rows if "spent_epsilon" in row]
     if not private:
@@ -277,14 +278,14 @@ def _fold_table(
 
 def _summary(
     epsilon: float,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     table: pa.Table,
     folds: Sequence[FoldColumns],
     pairs: InfluencePairs,
 ) -> EpsilonSummary:
     """`folds` are the sums of some training examples."""
 
-    def stack(name: str) -> NDArray[Any]:
+    def stack(name: str) -> NDArray[np.generic]:
         return np.array([sums[name] for sums in folds])
 
     if len(folds) > 1:
@@ -317,7 +318,7 @@ def _summary(
     )
 
 
-def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
+def _unfinished(store: Store, done: set[TrialKey]) -> list[Row]:
     """Rows of trials that have only failed so far: their last failure."""
     last = {failure.key: failure for failure in store.failures() if failure.key not in done}
     return [
@@ -355,6 +356,6 @@ def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
     return values
 
 
-def _mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
+def _mean_of(rows: Sequence[Row], name: str) -> float:
     values = [row[name] for row in rows if row[name] is not None]
     return math.fsum(values) / len(values) if values else math.nan

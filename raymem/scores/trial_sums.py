@@ -13,7 +13,6 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +28,7 @@ from raymem.scores.running_sums import IN, OUT, RunningSums, by_arm
 from raymem.scores.stopping import InterimResult
 from raymem.scores.streamed_curvature import StreamedCurvature
 from raymem.store import Store, TrialKey, columns, read_ahead
+from raymem.store.columns import Row
 from raymem.store.trials import CurvatureOverTraining, Provenance, metadata_of, train_part
 
 LARGEST_NUMBER_OF_FOLDS = 20
@@ -78,9 +78,9 @@ class TrialSums:
             curvature=functools.reduce(operator.add, measured) if measured else None,
         )
 
-    def columns(self) -> dict[str, NDArray[Any]]:
+    def columns(self) -> dict[str, np.ndarray]:
         """As scores/folds.parquet has them; those of curvature only if it was measured."""
-        found: dict[str, NDArray[Any]] = {}
+        found: dict[str, np.ndarray] = {}
         for arm, row in ARMS.items():
             found[f"n_{arm}"] = self.outcomes.n[row]
             found |= {f"{name}_{arm}": of[row] for name, of in self.outcomes.total.items()}
@@ -155,7 +155,7 @@ def fold_sums(
     keys: Sequence[TrialKey],
     plan: Plan,
     study_hash: str,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     outcomes: Outcomes,
     streamed: StreamedCurvature,
 ) -> Iterator[TrialSums]:
@@ -205,7 +205,7 @@ def _add(
     about: Provenance,
     study_hash: str,
     outcomes: Outcomes,
-) -> dict[str, Any]:
+) -> Row:
     """Add one trial to the sums and outcomes; returns its row of scores/trials.parquet."""
     if about["study_hash"] != study_hash:
         raise StudyMismatchError(
@@ -248,7 +248,7 @@ def _add(
 
 def _curvature_row(
     table: pa.Table, about: Provenance, inside: NDArray[np.bool_], out: NDArray[np.bool_]
-) -> dict[str, Any]:
+) -> Row:
     if "curvature" not in table.column_names:
         return {}
     values = _numpy(table, "curvature", np.nan).astype(np.float64)
@@ -261,13 +261,13 @@ def _curvature_row(
     }
 
 
-def _over_training_row(about: CurvatureOverTraining | None) -> dict[str, Any]:
+def _over_training_row(about: CurvatureOverTraining | None) -> Row:
     if about is None:
         return {}
     return {"curvature_epochs": about["epochs"], "curvature_epochs_seconds": about["seconds"]}
 
 
-def privacy_row(about: Mapping[str, object] | None) -> dict[str, Any]:
+def privacy_row(about: Mapping[str, object] | None) -> Row:
     """Columns of TRIALS_PRIVACY from a trial's metadata; empty if its study is not private."""
     if about is None:
         return {}
@@ -290,13 +290,13 @@ def loss_of(margin: Floats) -> Floats:
         return np.logaddexp(0, -margin)
 
 
-def _numpy(table: pa.Table, name: str, missing: float) -> NDArray[Any]:
+def _numpy(table: pa.Table, name: str, missing: float) -> np.ndarray:
     column = table[name].combine_chunks().fill_null(missing)
-    values: NDArray[Any] = column.to_numpy(zero_copy_only=False)
+    values: np.ndarray = column.to_numpy(zero_copy_only=False)
     return values
 
 
-def _mean(values: NDArray[Any]) -> float | None:
+def _mean(values: np.ndarray) -> float | None:
     mean = float(values.mean()) if len(values) else np.nan
     return mean if np.isfinite(mean) else None
 

@@ -193,7 +193,10 @@ def about(tables: ExplorerTables) -> dict[str, Any]:
 
 
 def pair_blobs(
-    epsilon: str, train: NDArray[Any], test: NDArray[Any], influence: NDArray[Any]
+    epsilon: str,
+    train: np.ndarray,
+    test: np.ndarray,
+    influence: np.ndarray,
 ) -> Blobs:
     """Relations at an epsilon as the page asks for them."""
     found = {"train": train.astype(np.int32), "test": test.astype(np.int32), "influence": influence}

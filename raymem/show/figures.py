@@ -7,17 +7,20 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from raymem.encoding import epsilon_name
 from raymem.experiments import ARMS, GROUPS
 from raymem.links import LeftOut, Links, PaperBins, Removed
-from raymem.links.column_arrays import train_at
+from raymem.links.column_arrays import Floats, train_at
 from raymem.scores import Attacked
 from raymem.store import Store
 from raymem.store.measures import known_measures, title_of, unit_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LIGHT = {
     "ink": "#1b1f24",
@@ -52,7 +55,7 @@ class Figure:
             store.files.replace(f"figures/{self.name}{suffix}", data)
 
 
-Draw = Callable[[Any, dict[str, str]], None]
+Draw: TypeAlias = "Callable[[Axes, dict[str, str]], None]"
 
 
 def figures(
@@ -187,8 +190,8 @@ def _drawn(draw: Draw, colours: dict[str, str], kind: str) -> bytes:
     return out.getvalue()
 
 
-def _histogram(ax: Any, colours: dict[str, str], mem: Any) -> None:
-    ax.hist(mem, bins=np.linspace(min(-0.1, mem.min()), 1, 56), color=colours["one"])
+def _histogram(ax: Axes, colours: dict[str, str], mem: Floats) -> None:
+    ax.hist(mem, bins=np.linspace(min(-0.1, mem.min()), 1, 56).tolist(), color=colours["one"])
     ax.axvline(0.25, color=colours["two"], linewidth=1, label="0.25")
     ax.set_yscale("log")
     ax.set_xlabel("memorization")
@@ -196,7 +199,7 @@ def _histogram(ax: Any, colours: dict[str, str], mem: Any) -> None:
     ax.legend()
 
 
-def _link1(ax: Any, colours: dict[str, str], bins: PaperBins, mem: Any, values: Any) -> None:
+def _link1(ax: Axes, colours: dict[str, str], bins: PaperBins, mem: Floats, values: Floats) -> None:
     both = np.isfinite(mem) & np.isfinite(values)
     step = max(1, int(both.sum()) // MOST_POINTS)
     ax.scatter(
@@ -228,17 +231,18 @@ def _places(epsilons: list[float]) -> tuple[list[float], list[str]]:
     return places, [epsilon_name(e) for e in epsilons]
 
 
-def _epsilon_axis(ax: Any, places: list[float], names: list[str]) -> None:
+def _epsilon_axis(ax: Axes, places: list[float], names: list[str]) -> None:
     ax.set_xticks(places, names)
     ax.set_xlabel("epsilon")
 
 
-def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
+def _link2(ax: Axes, colours: dict[str, str], links: Links) -> None:
     seen = [o for o in links.curvature.observed if o.curvature is not None]
+    means = [o.curvature for o in seen if o.curvature is not None]
     places, names = _places([o.epsilon for o in seen])
     error = [0.0 if o.curvature_stderr is None else 2 * o.curvature_stderr for o in seen]
     ax.errorbar(
-        places, [o.curvature for o in seen], yerr=error, fmt="o", color=colours["one"],
+        places, means, yerr=error, fmt="o", color=colours["one"],
         capsize=3, label="mean curvature, two standard errors",
     )  # fmt: skip
     shape = links.curvature.shape
@@ -255,7 +259,7 @@ def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
     ax.legend()
 
 
-def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
+def _link3(ax: Axes, colours: dict[str, str], links: Links) -> None:
     audits = [a for a in links.memorization if a.pool is not None]
     places, names = _places([a.epsilon for a in audits])
     means = [a.pool.value for a in audits if a.pool]
@@ -284,7 +288,7 @@ def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
     ax.legend()
 
 
-def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
+def _roc(ax: Axes, colours: dict[str, str], here: Attacked) -> None:
     styles = (("one", "-"), ("one", "--"), ("two", ":"), ("two", "-"), ("two", "--"), ("ink", "-"))
     least = 1.0
     for one, (colour, style) in zip(here.attacks, styles, strict=False):
@@ -305,7 +309,7 @@ def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
     ax.legend(loc="lower right")
 
 
-def _removal(ax: Any, colours: dict[str, str], found: Removed) -> None:
+def _removal(ax: Axes, colours: dict[str, str], found: Removed) -> None:
     effect = found.headline
     styles = dict(zip(ARMS, (("two", "o-"), ("one", "s--"), ("ink", "^:")), strict=True))
     for arm, (colour, style) in styles.items():
@@ -323,7 +327,7 @@ def _removal(ax: Any, colours: dict[str, str], found: Removed) -> None:
     ax.legend()
 
 
-def _leave_one_out(ax: Any, colours: dict[str, str], found: LeftOut) -> None:
+def _leave_one_out(ax: Axes, colours: dict[str, str], found: LeftOut) -> None:
     rows = found.examples.to_pylist()
     styles = dict(zip(GROUPS, (("one", "s"), ("two", "o"), ("ink", "^")), strict=True))
     for group, (colour, marker) in styles.items():

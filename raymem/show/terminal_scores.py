@@ -17,6 +17,7 @@ from raymem.show.score_tables import pairs_table
 from raymem.show.table import format_table, percent
 from raymem.show.tables import TableError, top
 from raymem.store import Store
+from raymem.store.columns import Row
 
 if TYPE_CHECKING:
     from raymem.data.shards import IngestSummary
@@ -101,7 +102,7 @@ def example_text(store: Store, example_id: str, n: int) -> str:
     return "\n".join(lines)
 
 
-def _copies(index: pa.Table, me: Mapping[str, Any]) -> list[str]:
+def _copies(index: pa.Table, me: Row) -> list[str]:
     lines = []
     for name, what in (
         ("duplicate_group", "exact copies"), ("near_duplicate_group", "near duplicates"),
@@ -117,7 +118,7 @@ def _copies(index: pa.Table, me: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
+def _score_lines(row: Row, train: pa.Table) -> list[str]:
     lines = []
     if row["memorization"] is not None:
         above = pc.sum(pc.greater(train["memorization"], row["memorization"])).as_py() or 0
@@ -135,7 +136,7 @@ def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
     return lines
 
 
-def _in_words(row: Mapping[str, Any]) -> str:
+def _in_words(row: Row) -> str:
     right = {arm: round(row[f"accuracy_{arm}"] * row[f"n_{arm}"]) for arm in ("in", "out")}
     text = (
         f"{right['in']:,} of {row['n_in']:,} models that trained on it get it right, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -25,6 +26,8 @@ class Column:
 
 
 Columns = Mapping[str, Column]
+# A row of a table, by column.
+Row = Mapping[str, Any]
 
 
 def schema(columns: Columns, metadata: Mapping[str, str] | None = None) -> pa.Schema:
