@@ -76,7 +76,7 @@ def _at(store: Store, here: pa.Table, keys: Sequence[TrialKey]) -> Twins:
     classes = [np.flatnonzero(labels[targets] == label) for label in np.unique(labels[targets])]
     pairs = sum(len(t) * ((labels[candidates] == labels[targets[t[0]]]).sum() - 1) for t in classes)
     level = FAMILY_WISE / max(1, pairs)
-    rows = []
+    rows: list[Row] = []
     for places in classes:
         same = np.flatnonzero(labels[candidates] == labels[targets[places[0]]])
         own = np.searchsorted(candidates[same], targets[places])
