@@ -21,7 +21,7 @@ from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
 from raymem.links.column_arrays import ROUNDING, Floats, floats, train_at
 from raymem.links.equal_loss import EqualLoss, at_equal_loss
 from raymem.links.folds import Folds
-from raymem.links.split_half import in_halves, pearson
+from raymem.links.split_half import in_halves
 from raymem.scores import correlation_interval, most_tied, spearman_ceiling
 from raymem.store import Store
 from raymem.store.measures import MEASURES, OTHER, known_measures
@@ -276,54 +276,54 @@ def _all_kinds(mem: Floats, values: dict[str, Floats]) -> dict[str, tuple[float,
     A measure that no example has (no fold with it was drawn) is NaN.
     """
     known = np.isfinite(mem)
-    ranks = _Ranks(mem)
-    found: dict[str, tuple[float, ...]] = {}
+    alike: dict[bytes, list[str]] = {}
     for name, column in values.items():
-        has = known & np.isfinite(column)
-        if has.sum() < 3 or np.ptp(mem[has]) == 0:
-            found[name] = (math.nan,) * 5
-            continue
-        x, y = column[has], mem[has]
-        of_x = stats.rankdata(x)
-        size = max(float(np.linalg.norm(y) * np.linalg.norm(x)), 1e-300)
-        found[name] = (
-            pearson(ranks.over(has), of_x),
-            pearson(y, x),
-            float(y @ x) / size,
-            _among(y > ROUNDING, y, x),
-            _somers(y > MEMORIZED + ROUNDING, of_x),
-        )
+        alike.setdefault(np.packbits(known & np.isfinite(column)).tobytes(), []).append(name)
+    found: dict[str, tuple[float, ...]] = {}
+    for names in alike.values():
+        has = known & np.isfinite(values[names[0]])
+        rows = _kinds(mem[has], np.stack([values[name][has] for name in names]))
+        found.update(zip(names, rows, strict=True))
+    return {name: found[name] for name in values}
+
+
+def _kinds(mem: Floats, x: Floats) -> list[tuple[float, ...]]:
+    """Of each row of x [m, n], all ranked at once: with few examples, each call costs the most."""
+    if len(mem) < 3 or np.ptp(mem) == 0:
+        return [(math.nan,) * 5] * len(x)
+    ranks = stats.rankdata(x, axis=1)
+    size = np.maximum(np.linalg.norm(mem) * np.linalg.norm(x, axis=1), 1e-300)
+    columns = (
+        _pearsons(stats.rankdata(mem), ranks),
+        _pearsons(mem, x),
+        x @ mem / size,
+        _among(mem > ROUNDING, mem, x),
+        _somers(mem > MEMORIZED + ROUNDING, ranks),
+    )
+    return [tuple(row) for row in np.stack(columns, 1).tolist()]
+
+
+def _pearsons(a: Floats, x: Floats) -> Floats:
+    """Pearson's correlation of a [n] with each row of x [m, n]; NaN where one does not vary."""
+    a, x = a - a.mean(), x - x.mean(1, keepdims=True)
+    size = np.linalg.norm(a) * np.linalg.norm(x, axis=1)
+    found: Floats = np.divide(x @ a, size, out=np.full(len(x), np.nan), where=size > 0)
     return found
 
 
-class _Ranks:
-    """Ranks of memorization among some examples; most measures are known for the same ones."""
-
-    def __init__(self, mem: Floats) -> None:
-        self.mem = mem
-        self._known: dict[bytes, Floats] = {}
-
-    def over(self, has: NDArray[np.bool_]) -> Floats:
-        """Of the examples in `has` [N]."""
-        key = np.packbits(has).tobytes()
-        if key not in self._known:
-            self._known[key] = stats.rankdata(self.mem[has])
-        return self._known[key]
-
-
-def _among(chosen: NDArray[np.bool_], y: Floats, x: Floats) -> float:
-    """Spearman's correlation among the chosen ones."""
+def _among(chosen: NDArray[np.bool_], y: Floats, x: Floats) -> Floats:
+    """Spearman's correlation of y [n] and each row of x [m, n] among the chosen ones."""
     if chosen.sum() < 3:
-        return math.nan
-    return pearson(stats.rankdata(y[chosen]), stats.rankdata(x[chosen]))
+        return np.full(len(x), np.nan)
+    return _pearsons(stats.rankdata(y[chosen]), stats.rankdata(x[:, chosen], axis=1))
 
 
-def _somers(above: NDArray[np.bool_], ranks: Floats) -> float:
-    """2 AUC - 1 from midranks: the Mann-Whitney statistic, ties counting half."""
+def _somers(above: NDArray[np.bool_], ranks: Floats) -> Floats:
+    """2 AUC - 1 from midranks [m, n]: the Mann-Whitney statistic, ties counting half."""
     n, m = int(above.sum()), int((~above).sum())
     if n == 0 or m == 0:
-        return math.nan
-    auc = (float(ranks[above].sum()) / n - (n + 1) / 2) / m
+        return np.full(len(ranks), np.nan)
+    auc: Floats = (ranks[:, above].sum(1) / n - (n + 1) / 2) / m
     return 2 * auc - 1
 
 

@@ -77,7 +77,7 @@ class Folds:
     def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """Of the examples `rows`, when folds count `weights` times; NaN without trials in one
         arm."""
-        accuracy = self._outcomes.at(rows).merged(weights).mean("correct")
+        accuracy = _resampled(self._outcomes, weights, rows).mean("correct")
         difference: Floats = accuracy[IN] - accuracy[OUT]
         return difference
 
@@ -85,7 +85,7 @@ class Folds:
         """Mean of a measure over the trials that have it, of the examples `rows`."""
         if name == "memorization":
             return self.memorization(weights, rows)
-        mean = self._measured[name].at(rows).merged(weights).mean(name)
+        mean = _resampled(self._measured[name], weights, rows).mean(name)
         return 1 - mean if "wrong" in name else mean
 
 
@@ -143,6 +143,12 @@ class JoinedFolds(Folds):
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
         """See Folds; of the second store."""
         return self.second.mean(name, weights[self.first.n_folds :], self.places[rows])
+
+
+def _resampled(sums: RunningSums, weights: Floats, rows: NDArray[np.int64]) -> RunningSums:
+    # To add up all examples is faster than to gather some, unless they are few.
+    few = 8 * len(rows) < sums.n.shape[-1]
+    return sums.at(rows).merged(weights) if few else sums.merged(weights).at(rows)
 
 
 def _sum(measure: str) -> str:
