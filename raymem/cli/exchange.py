@@ -166,7 +166,7 @@ def ingest_command(data: str, cache: str, debug: bool, **values: Any) -> None:
     """Decode a large image set once, into a cache that studies take as --data.
 
     DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a
-    folder or URL. What is decoded is not decoded again: run the same command to go on.
+    folder or URL. Run the same command again to continue where it stopped.
 
     Example: raymem ingest /data/imagenet /data/imagenet-64 --size 64 --on-bad quarantine
     """

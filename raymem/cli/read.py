@@ -213,12 +213,12 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
 def links_command(
     stores: Sequence[str], extrapolated: bool, csv: bool, as_json: bool, debug: bool
 ) -> None:
-    """The three links: memorization and curvature, and what epsilon does to both.
+    """The three links: between memorization and curvature, and of each with epsilon.
 
-    With private trials: laws of curvature against epsilon, bounds on memorization, and an audit
-    that could refute the claimed epsilons. Of several stores: each by itself, and memorization of
-    the first against curvature of the others, joined by example id; other examples are refused.
-    With --extrapolate: how far memorization at a subset ratio is from leaving one out.
+    For private trials: fits of curvature against epsilon, bounds on memorization, and an audit of
+    the claimed epsilons. With several stores: the links of each, and memorization of the first
+    against curvature of the others, joined by example id; all must have the same examples. With
+    --extrapolate: how much memorization at a subset ratio differs from leaving one out.
 
     Example: raymem links runs/privacy_digits
     """
@@ -282,12 +282,12 @@ def _all_links(
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @debug_option
 def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> None:
-    """Membership inference: can a trial's subset be told from its margins?
+    """Membership inference: how well a trial's margins reveal its subset.
 
     Each target trial is attacked with the trials of other blocks (LiRA, Carlini et al. 2022; RMIA,
-    Zarifzadeh et al. 2024; the margin minus its mean), with all of them and with 2, 4, 8, ..., and
-    with one threshold on the loss. Writes scores/membership.parquet, with the vulnerability of
-    every training example, and membership.json, which the report shows.
+    Zarifzadeh et al. 2024; the margin minus its mean), with all of them and with only 2, 4, 8, ...
+    of them, and with one threshold on the loss. Writes scores/membership.parquet, with the
+    vulnerability of every training example, and membership.json, which the report shows.
 
     Example: raymem membership runs/feldman_digits
     """
@@ -318,8 +318,8 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
 def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
     """Probable label errors, for cleaning a data set.
 
-    Examples to whose labels models that did not see them give less than 10%. Where labels were
-    flipped on purpose (--flip-labels), how many of those are found.
+    Lists the examples whose label gets a probability below 10% from models that did not train on
+    them. If the study flipped labels on purpose (--flip-labels), also how many of those are found.
 
     Example: raymem errors runs/feldman_digits
     """

@@ -208,7 +208,9 @@ def read_lira(path: Path, labels: NDArray[np.int64] | None, trials: int | None) 
     """
     keeps = sorted(path.rglob("keep.npy"), key=lambda p: _natural(p.parent))
     if not keeps:
-        raise ImportFileError(f"{path} has no keep.npy in it; give the folder above the models'")
+        raise ImportFileError(
+            f"{path} contains no keep.npy; give the folder that contains the folders of the models"
+        )
     _check_keeps(path, {keep.parent for keep in keeps})
     own = path / "y_train.npy"
     known = own.exists()

@@ -49,7 +49,7 @@ def array_of(path: Path) -> np.ndarray:
 
 @contextmanager
 def laid_out(path: Path, format: str) -> Iterator[None]:
-    """Turns unforeseen errors of files in another layout into ImportFileError."""
+    """Raise ImportFileError for any error in reading files that do not have the expected layout."""
     try:
         yield
     except ImportFileError:
@@ -137,7 +137,7 @@ def _array(file: IO[bytes], what: str) -> np.ndarray:
             return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
         found = _Harmless(file).load()
         if not isinstance(found, np.ndarray) or found.shape != shape:
-            raise ValueError("it is not the array that it says")
+            raise ValueError("its header does not match its size")
         if not all(isinstance(value, (bytes, str)) for value in found.flat):
             raise ValueError("its objects are not text")
         return np.array([as_text(value) for value in found.flat]).reshape(shape)

@@ -168,7 +168,8 @@ def _p_value(differences: Floats, control: Floats) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Removed(JsonObject):
-    """What a removal experiment found."""
+    """Result of a removal experiment: test accuracy without the most memorized examples and without
+    random ones."""
 
     url: str
     removal: Removal

@@ -30,7 +30,7 @@ from raymem.store import Store
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Links(JsonObject):
-    """What one store says of the three links, or two: one for link 1, another's private trials."""
+    """The three links of one store; links 2 and 3 may come from a second, private one."""
 
     correlations: dict[float, list[Correlation]]
     """Link 1, by epsilon: memorization against curvature, if it was measured, and against what else

@@ -87,7 +87,8 @@ def verdicts_on_costs(
 
 
 def verdict_on_costs(epsilon: float, c: Costs, alone: Sequence[OneModel]) -> Verdict:
-    """Costs at equal reliability, and what one model by itself gives for its price."""
+    """Time for memorization against time for curvature at equal reliability, and the correlation of
+    a single model's curvature with memorization."""
     at = at_epsilon(epsilon)
     kinds = [("the trained models", c.ratio_at_target)]
     if not math.isnan(c.epochs_reliability):

@@ -105,7 +105,7 @@ def _copy_on_cpu(model: nn.Module, seed: int = SEED) -> Iterator[nn.Module]:
             raise
         except Exception as error:  # a user's model can raise anything
             raise PrivacyError(
-                "whether the model treats each image by itself cannot be tested: it does not run "
+                "cannot check that the model treats each image independently: it does not run "
                 f"on random images, 1 to 5 of them, on the CPU ({first_line(error)}); make "
                 "`model(torch.rand(B, C, H, W))` return logits [B, K] for every B"
             ) from error

@@ -43,8 +43,8 @@ class TrialMargins:
             )
         if plan.subset_ratio == 1:
             raise StoreError(
-                f"every example is in every trial of {store.url} (subset ratio 1), so no model is "
-                "without it; train a study with --subset-ratio 0.5"
+                f"every trial of {store.url} trains on all examples (subset ratio 1), so there are "
+                "no out-models; train a study with --subset-ratio 0.5"
             )
         blocks = {self.group(key) for key in self.keys}
         if len(blocks) < 2:

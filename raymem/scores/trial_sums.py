@@ -302,9 +302,9 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def interim_result(store: Store, keys: Sequence[TrialKey]) -> InterimResult:
-    """How well memorization is known from the trials `keys` of one epsilon.
+    """Reliability and interval widths of memorization from the trials `keys` of one epsilon.
 
-    Its folds are those of the scores.
+    Folds are the same as in scores/folds.parquet.
     """
     plan = store.plan()
     fold_of = trial_folds(keys, plan)

@@ -89,7 +89,8 @@ class Files:
             _sync_folder(target.parent)
 
     def replace_with(self, key: str, write: Callable[[IO[bytes]], None]) -> None:
-        """Replace `key` by what `write` writes to a local file: for objects larger than memory."""
+        """Replace `key` by the contents of a local file that `write` fills, for objects larger than
+        memory."""
         if not self.local:
             with tempfile.NamedTemporaryFile() as file:
                 write(file)
