@@ -54,7 +54,7 @@ ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryE
 
 # Kept, as fsspec does until there is a fork: a child that dropped one would close its parent's
 # connections.
-OPENED: dict[int, Any] = {}
+OPENED: dict[int, object] = {}
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import click
 
@@ -162,7 +162,7 @@ def export_command(format: str, store: str, path: str, epsilon: float, debug: bo
 @click.argument("data")
 @click.argument("cache")
 @debug_option
-def ingest_command(data: str, cache: str, debug: bool, **values: Any) -> None:
+def ingest_command(data: str, cache: str, debug: bool, **values: object) -> None:
     """Decode a large image set once, into a cache that studies take as --data.
 
     DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a

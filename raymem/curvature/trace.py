@@ -121,7 +121,7 @@ class CurvatureRule:
         if self.every_epochs is not None and self.every_epochs < 1:
             raise CurvatureError(f"every_epochs must be 1 or more, got {self.every_epochs}")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The rule as JSON-ready data: what a study's hash covers.
 
         `every_epochs` is left out where it is None: such studies keep the identity they had.

@@ -89,7 +89,7 @@ class Cache:
         local = "file" in self.fs.protocol
         return self._root if local else str(self.fs.unstrip_protocol(self._root))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.url,)
 
     def __repr__(self) -> str:
@@ -227,7 +227,7 @@ class CachedExamples(Examples):
         # Ingest has checked it.
         object.__setattr__(self, "cache", cache if isinstance(cache, Cache) else Cache(cache))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.cache.url,)
 
     def __repr__(self) -> str:

@@ -12,7 +12,6 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -233,7 +232,7 @@ def _digest(arrays: dict[str, np.ndarray]) -> str:
 def _trial_table(arrays: dict[str, np.ndarray], trial: int) -> pa.Table:
     (_, N), M = arrays["masks"].shape, arrays["correct_test"].shape[1]
     is_test = np.arange(N + M) >= N
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "trial": np.full(N + M, trial, np.int32),
         "epsilon": np.full(N + M, math.inf),
         "split": ["train"] * N + ["test"] * M,

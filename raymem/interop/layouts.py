@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -318,7 +317,7 @@ def _check_length(found: int, wanted: int, what: str) -> None:
         raise ImportFileError(f"{what} has {found} examples, but there are {wanted} in keep.npy")
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: Path) -> list[int | str]:
     """Sort key: 2 before 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 

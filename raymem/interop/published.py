@@ -21,7 +21,6 @@ import hashlib
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -258,7 +257,7 @@ def _write(a: Arrays, store: Store, path: Path) -> Store:
     )
     ids = index["example_id"].to_pylist()
     of = columns.SCORES_EXAMPLES
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "epsilon": np.full(N + M, math.inf),
         **{
             name: pa.array(np.concatenate([a[name], np.full(M, np.nan)]), from_pandas=True)

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ HARMLESS = {
 
 
 class _Harmless(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) not in HARMLESS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
@@ -148,6 +148,6 @@ def _array(file: IO[bytes], what: str) -> np.ndarray:
         ) from error
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """A name from a file, bytes or text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

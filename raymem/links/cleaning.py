@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
@@ -101,7 +101,7 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     )
 
 
-def rank(column: str, values: Floats, flipped: Any) -> Ranking:
+def rank(column: str, values: Floats, flipped: NDArray[np.bool_]) -> Ranking:
     """How well `values` [N] find `flipped` bool [N]; unknown values come last, ties share places.
 
     >>> rank("x", np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))

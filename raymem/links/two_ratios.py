@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -206,7 +205,10 @@ def _checked(first: Store, second: Store) -> tuple[float, float]:
 
 
 def _table(tables: Sequence[pa.Table], ratios: Sequence[float], w: Sequence[float]) -> pa.Table:
-    columns: dict[str, Any] = {"example_id": tables[0]["example_id"], "label": tables[0]["label"]}
+    columns: dict[str, object] = {
+        "example_id": tables[0]["example_id"],
+        "label": tables[0]["label"],
+    }
     for ratio, table in zip(ratios, tables, strict=True):
         columns[f"memorization_{ratio:g}"] = table["memorization"]
         columns[f"memorization_{ratio:g}_stderr"] = table["memorization_stderr"]

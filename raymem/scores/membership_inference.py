@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -248,7 +247,7 @@ def _table(here: pa.Table, sums: RunningSums, on_each: ByExample) -> pa.Table:
     moments = Moments.of(sums)
     apart, error = vulnerability(moments)
     spread = np.sqrt(moments.variance)
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         **{name: here[name] for name in ("example_id", "index", "label", "epsilon")},
         "n_in": moments.n[IN],
         "n_out": moments.n[OUT],

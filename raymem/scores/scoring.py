@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -214,7 +213,7 @@ def _example_table(
         ["test example", "canary", "no trial yet", "no in-trial", "no out-trial"],
         "",
     )
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "n_in": pa.array(n_in.astype(np.int32), mask=is_test),
         "n_out": n_out,
         **{name: sums.history.mean(name) for name in sums.history.total},
@@ -252,9 +251,9 @@ def _with_privacy(table: pa.Table, rows: Sequence[Row]) -> pa.Table:
     return table
 
 
-def _curvature_columns(sums: RunningSums, is_test: NDArray[np.bool_]) -> dict[str, Any]:
+def _curvature_columns(sums: RunningSums, is_test: NDArray[np.bool_]) -> dict[str, object]:
     """Means over the trials of each arm, in the order of the columns; unmeasured ones left out."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for arm, row in ARMS.items():
         found[f"n_curvature_{arm}"] = pa.array(sums.n[row].astype(np.int32), mask=is_test)
         found |= {f"{name}_{arm}": sums.mean(name)[row] for name in sums.total}
@@ -266,7 +265,7 @@ def _fold_table(
     index: pa.Table, epsilon: float, fold: int, sums: FoldColumns, of: columns.Columns
 ) -> pa.Table:
     """A fold's rows of scores/folds.parquet; what only other folds measured is null."""
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         **sums,
         "epsilon": np.full(index.num_rows, epsilon),
         "fold": np.full(index.num_rows, fold, np.int32),
@@ -332,7 +331,7 @@ def _unfinished(store: Store, done: set[TrialKey]) -> list[Row]:
     ]
 
 
-def _as_table(index: pa.Table, values: dict[str, Any], of: columns.Columns) -> pa.Table:
+def _as_table(index: pa.Table, values: dict[str, object], of: columns.Columns) -> pa.Table:
     """The columns of `of` from `values` or the index; NaN becomes null."""
     arrays = {
         name: pa.array(values[name], from_pandas=True) if name in values else index[name]

@@ -13,7 +13,6 @@ import gzip
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -256,7 +255,7 @@ class ExplorerTables:
             found[row] = np.concatenate([both[:n_train][at_train], both[n_train:][at_test]])
         return found
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, object]:
         """What a page must know before it asks for anything, as JSON-ready data."""
         return {
             "name": self.study.data_name,

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import html
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -163,7 +163,7 @@ class StudyResults:
         }
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return html.escape("" if value is None else str(value))

@@ -9,7 +9,6 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 import jinja2
 
@@ -358,7 +357,7 @@ def _settings(study: StudyRecord, location: str) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     if isinstance(value, dict):
         return str(value.get("name", value))
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

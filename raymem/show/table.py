@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -193,7 +193,7 @@ def from_arrow(table: pa.Table, titles: Mapping[str, str] | None = None) -> Tabl
     )
 
 
-def _plain_cell(value: Any) -> Cell:
+def _plain_cell(value: object) -> Cell:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 

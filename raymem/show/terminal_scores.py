@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -215,7 +215,7 @@ def _pairs(s: EpsilonSummary) -> str:
     return f"{text}, {s.pairs_dropped:,} DROPPED by --max-pairs" if s.pairs_dropped else text
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
@@ -223,7 +223,7 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def _three_digits(value: Any) -> str:
+def _three_digits(value: object) -> str:
     """Small numbers with three digits of their own: curvatures are of any size."""
     small = isinstance(value, float) and 0 < abs(value) < 0.01
     return f"{value:.3g}" if small else _cell(value)

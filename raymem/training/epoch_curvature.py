@@ -99,7 +99,7 @@ class EpochCurvature:
             epochs_seconds=self.seconds,
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What a checkpoint keeps."""
         return {"total": self.total, "measured": self.measured, "seconds": self.seconds}
 

@@ -113,7 +113,7 @@ class Gathered:
             for name, column in columns.STREAMED.items()
             if name != "curvature_paper" or self.task.rule.paper is not None
         }
-        cells: dict[str, list[Any]] = {name: [] for name in of}
+        cells: dict[str, list[object]] = {name: [] for name in of}
         for row in ordered:
             ok = not row["error"]
             known = {

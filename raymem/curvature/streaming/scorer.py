@@ -49,7 +49,7 @@ def read(task: Task, number: int) -> Iterator[Batch]:
     H, W = task.transform.size
     blank = np.zeros((H, W, 1 if task.transform.grey else 3), np.uint8)
 
-    def row(position: int, **values: Any) -> dict[str, object]:
+    def row(position: int, **values: object) -> dict[str, object]:
         empty = {"example_id": "", "label": -1, "content_hash": "", "error": "", "pixels": blank}
         return {"shard": number, "position": position, **empty, **values}
 

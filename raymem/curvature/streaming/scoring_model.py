@@ -57,7 +57,7 @@ class ScoringModel:
             )
         object.__setattr__(self, "digest", weights_digest(self.net.eval().state_dict()))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The record of the model beside its scores."""
         return {
             "model": self.name,

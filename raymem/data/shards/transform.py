@@ -81,7 +81,7 @@ class Transform:
     def _filter(self) -> Image.Resampling:
         return Image.Resampling[self.interpolation.upper()]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON-ready, to be recorded and compared."""
         return {**dataclasses.asdict(self), "size": list(self.size)}
 
