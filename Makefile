@@ -7,13 +7,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
 
-# Tests that only count are run in two processes; those that wait for others are run by themselves.
+# Tests that only count are run in two processes, in the order of their files: the doctests, which are
+# short, even out the end. Those that wait for others are run by themselves.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not alone'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not alone'
 	$(BIN)/python -m pytest -m 'alone and not slow'
 
 test-all: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not alone'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(BIN)/python -m pytest -m alone
 
 # What depends on Ray's and opacus' internals, with the newest versions that pyproject.toml admits.

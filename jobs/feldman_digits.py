@@ -6,10 +6,10 @@
 
     python jobs/feldman_digits.py
 
-2026-11-25, with 30 epochs of batches of 64 at 0.1: 37 digits are on the list of those memorized
-above 0.25. Over all of them, memorization has a Pearson correlation of 0.67 [0.59, 0.74] with
-curvature of models that did not see the digit, 0.92 [0.88, 0.95] with their loss, 0.97 [0.96, 0.98]
-with the norm of its gradient.
+2026-11-27: 34 digits are on the list of those memorized above 0.25. Over all of them, memorization
+has a Pearson correlation of 0.73 [0.65, 0.80] with curvature of models that did not see the digit,
+0.93 [0.89, 0.95] with their loss, 0.98 [0.97, 0.98] with the norm of its gradient. Its mean is
+0.029 [0.021, 0.037] at epsilon 0.5, 0.022 [0.019, 0.024] at 8 and 0.036 [0.034, 0.038] at inf.
 """
 
 import math

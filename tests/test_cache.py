@@ -25,8 +25,6 @@ from raymem.data.shards.shard_readers import read_shard
 from raymem.errors import DamagedObjectError, ExamplesError, StoreFullError
 from raymem.models import build_model
 
-pytestmark = pytest.mark.alone
-
 SIZE = 16
 
 
@@ -201,6 +199,7 @@ print(int(x_train.sum()), int(x_test.sum()))
 """
 
 
+@pytest.mark.alone
 def test_two_processes_at_once_copy_once(cache, tmp_path):
     log = tmp_path / "log"
     text = SCRIPT.format(log=str(log), url=cache.url, folder=str(tmp_path / "both"))

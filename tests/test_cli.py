@@ -18,8 +18,6 @@ from raymem.cli import absolute_store, main
 from raymem.errors import StoreError
 from raymem.store import Target
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import sys
 import warnings
 
 import numpy as np
@@ -15,11 +14,18 @@ import torch
 from learners import no_second_derivative
 from torch import nn
 
-from raymem.curvature import CurvatureRule, PaperRule, input_curvature, paper_score, pick_mode
+from raymem.curvature import (
+    CurvatureRule,
+    PaperRule,
+    input_curvature,
+    paper_score,
+    pick_mode,
+    trace,
+)
 from raymem.curvature.fold_batchnorm import folded
 from raymem.curvature.probes import keys_of, signs
 from raymem.errors import CurvatureError
-from raymem.training import batch_of, measure
+from raymem.training import batch_of, batched_curvature, measure
 
 K = 10
 # Three standard deviations are too few for the number of examples here: alpha = 1e-6.
@@ -172,7 +178,6 @@ def test_what_is_not_exact_is_unbiased_within_its_stated_error(cases, name, rule
 def test_the_backward_passes_are_counted(cases, monkeypatch, name, rule):
     """Against a count of torch's own calls: those of vjps, and one within each product."""
     net, x, y, *_ = cases(name)
-    trace = sys.modules["raymem.curvature.trace"]
     counts = {"_grad": 0, "_second_part": 0}
 
     def counting(name, real):
@@ -662,8 +667,7 @@ def test_a_batch_that_does_not_fit_is_halved(digits, monkeypatch):
         torch.from_numpy(digits.y_train[:40].copy()),
     )
     expected = measure(net, x, y, batch_size=10)
-    at = sys.modules["raymem.training.batched_curvature"]  # the package has a function of this name
-    real, sizes = at.curvature, []
+    real, sizes = batched_curvature.input_curvature, []
 
     def short_of_memory(model, images, *rest, **more):
         sizes.append(len(images))
@@ -671,7 +675,7 @@ def test_a_batch_that_does_not_fit_is_halved(digits, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return real(model, images, *rest, **more)
 
-    monkeypatch.setattr(at, "curvature", short_of_memory)
+    monkeypatch.setattr(batched_curvature, "input_curvature", short_of_memory)
     found = measure(net, x, y, batch_size=40)
     assert sizes == [40, 20, 10, 10, 20, 10, 10]
     np.testing.assert_allclose(found.values["curvature"], expected.values["curvature"], rtol=1e-4)

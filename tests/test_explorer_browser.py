@@ -14,7 +14,6 @@ from raymem.show.explorer import explorer_page, explorer_section
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
-    pytest.mark.alone,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here"),
     # Of playwright's own event loop, after its browser is closed.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -43,8 +43,6 @@ from raymem.errors import (
 from raymem.fleet.cluster import CPU_NODE
 from raymem.store import DriverLock, Files
 
-pytestmark = pytest.mark.alone
-
 FORMS = ("folders", "tar", "parquet")
 SIZE = 16
 
@@ -739,6 +737,7 @@ def many_shards(root, n):
     write_tar(root / "val.tar", val)
 
 
+@pytest.mark.alone
 def test_a_killed_driver_costs_its_shard_only(tmp_path):
     many_shards(tmp_path / "set", 20)
     folder = tmp_path / "cache/shards"
@@ -759,6 +758,7 @@ def test_a_killed_driver_costs_its_shard_only(tmp_path):
     Cache(tmp_path / "cache").arrays(tmp_path / "local")
 
 
+@pytest.mark.alone
 def test_ctrl_c_stops_after_the_shard_and_says_how_to_go_on(tmp_path):
     many_shards(tmp_path / "set", 20)
     process = start(tmp_path, "serial")
@@ -770,6 +770,7 @@ def test_ctrl_c_stops_after_the_shard_and_says_how_to_go_on(tmp_path):
     assert run(tmp_path / "set", tmp_path / "cache").about["n_train"] == 600
 
 
+@pytest.mark.alone
 def test_ray_gives_what_this_process_gives(small, tmp_path):
     write_ilsvrc(tmp_path / "set", "tar", *small, n_shards=2)
     here = run(tmp_path / "set", tmp_path / "here")
@@ -780,6 +781,7 @@ def test_ray_gives_what_this_process_gives(small, tmp_path):
         assert (tmp_path / "here" / key).read_bytes() == (tmp_path / "there" / key).read_bytes()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Data's own settings
 @pytest.mark.parametrize(
@@ -822,6 +824,7 @@ print("images", ingest(*folders, size={SIZE}, engine="ray").images)
     assert [{name: n for name, n in row.items() if name != "memory"} for row in seen] == [held] * 4
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_ray_survives_a_killed_worker_and_resumes_after_a_killed_driver(tmp_path):
     train, val = ilsvrc(2000, 60)

@@ -45,8 +45,6 @@ from raymem.models import build_model
 from raymem.store import DriverLock, Files, TrialKey
 from raymem.store import files as files_module
 
-pytestmark = pytest.mark.alone
-
 INF = math.inf
 KEY = TrialKey(INF, 3)
 SCORES = ("examples", "folds", "influence")
@@ -262,6 +260,7 @@ def test_what_does_not_pass_is_said_at_once(s3, url, fault, message):
                 operation("key")
 
 
+@pytest.mark.alone
 def test_missing_buckets_and_credentials_are_named(s3, monkeypatch):
     files = Files("s3://no-such-bucket/store")
     assert files.list() == []
@@ -292,6 +291,7 @@ def test_a_full_store_is_named(s3, url):
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.alone
 def test_patience_ends_in_one_clear_error(s3, url, quick, monkeypatch):
     files = Files(url)
     files.create("key", b"content")
@@ -406,6 +406,7 @@ def test_what_others_write_is_seen_at_once(url):
         ours.read("trials/a")
 
 
+@pytest.mark.alone
 def test_one_of_many_racing_threads_creates(url):
     files, start = Files(url), threading.Barrier(8)
 
@@ -425,6 +426,7 @@ def test_one_of_many_racing_threads_creates(url):
     assert listed == [40] * 8
 
 
+@pytest.mark.alone
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_files_of_before_a_fork_work_after_it(url):
     files = Files(url)
@@ -459,6 +461,7 @@ def test_a_lock_whose_answer_was_lost_is_ours(s3, url, quick):
     assert Files(url).list() == []
 
 
+@pytest.mark.alone
 def test_beats_survive_a_store_in_trouble_and_a_lost_lock_is_noticed(s3, url, quick):
     files = Files(url)
     with DriverLock(files, interval=0.05) as lock:
@@ -774,6 +777,7 @@ def test_weights_are_read_from_s3_and_large_ones_in_parts(s3, url, quick, monkey
 # Jobs
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_killed_driver_is_gone_on_from(url, tmp_path):
     """With kill -9 in mid-study; the scores are those of a run on a disk that nobody disturbed."""
@@ -794,6 +798,7 @@ def test_a_killed_driver_is_gone_on_from(url, tmp_path):
     assert verify(Store(url)) == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_fleet_on_ray_works_on_s3_and_refuses_a_second_driver(s3, url, tmp_path, monkeypatch):
     """With a store in some trouble all the time, and kill -9 as soon as something is committed."""
@@ -826,6 +831,7 @@ def test_a_fleet_on_ray_works_on_s3_and_refuses_a_second_driver(s3, url, tmp_pat
     assert verify(Store(url)) == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_demo_runs_with_a_url_as_its_store(url):
     demo = Path(__file__).parents[1] / "jobs" / "feldman_digits.py"

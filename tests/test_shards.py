@@ -34,8 +34,6 @@ from raymem.scores import join_curvature
 from raymem.store import TrialKey
 from raymem.training import measure
 
-pytestmark = pytest.mark.alone
-
 N = 60
 INF = float("inf")
 ROOT = Path(__file__).parents[1]
@@ -95,6 +93,7 @@ def test_every_form_gives_the_scores_of_the_same_pixels_in_memory(
     assert table["error"].null_count == N
 
 
+@pytest.mark.alone
 def test_ray_data_gives_what_this_process_gives_once_per_shard(shards_at, tmp_path):
     model = scoring_model()
     stream(shards_at / "tar", tmp_path / "here", model)
@@ -801,6 +800,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_killed_at_any_shard_and_run_again_gives_the_same_objects(digits, tmp_path):
     records = shard_files.encoded(digits, 480)

@@ -14,8 +14,6 @@ import pytest
 from raymem import Store, verify
 from raymem.data import Cache
 
-pytestmark = pytest.mark.alone
-
 JOB = Path(__file__).parents[1] / "jobs" / "feldman_imagenet.py"
 
 
@@ -26,7 +24,9 @@ def run(*arguments):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["serial", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.alone])]
+)
 def test_the_whole_chain_gives_one_joined_row_per_example(tmp_path, engine):
     done = run("--smoke", "--engine", engine, "--store", tmp_path / "store")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -49,6 +49,7 @@ def test_the_whole_chain_gives_one_joined_row_per_example(tmp_path, engine):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_dry_run_of_a_cache_reads_no_pixels_and_trains_nothing(tmp_path):
     done = run("--smoke", "--store", tmp_path / "store")
     cache = Cache(cache_of(done.stdout))
@@ -64,6 +65,7 @@ def cache_of(said: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_same_chain_at_two_epsilons(tmp_path):
     done = run("--smoke", "--epsilons", "8,inf", "--store", tmp_path / "store")
     assert done.returncode == 0, done.stdout + done.stderr

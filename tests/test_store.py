@@ -33,8 +33,6 @@ from raymem.store import lock as lock_module
 from raymem.store.derived import Note
 from raymem.store.trials import digest, encode
 
-pytestmark = pytest.mark.alone
-
 KEY = TrialKey(math.inf, 3)
 
 
@@ -398,6 +396,7 @@ def test_a_second_driver_is_refused_while_the_first_lives(tmp_path):
     assert files.list() == []
 
 
+@pytest.mark.alone
 def test_a_dead_drivers_lock_is_taken_over_at_once(tmp_path):
     program = (
         "import os, sys\nfrom raymem.store import DriverLock, Files\n"
@@ -464,6 +463,7 @@ def test_a_torn_lock_is_no_lock(tmp_path):
     assert files.list() == []
 
 
+@pytest.mark.alone
 def test_progress_is_in_the_lock(tmp_path):
     files, progress = Files(tmp_path), {"done": 1}
     with DriverLock(files, interval=0.05, progress=lambda: progress):

@@ -192,7 +192,7 @@ def pairs_command(
 def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
     """Everything known about one example, with its most influential pairs.
 
-    Example: raymem example runs/feldman_digits digit-0905
+    Example: raymem example runs/feldman_digits digit-1553
     """
     with command_errors(debug):
         click.echo(example_text(Store(store), example_id, n))

@@ -21,6 +21,7 @@ from raymem.store.measures import known_measures, title_of, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 LIGHT = {
     "ink": "#1b1f24",
@@ -151,17 +152,23 @@ def leave_one_out_figure(found: LeftOut) -> Figure:
 
 
 def _figure(name: str, title: str, alt: str, draw: Draw) -> Figure:
+    light, dark = _drawn(draw, LIGHT), _drawn(draw, DARK)
+    png = _saved(light, "png")
+    # To find the layout takes as long as to draw: it is found once.
+    for canvas in (light, dark):
+        canvas.set_layout_engine("none")
+        canvas.axes[0].set_position(light.axes[0].get_position())
     return Figure(
         name=name,
         title=title,
         alt=alt,
-        light=_drawn(draw, LIGHT, "png"),
-        dark=_drawn(draw, DARK, "png"),
-        pdf=_drawn(draw, LIGHT, "pdf"),
+        light=png,
+        dark=_saved(dark, "png"),
+        pdf=_saved(light, "pdf"),
     )
 
 
-def _drawn(draw: Draw, colours: dict[str, str], kind: str) -> bytes:
+def _drawn(draw: Draw, colours: dict[str, str]) -> Canvas:
     # Without pyplot: no global state, no display.
     from matplotlib.figure import Figure as Canvas
 
@@ -183,6 +190,10 @@ def _drawn(draw: Draw, colours: dict[str, str], kind: str) -> bytes:
         legend.get_frame().set_edgecolor(colours["grid"])
         for text in legend.get_texts():
             text.set_color(colours["ink"])
+    return canvas
+
+
+def _saved(canvas: Canvas, kind: str) -> bytes:
     out = io.BytesIO()
     canvas.savefig(
         out, format=kind, dpi=140, metadata={} if kind == "png" else {"CreationDate": None}
