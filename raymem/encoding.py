@@ -145,7 +145,7 @@ def from_json(kind: Any, data: Any) -> Any:
         items = _expect(list, data)
         kinds = [arguments[0]] * len(items) if arguments[1:] == (...,) else arguments
         return tuple(from_json(k, item) for k, item in zip(kinds, items, strict=True))
-    if origin is dict:
+    if origin in (dict, Mapping):
         key, of = arguments
         pairs = _expect(dict, data).items()
         return {from_json(key, name): from_json(of, item) for name, item in pairs}
