@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-latest check bench gpu-check docs figures clean
+.PHONY: demo test test-all test-latest check bench soak gpu-check docs figures clean
 
 demo: .venv/installed
 	$(BIN)/python jobs/feldman_digits.py
@@ -32,6 +32,10 @@ check: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+# Half an hour of a study through a stream of faults, and a quarter more to check what came of it.
+soak: .venv/installed-dev
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),30) --seed $(or $(SEED),0)
 
 # Is training on this machine's GPU right, and how fast is it? Six minutes at most.
 gpu-check: .venv/installed-dev

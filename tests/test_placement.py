@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from autoscaling_head import RAY
+from local_cluster import looking
 from processes import no_survivors, wait_until
 
 ray = pytest.importorskip("ray")
@@ -103,19 +104,6 @@ def test_a_killed_runner_and_a_lost_node_leave_nothing(tmp_path, gate):
     assert seen["cpus_after_end"] == 1
 
 
-# Prints placement groups that are not removed, classes of actors, and free CPUs, on request.
-LOOKING = """
-import json, ray, sys
-from ray.util import placement_group_table
-ray.init(log_to_driver=False)
-for line in sys.stdin:
-    groups = [g["state"] for g in placement_group_table().values() if g["state"] != "REMOVED"]
-    alive = [a for a in ray._private.state.actors().values() if a["State"] == "ALIVE"]
-    free = ray.available_resources().get("CPU", 0)
-    print(json.dumps([groups, sorted(a["ActorClassName"] for a in alive), free]), flush=True)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["killed", "ctrl-c", "done"])
 def test_a_driver_that_ends_leaves_nothing(tmp_path, gate, end):
@@ -132,24 +120,14 @@ def test_a_driver_that_ends_leaves_nothing(tmp_path, gate, end):
     )  # fmt: skip
     with no_survivors(head):
         time.sleep(8)
-        looking = subprocess.Popen(
-            [sys.executable, "-c", LOOKING], env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-
-        def look():
-            looking.stdin.write("\n")
-            looking.stdin.flush()
-            return json.loads(looking.stdout.readline())
-
         job = subprocess.Popen(
             [sys.executable, FOLDER / "gated.py", "train", "--store", tmp_path / "store",
              "--gpus-per-trial", "0", "--trials", "2"],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        with looking, no_survivors(job, looking):
+        with no_survivors(job), looking(environment["RAY_ADDRESS"]) as look:
             wait_until(lambda: log.exists() and len(log.read_text().split()) == 4, 300)
-            assert look()[0] == ["CREATED"]
+            assert look().groups == ["CREATED"]
             if end == "killed":
                 os.kill(job.pid, signal.SIGKILL)
             elif end == "ctrl-c":
@@ -157,6 +135,5 @@ def test_a_driver_that_ends_leaves_nothing(tmp_path, gate, end):
             else:
                 (gate / "open").touch()
             assert (job.wait(timeout=120) == 0) == (end == "done")
-            wait_until(lambda: look() == [[], [], 2.0], 20)
-            looking.stdin.close()
+            wait_until(lambda: look()[:3] == ([], [], 2.0), 20)
     shutil.rmtree(folder, ignore_errors=True)

@@ -423,8 +423,18 @@ def test_a_process_number_used_again_is_not_the_driver(tmp_path):
     with DriverLock(files):
         now = json.loads(files.read("driver.json"))
         assert now["token"] != record["token"]
-        assert now["process_started"] == psutil.Process().create_time()
+        assert now["process_started"] != record["process_started"]
     assert files.list() == []
+
+
+@pytest.mark.parametrize("seconds", [-3600, 2, 3600])
+def test_a_clock_that_is_set_ends_no_drivers_hold(tmp_path, monkeypatch, seconds):
+    """Linux keeps when processes started as a time since the boot, and moves the boot."""
+    files, boot = Files(tmp_path), psutil._psplatform.boot_time
+    with DriverLock(files):
+        monkeypatch.setattr(psutil._psplatform, "boot_time", lambda: boot() + seconds)
+        with pytest.raises(StoreHeldError, match=str(os.getpid())):
+            DriverLock(files).__enter__()
 
 
 def test_a_driver_elsewhere_lives_while_its_counter_moves(tmp_path, monkeypatch):

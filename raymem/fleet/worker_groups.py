@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from raymem.errors import FleetError
+from raymem.errors import FleetError, first_line
 from raymem.fleet.blame import Location
 from raymem.fleet.cluster import is_private, on_head
 from raymem.fleet.demand import NODE_LABEL, Demand
@@ -168,7 +169,8 @@ class WorkerGroups:
         self._demand = None if is_private() else Demand(resources.bundle)
         self._placements = Placements()
         self._worker_groups: list[_WorkerGroup] = []
-        self._deaths: dict[str, int] = {}
+        self._deaths = Counter[str]()
+        """Worker groups that died in a row on each node, since one there committed a trial."""
         self._started = 0
         self._waiting_since = time.monotonic()
 
@@ -178,7 +180,7 @@ class WorkerGroups:
 
         Raises FleetError if no worker group can run.
         """
-        self._drop_ended()
+        self._drop_ended(progress)
         self._placements.free([worker_group.name for worker_group in self._worker_groups])
         going = _draining_nodes()
         for worker_group in self._worker_groups:
@@ -192,7 +194,7 @@ class WorkerGroups:
             if node["NodeID"] not in {*going, *progress.retired_nodes}
         }
         for node_id, fit in nodes.items():
-            dead_too_often = self._deaths.get(node_id, 0) >= RUNNER_DEATHS_ALLOWED
+            dead_too_often = self._deaths[node_id] >= RUNNER_DEATHS_ALLOWED
             left = wanted - sum(worker_group.workers for worker_group in self._worker_groups)
             if not dead_too_often and left > 0:
                 self._fill(node_id, fit, left)
@@ -228,7 +230,7 @@ class WorkerGroups:
         each = self._resources.workers_per_trial
         if each == 1 or not nodes or max(nodes.values()) >= each:
             return
-        if self._deaths.get("", 0) >= RUNNER_DEATHS_ALLOWED:
+        if self._deaths[""] >= RUNNER_DEATHS_ALLOWED:
             return
         fit = min(sum(nodes.values()), wanted) // each
         for _ in range(fit - len(self._worker_groups)):
@@ -281,9 +283,10 @@ class WorkerGroups:
         future = runner.run.remote(config, selector, workers, self._resources)
         self._worker_groups.append(_WorkerGroup(name, node_id, workers, runner, future))
 
-    def _drop_ended(self) -> None:
+    def _drop_ended(self, progress: Progress) -> None:
         if not self._worker_groups:
             return
+        committed = {group.name for group in progress.groups if group.committed}
         ended, _ = ray.wait(
             [worker_group.future for worker_group in self._worker_groups], num_returns=1, timeout=0
         )
@@ -297,7 +300,9 @@ class WorkerGroups:
             except ray.exceptions.RayError:
                 died = True
             if died or self._queue.is_broken(worker_group.name):
-                self._deaths[worker_group.node_id] = self._deaths.get(worker_group.node_id, 0) + 1
+                # In a row: whatever a node lives through in a week, it is not given up for.
+                before = 0 if worker_group.name in committed else self._deaths[worker_group.node_id]
+                self._deaths[worker_group.node_id] = before + 1
             self._queue.release_worker_group(worker_group.name)
             ray.kill(worker_group.runner)
 
@@ -351,6 +356,11 @@ def run_on_ray(
             time.sleep(POLL_SECONDS)
         watch(remote, progress)
         patience = GRACE_PERIOD
+    except ray.exceptions.RayActorError as error:
+        raise FleetError(
+            f"the trial queue on the head node is lost ({first_line(error)}); run the same command "
+            "again: what is committed is kept"
+        ) from error
     finally:
         worker_groups.close(patience)
         ray.kill(actor)

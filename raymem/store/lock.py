@@ -35,6 +35,7 @@ class DriverRecord(TypedDict):
     host: str
     pid: int
     process_started: float
+    """See `process_start`."""
     started: str
     interval: float
     counter: int
@@ -127,7 +128,7 @@ class DriverLock:
             "token": self._token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "process_started": psutil.Process().create_time(),
+            "process_started": process_start(os.getpid()),
             "started": self._started,
             "interval": self.interval,
             "counter": self._counter,
@@ -151,6 +152,16 @@ def read_driver(files: Files) -> DriverRecord | None:
     return cast(DriverRecord, record)
 
 
+def process_start(pid: int) -> float:
+    """When a process started, to tell it from others that had its number: seconds, on Linux since
+    the boot. Raises psutil.NoSuchProcess.
+
+    Linux keeps it so, and moves the time of the boot when the clock is set.
+    """
+    started = float(psutil.Process(pid).create_time())
+    return started - float(psutil.boot_time()) if psutil.LINUX else started
+
+
 def is_alive(holder: DriverRecord, files: Files, *, wait: bool = True) -> bool:
     """Does the driver of this record still live? From another host this takes two intervals.
 
@@ -158,9 +169,8 @@ def is_alive(holder: DriverRecord, files: Files, *, wait: bool = True) -> bool:
     """
     if holder["host"] == socket.gethostname():
         try:
-            process = psutil.Process(holder["pid"])
-            same = bool(abs(process.create_time() - holder["process_started"]) < 1)
-            return same and bool(process.status() != psutil.STATUS_ZOMBIE)
+            same = abs(process_start(holder["pid"]) - holder["process_started"]) < 1
+            return same and bool(psutil.Process(holder["pid"]).status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return False
     if not wait:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import ray
-from losing_a_node import FAST_DETECTION, wait_until
+from local_cluster import FAST_DETECTION, drain
+from losing_a_node import wait_until
 from ray.cluster_utils import Cluster
 from slow_epochs import RECIPE, settings
 
@@ -23,18 +23,6 @@ from raymem import Store
 from raymem.store import TrialKey
 
 NOTICE_SECONDS = 25
-
-
-def drain(address: str, node: str) -> None:
-    """What a machine's metadata service says, said to Ray."""
-    subprocess.run(
-        [
-            Path(sys.executable).parent / "ray", "drain-node", "--address", address,
-            "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message", "spot notice", "--deadline-remaining-seconds", str(NOTICE_SECONDS),
-        ],
-        check=True, capture_output=True,
-    )  # fmt: skip
 
 
 def main(store: str, gate: Path, trials: int) -> None:
@@ -55,7 +43,7 @@ def main(store: str, gate: Path, trials: int) -> None:
     fleet.start()
     wait_until(lambda: len({node for node, _ in started()}) == 3, "a trial on each of three nodes")
     lost = others[0].node_id
-    drain(cluster.address, lost)
+    drain(cluster.address, lost, NOTICE_SECONDS)
     wait_until(lambda: Store(store).checkpointed(), "a checkpoint before the node is gone", 20)
     saved = sorted(Store(store).checkpointed())
     cluster.remove_node(others[0], allow_graceful=False)

@@ -21,7 +21,8 @@ from pathlib import Path
 import psutil
 import ray
 from gated import RECIPE, SETTINGS
-from losing_a_node import FAST_DETECTION, wait_until
+from local_cluster import FAST_DETECTION
+from losing_a_node import wait_until
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 

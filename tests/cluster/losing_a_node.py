@@ -15,16 +15,10 @@ from pathlib import Path
 
 import ray
 from gated import RECIPE, SETTINGS
+from local_cluster import FAST_DETECTION
 from ray.cluster_utils import Cluster
 
 from raymem import Store
-
-FAST_DETECTION = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_failure_threshold": 3,
-    "health_check_timeout_ms": 1000,
-}
 
 
 def wait_until(condition, what: str, seconds: float = 240.0) -> None:
