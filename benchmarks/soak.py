@@ -40,7 +40,7 @@ PAGE = Path(__file__).parent / "RESULTS.md"
 FULL_LENGTH = 30.0
 SECONDS_BETWEEN = (3.5, 6.0)
 # Without a commit for so long, the study hangs.
-LONGEST_PAUSE = 180.0
+LONGEST_PAUSE = 300.0
 BATCH_SECONDS = 0.05
 SCORES = "scores/examples.parquet"
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "cluster")]
 
 import s3_server  # noqa: E402
-from local_cluster import FAST_DETECTION, Held, drain, looking  # noqa: E402
+from local_cluster import Held, drain, looking  # noqa: E402
 from processes import wait_until  # noqa: E402
 
 from benchmarks.soak_job import BATCH_SECONDS, CLOCK_SECONDS, FOLDER  # noqa: E402
@@ -39,6 +39,13 @@ URL = "s3://soak/study"
 NODES = 4
 # More than a soak can train: its trials are never all done before time is up.
 MOST_TRIALS = 30_000
+# A lost node is found within seconds, and one whose machine is busy is not taken for lost.
+DETECTION = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 1000,
+    "health_check_failure_threshold": 6,
+    "health_check_timeout_ms": 5000,
+}
 # What a driver exits with that was stopped.
 STOPPED = 5
 # Of actors and their processes.
@@ -52,6 +59,8 @@ class Nodes:
 
     def __init__(self) -> None:
         self._cluster: Any = None
+        self._going = set[Any]()
+        """Nodes that were told that they go: who told them ends them."""
         self.start()
 
     def start(self) -> None:
@@ -61,7 +70,7 @@ class Nodes:
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
-                "num_cpus": 0, "_system_config": FAST_DETECTION, "include_dashboard": False,
+                "num_cpus": 0, "_system_config": DETECTION, "include_dashboard": False,
             },
         )  # fmt: skip
         for _ in range(NODES):
@@ -87,12 +96,20 @@ class Nodes:
 
     def drain(self, node: Any, seconds: int) -> None:
         """Say that a node goes in so many seconds."""
+        self._going.add(node)
         drain(self.address, node.node_id, seconds)
 
     def replace(self, node: Any) -> str:
         """End a node at once; the id of the one that joins in its place."""
         self._cluster.remove_node(node, allow_graceful=False)
         return str(self._cluster.add_node(num_cpus=1).node_id)
+
+    def mend(self) -> None:
+        """Replace nodes that ended by themselves, as an autoscaler does."""
+        for node in self.all:
+            ended = node.all_processes["raylet"][0].process.poll() is not None
+            if ended and node not in self._going:
+                self.replace(node)
 
     def lose_head(self) -> list[Any]:
         """End the head and start another with nodes of its own; the nodes that lost theirs."""
@@ -209,9 +226,10 @@ class Machines:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._number), do))
 
     def tend(self) -> None:
-        """Do what is due, and run the driver again if it has ended."""
+        """Do what is due; replace nodes and run the driver again where they have ended."""
         while self._timers and self._timers[0][0] <= time.monotonic():
             heapq.heappop(self._timers)[2]()
+        self.nodes.mend()
         self.driver.tend(self.nodes.address)
 
     def flush(self) -> None:
@@ -263,6 +281,7 @@ class Machines:
     def held(self, seconds: float) -> Held | None:
         """What the cluster still holds after some seconds; None as soon as all is free."""
         end = time.monotonic() + seconds
+        self.nodes.mend()
         with looking(self.nodes.address) as look:
             while (held := look()).groups or held.actors or held.free_cpus < NODES:
                 if time.monotonic() > end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from unittest.mock import MagicMock
 
 import pytest
@@ -11,6 +12,7 @@ from ray.exceptions import ActorDiedError
 
 from raymem.errors import FleetError
 from raymem.fleet import remote_queue, worker_groups
+from raymem.fleet.cluster import connected
 from raymem.fleet.resources import Resources
 from raymem.fleet.trial_queue import GroupProgress, TrialQueue
 from raymem.store import TrialKey
@@ -57,3 +59,16 @@ def test_a_lost_trial_queue_is_an_error_that_says_what_to_do(ray):
         worker_groups.run_on_ray(
             queue, MagicMock(), Resources(gpus_per_trial=0.0), watch=lambda *_: None
         )
+
+
+def test_ray_does_not_take_sigterm_over(monkeypatch):
+    """`ray.init()` makes it exit with 15, without a word and with no code of ours."""
+    ours, theirs = (lambda *_: None), (lambda *_: None)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    monkeypatch.setattr(real, "init", lambda **_: signal.signal(signal.SIGTERM, theirs))
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with connected():
+            assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)

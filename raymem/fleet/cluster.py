@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -39,7 +41,7 @@ def connected(
         "log_to_driver": verbose,
     }
     if os.environ.get("RAY_ADDRESS"):
-        with _quiet(verbose):
+        with _quiet(verbose), _own_sigterm():
             ray.init(**options)
         try:
             yield
@@ -47,13 +49,14 @@ def connected(
             ray.shutdown()
         return
     with _private_token(), _quiet(verbose):
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            num_cpus=num_cpus,
-            object_store_memory=max(200_000_000, 2 * data_bytes),
-            **options,
-        )
+        with _own_sigterm():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=num_cpus,
+                object_store_memory=max(200_000_000, 2 * data_bytes),
+                **options,
+            )
         _OURS.append(True)
         try:
             yield
@@ -88,6 +91,15 @@ def _where(resource: str) -> dict[str, object]:
 
     known = any(resource in node["Resources"] for node in ray.nodes() if node["Alive"])
     return {"resources": {resource: 0.001}} if known else {}
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which `ray.init()` replaces by `sys.exit(15)`."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager
