@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.rows import Row, side_by_side
-from raymem import CurvatureRule, Images, PaperRule, Plan, Recipe, curvature, paper_score
+from raymem import CurvatureRule, Plan, Recipe, input_curvature, paper_score
+from raymem.curvature import PaperRule
 from raymem.curvature.fold_batchnorm import folded
 from raymem.curvature.paper import PAPER_STREAM
 from raymem.curvature.probes import image_signs, keys_of
 from raymem.data import load_examples
 from raymem.models import build_model
-from raymem.training import train
+from raymem.training import Images, train
 
 H = 1e-3
 PROBES = 10
@@ -105,12 +106,12 @@ def exact_trace(quick: bool) -> Iterator[Row]:
     quick_net, quick_x = fast(net, x)
     rule = CurvatureRule(mode="gauss-newton", paper=None)
     ratio, ours, usual = side_by_side(
-        lambda: curvature(quick_net, quick_x, y, rule), lambda: usual_loop(net, x, y), repeats
+        lambda: input_curvature(quick_net, quick_x, y, rule), lambda: usual_loop(net, x, y), repeats
     )
-    passes = curvature(quick_net, quick_x, y, rule).backward_passes
+    passes = input_curvature(quick_net, quick_x, y, rule).backward_passes
     assert passes <= 10, passes
     net, few, labels = net.double(), x[:16].double(), y[:16]
-    truth = curvature(net, few, labels, rule).trace
+    truth = input_curvature(net, few, labels, rule).trace
     left = error(lambda seed: hutchinson(net, few, labels, seed), truth, 4)
     yield Row(
         what="exact trace, ResNet-18, K=10, against ten probes of two gradients",
@@ -150,15 +151,17 @@ def stratified(quick: bool) -> Iterator[Row]:
         x, y = x[:n], y[:n]
         rule = CurvatureRule(mode="gauss-newton", paper=None)
         ratio, _, _ = side_by_side(
-            lambda m=net, a=x, b=y, r=rule: curvature(m, a, b, r),
+            lambda m=net, a=x, b=y, r=rule: input_curvature(m, a, b, r),
             lambda m=net, a=x, b=y: usual_loop(m, a, b),
             repeats,
         )
         net, x = net.double(), x.double()
         exact = CurvatureRule(mode="gauss-newton", exact_classes=K, paper=None)
-        truth = curvature(net, x, y, exact).trace
+        truth = input_curvature(net, x, y, exact).trace
         ours = error(
-            lambda seed, m=net, a=x, b=y, r=rule: curvature(m, a, b, r, seed=seed).trace, truth, 8
+            lambda seed, m=net, a=x, b=y, r=rule: input_curvature(m, a, b, r, seed=seed).trace,
+            truth,
+            8,
         )
         probes = error(lambda seed, m=net, a=x, b=y: hutchinson(m, a, b, seed), truth, 4)
         gain = ratio * (probes / ours) ** 2

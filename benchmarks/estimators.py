@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 
 from benchmarks.rows import Row
-from raymem import PairRule, find_pairs, memorization
-from raymem.scores import Bits
+from raymem import memorization
+from raymem.scores import Bits, PairRule, find_pairs
 
 TOP = 5
 

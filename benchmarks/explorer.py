@@ -19,7 +19,7 @@ from PIL import Image
 from benchmarks.rows import Row
 from raymem import Examples, Store
 from raymem.show.explorer import explorer_page, explorer_section
-from raymem.show.notebook import Opened
+from raymem.show.notebook import StudyResults
 from raymem.store import StudyRecord, TrialKey, columns
 from raymem.store.trials import encode
 
@@ -203,7 +203,7 @@ def large_page(folder: Path, n: int = 50_000, m: int = 10_000, trials: int = 400
         classes=store.study().classes, train_ids=tuple(ids[:n]), test_ids=tuple(ids[n:]),
     )  # fmt: skip
     path = folder / "explorer.html"
-    path.write_text(explorer_page(explorer_section(Opened(store.url, examples)), "synthetic"))
+    path.write_text(explorer_page(explorer_section(StudyResults(store.url, examples)), "synthetic"))
     return path
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.rows import Row, seconds
-from raymem import Examples, Recipe, Store, Study, TrialKey, load_examples, memorization
+from raymem import Examples, Recipe, Store, Study, load_examples, memorization
+from raymem.store import TrialKey
 
 WORKERS = 2
 WARM_UP = 20

@@ -28,18 +28,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from raymem import CurvatureRule, Images, Plan, Recipe, TrialResult, run_trial
+from raymem import CurvatureRule, Plan, Recipe
 from raymem.curvature.input_checks import float32_products
 from raymem.curvature.lower_precision import relative_difference
 from raymem.models import build_model
 from raymem.training import (
+    Images,
     Member,
     Meter,
     Steps,
+    TrialResult,
     as_input,
     default_device,
     evaluate,
     run_group,
+    run_trial,
     train,
 )
 from raymem.training.calibrate import models_per_step

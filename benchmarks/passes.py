@@ -23,9 +23,10 @@ from torch import nn
 from benchmarks.curvature import digits_like_cifar
 from benchmarks.rows import Row
 from benchmarks.streaming import Watched, rate
-from raymem import CurvatureRule, ScoringModel, Transform, list_shards
-from raymem.curvature.streaming import stream_models
+from raymem import CurvatureRule
+from raymem.curvature.streaming import ScoringModel, stream_models
 from raymem.curvature.streaming.blocks import Reading, decode_block, read_blocks
+from raymem.data.shards import Transform, list_shards
 from raymem.data.shards.ray_data import OBJECT_STORE_BYTES, with_readers
 from raymem.fleet import Engine
 from raymem.fleet.cluster import connected

@@ -27,9 +27,10 @@ import pyarrow as pa
 
 from benchmarks.measured import keep
 from benchmarks.rows import Row
-from raymem import PairRule, Plan, Recipe, Store, TrialKey, TrialResult, find_pairs, score
-from raymem.scores import Bits
-from raymem.store import StudyRecord, columns, trial_table
+from raymem import Plan, Recipe, Store, score
+from raymem.scores import Bits, PairRule, find_pairs
+from raymem.store import StudyRecord, TrialKey, columns, trial_table
+from raymem.training import TrialResult
 from raymem.training.trial import Evaluation, SubsetHistory
 
 IMAGENET, IMAGENET_TEST, CLASSES = 1_281_167, 50_000, 1000

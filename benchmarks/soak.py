@@ -33,7 +33,8 @@ from benchmarks.measured import processor
 from benchmarks.soak_faults import Happened, stream
 from benchmarks.soak_job import Start, let_the_clock_jump, starts
 from benchmarks.soak_machines import NODES, URL, Machines, machines
-from raymem import Store, Study, TrialKey, verify
+from raymem import Store, Study, verify
+from raymem.store import TrialKey
 
 PAGE = Path(__file__).parent / "RESULTS.md"
 FULL_LENGTH = 30.0

@@ -20,7 +20,9 @@ from PIL import Image
 
 from benchmarks.curvature import digits_like_cifar
 from benchmarks.rows import Row
-from raymem import CurvatureRule, ScoringModel, Store, Transform, list_shards, stream_curvature
+from raymem import CurvatureRule, Store, stream_curvature
+from raymem.curvature.streaming import ScoringModel
+from raymem.data.shards import Transform, list_shards
 from raymem.models import build_model
 from raymem.training import Meter, batch_of
 

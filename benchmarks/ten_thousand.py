@@ -32,8 +32,9 @@ import psutil
 
 from benchmarks.measured import keep
 from benchmarks.rows import Row, seconds
-from raymem import Examples, Recipe, Store, Study, TrialKey
+from raymem import Examples, Recipe, Store, Study
 from raymem.fleet.cluster import connected
+from raymem.store import TrialKey
 
 WORKERS = 4
 SHARES = (0.1, 0.5, 1.0)

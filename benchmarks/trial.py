@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from benchmarks.rows import Row, seconds, side_by_side
-from raymem import Images, Plan, Recipe
+from raymem import Plan, Recipe
 from raymem.models import build_model
-from raymem.training import train
+from raymem.training import Images, train
 from raymem.training.images import gather
 
 NETS = ("mlp-64", "mlp-512-256", "tiny-resnet", "small-resnet")

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 
 import raymem
 from raymem.models import build_model
+from raymem.plan import Seeds
 from raymem.privacy.bounds import paper_bound, sharp_bound
 from raymem.show.figures import DARK, LIGHT
 from raymem.show.tables import where
+from raymem.training import Images, run_trial
 
 FIGURES = Path(__file__).parent / "figures"
 TRIALS = 100
@@ -100,11 +102,11 @@ def curves(digits: raymem.Examples, memorized: int, ordinary: int) -> Callable[.
     """Losses around both examples, under a network that trained on neither."""
     mask = np.random.default_rng(0).random(len(digits.y_train)) < 0.7
     mask[[memorized, ordinary]] = False
-    images = raymem.Images.from_arrays(
+    images = Images.from_arrays(
         digits.x_train, digits.y_train, digits.x_test, digits.y_test, len(digits.classes)
     )
-    seeds = raymem.Seeds(init=0, order=0, augment=0)
-    weights = raymem.run_trial(images, mask, RECIPE, seeds, keep_weights=True).weights
+    seeds = Seeds(init=0, order=0, augment=0)
+    weights = run_trial(images, mask, RECIPE, seeds, keep_weights=True).weights
     # Normalization is the model's first layer: it takes pixels in [0, 1].
     model = build_model(
         RECIPE.model, n_classes=len(digits.classes), image_shape=digits.x_train.shape[1:]

@@ -16,7 +16,7 @@ what is there is not scored again. Cost of ResNet-50 at 224 pixels: about 12 for
 image; on one CPU core 1.4 s. Not run on a GPU yet.
 """
 
-from raymem import run_curvature_job
+from raymem.cli import run_curvature_job
 
 if __name__ == "__main__":
     run_curvature_job()

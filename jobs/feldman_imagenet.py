@@ -22,7 +22,8 @@ trained; docs/scaling.md says what it would cost, docs/cluster.md how to start.
 
 import dataclasses
 
-from raymem import CacheSettings, CurvatureRule, JobSettings, Recipe, Smoke, run_job
+from raymem import CurvatureRule, JobSettings, Recipe, run_job
+from raymem.cli import CacheSettings, Smoke
 
 QUICK = Recipe(
     model="resnet50",

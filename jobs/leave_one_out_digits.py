@@ -14,7 +14,8 @@ out are +0.004 [-0.014, +0.022] for random examples, -0.012 [-0.057, +0.033] for
 and +0.134 [+0.064, +0.204] for those near 0.25; rank correlation 0.89 [0.82, 0.94].
 """
 
-from raymem import LeaveOneOutSettings, Recipe, run_leave_one_out_job
+from raymem import Recipe
+from raymem.cli import LeaveOneOutSettings, run_leave_one_out_job
 
 # The recipe of removal_digits.py.
 RECIPE = Recipe(model="mlp-128", epochs=12, batch_size=64, learning_rate=0.2)

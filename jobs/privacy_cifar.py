@@ -41,7 +41,8 @@ Curvature is by exact Hessian products, which on GroupNorm take some ten times a
 import dataclasses
 import math
 
-from raymem import CurvatureRule, JobSettings, PoolSettings, Recipe, run_job
+from raymem import CurvatureRule, JobSettings, Recipe, run_job
+from raymem.cli import PoolSettings
 
 PAPER = Recipe(
     model="cifar-resnet18-gn",

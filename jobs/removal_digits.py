@@ -18,7 +18,8 @@ docs/results.md has the table. Fashion-MNIST is that of Debian's package dataset
 --download. Of it and CIFAR-10 nothing has been run yet.
 """
 
-from raymem import Recipe, RemovalSettings, run_removal_job
+from raymem import Recipe
+from raymem.cli import RemovalSettings, run_removal_job
 
 RECIPES = {
     "mlp": Recipe(model="mlp-128", epochs=12, batch_size=64, learning_rate=0.2),

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from raymem.encoding import JsonObject
 from raymem.errors import PlanError
 
 Arm = Literal["memorized", "random", "same-classes"]
@@ -31,7 +32,7 @@ STREAM_BALANCED, STREAM_FIXED_SIZE, STREAM_REMOVAL, STREAM_LEAVE_ONE_OUT = 1, 2,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removal:
+class Removal(JsonObject):
     """What the trials of a removal experiment leave out (Feldman & Zhang 2020, section 4, fig. 2).
 
     Trials come in repeats of 1 + 3 K trials, K the number of sizes: one on all training examples,
@@ -119,13 +120,9 @@ class Removal:
             [order[of_order == c][:n] for c, n in zip(classes, wanted, strict=True)]
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: all of its fields."""
-        return _as_lists(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class LeaveOneOut:
+class LeaveOneOut(JsonObject):
     """Memorization by its definition, of K examples (Feldman 2019): all others are trained on.
 
     Trials come in repeats of 1 + K trials with the same seeds: one on all training examples, then
@@ -201,10 +198,6 @@ class LeaveOneOut:
         """One of `COUNTS`: [F, K]."""
         return np.asarray(getattr(self, name), np.float64)
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: all of its fields."""
-        return _as_lists(self)
-
 
 Experiment = Removal | LeaveOneOut
 
@@ -216,13 +209,6 @@ def check_sizes(sizes: Sequence[int], n: int) -> None:
             f"{max(sizes):,} examples cannot be left out of {n:,} training examples and leave one; "
             "take smaller sizes"
         )
-
-
-def _as_lists(experiment: Experiment) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        return [plain(each) for each in value] if isinstance(value, tuple) else value
-
-    return {name: plain(value) for name, value in vars(experiment).items()}
 
 
 def philox(seed: int, stream: int, index: int) -> np.random.Philox:

@@ -35,7 +35,6 @@ def lazy_attributes(package: str, file: str) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, attribute = source_of[name]
         value = getattr(importlib.import_module(module), attribute)
-        # A subpackage of that name is bound by its import and stays: raymem.curvature.
         return vars(sys.modules[package]).setdefault(name, value)
 
     return __getattr__

@@ -97,7 +97,7 @@ def resolve(model: str | ModelFunction) -> ModelFunction:
     return function  # type: ignore[no-any-return]
 
 
-def identity(model: str | ModelFunction) -> dict[str, Any]:
+def identity(model: str | ModelFunction) -> dict[str, object]:
     """What tells one model from another in a study's hash: its name, and its code if it is yours.
 
     The code hash covers the function's source and, transitively, that of the functions and classes

@@ -286,7 +286,7 @@ class Plan:
             return math.inf
         return math.sqrt(0.25 / (r * trials) + 0.25 / ((1 - r) * trials))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The plan as JSON-ready data: all there is to store."""
         return {
             "n": self.n,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from raymem.errors import RaymemError, StoreError, StoreFullError, first_line
 
@@ -53,12 +54,12 @@ ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryE
 
 # Kept, as fsspec does until there is a fork: a child that dropped one would close its parent's
 # connections.
-OPENED: dict[int, Any] = {}
+OPENED: dict[int, object] = {}
 
 T = TypeVar("T")
 
 
-def open_fs(url: str | os.PathLike[str]) -> tuple[Any, str]:
+def open_fs(url: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     """The file system of a URL, and the path on it. Raises StoreError where none is installed.
 
     It caches no listings, so that other processes' writes are seen at once, and leaves trying again
@@ -89,12 +90,12 @@ def _options(url: str) -> dict[str, object]:
     return options
 
 
-def is_local(fs: Any) -> bool:
+def is_local(fs: AbstractFileSystem) -> bool:
     """Is this a disk of this machine, or one that looks so?"""
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol))
 
 
-def ask(fs: Any, call: Callable[[], T], url: str) -> T:
+def ask(fs: AbstractFileSystem, call: Callable[[], T], url: str) -> T:
     """`call()`, patiently unless `fs` is local: errors of a disk are raised as they are."""
     return call() if is_local(fs) else patiently(call, url)
 
@@ -230,7 +231,7 @@ class PatientFile(io.RawIOBase):
         super().close()
 
 
-def open_patiently(fs: Any, path: str) -> IO[bytes]:
+def open_patiently(fs: AbstractFileSystem, path: str) -> IO[bytes]:
     """`path` open for reading, patiently unless it is local. Raises FileNotFoundError."""
     if is_local(fs):
         return fs.open(path, "rb")  # type: ignore[no-any-return]

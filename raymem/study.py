@@ -13,7 +13,6 @@ from raymem.curvature import CurvatureRule
 from raymem.curvature.streaming import ScorerOptions, StageSummary, measure_kept
 from raymem.data import CachedExamples, Examples
 from raymem.data.shards import list_shards
-from raymem.encoding import json_ready
 from raymem.errors import PlanError
 from raymem.experiments import LeaveOneOut, Removal
 from raymem.fleet import (
@@ -166,9 +165,10 @@ class Study(StudySettings):
         check_private_recipe(self.recipe)
 
     def mechanism(self, epsilon: float) -> Mechanism | None:
-        """What trials at `epsilon` do, by this machine's accountant; None if they are not private.
+        """The DP-SGD mechanism of trials at `epsilon`, calibrated by the installed accountant; None
+        if the study is not private.
 
-        A store keeps the one that its first trials had. Raises PrivacyError if there is none.
+        A store keeps the mechanism of its first trials. Raises PrivacyError if there is none.
         """
         if self.privacy is None:
             return None
@@ -213,7 +213,7 @@ class Study(StudySettings):
             )
         if every is not None and every >= self.recipe.epochs:
             raise PlanError(
-                f"curvature is to be measured every {every} epochs, but the recipe has "
+                f"every_epochs is {every}, but the recipe has only "
                 f"{self.recipe.epochs}; take a smaller every_epochs"
             )
         limit, block = self.curvature_trials, self.plan.block
@@ -321,7 +321,7 @@ class Study(StudySettings):
             value, forecast = until.value(seen), until.forecast(seen)
             if forecast is not None:  # it stops at the ends of blocks only
                 forecast = math.ceil(forecast / block) * block
-            interim.append({"trials": trials, "value": json_ready(value), "forecast": forecast})
+            interim.append({"trials": trials, "value": value, "forecast": forecast})
             store.write_note(
                 "until", {"rule": str(until), "most_trials": self.trials, "interim": interim}
             )

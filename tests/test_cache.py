@@ -15,25 +15,14 @@ import shard_files
 import torch
 from shard_files import WNIDS, ilsvrc, write_ilsvrc, write_tar
 
-from raymem import (
-    DamagedObjectError,
-    Examples,
-    ExamplesError,
-    Recipe,
-    ScoringModel,
-    Store,
-    StoreFullError,
-    Study,
-    Transform,
-    list_shards,
-    load_examples,
-    stream_curvature,
-)
+from raymem import Examples, Recipe, Store, Study, load_examples, stream_curvature
+from raymem.curvature.streaming import ScoringModel
 from raymem.data import Cache, CachedExamples
 from raymem.data import duplicates as near
 from raymem.data import local_copy as local
-from raymem.data.shards import ingest
+from raymem.data.shards import Transform, ingest, list_shards
 from raymem.data.shards.shard_readers import read_shard
+from raymem.errors import DamagedObjectError, ExamplesError, StoreFullError
 from raymem.models import build_model
 
 SIZE = 16

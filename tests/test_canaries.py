@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import raymem
-from raymem import Examples, ExamplesError, JobSettings, Recipe, Store, Study, add_canaries
+from raymem import Examples, JobSettings, Recipe, Store, Study, add_canaries
 from raymem.cli.job_settings import PoolSettings
+from raymem.errors import ExamplesError
 from raymem.links import link3
 from raymem.show.notebook import open_store
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from test_training import same
 
-from raymem import Images, Plan, Recipe, Store, Study, TrialKey, run_trial
+from raymem import Plan, Recipe, Store, Study
 from raymem.fleet.store_checkpoints import PREEMPTED_SECONDS, StoreCheckpoints
+from raymem.store import TrialKey
+from raymem.training import Images, run_trial
 
 KEY = TrialKey(math.inf, 3)
 

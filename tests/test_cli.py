@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 from learners import errs_at_known_odds, numbered_examples, recipe
 
-from raymem import JobSettings, Store, Study, Target, run_job
+from raymem import JobSettings, Store, Study, run_job
 from raymem.cli import absolute_store, main
 from raymem.errors import StoreError
+from raymem.store import Target
 
 
 @pytest.fixture(scope="module")

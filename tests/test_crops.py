@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as V
 
-from raymem import Recipe, RecipeError
+from raymem import Recipe
+from raymem.errors import RecipeError
 from raymem.training import augment
 from raymem.training.crops import random_boxes, resized_crops
 
@@ -95,7 +96,8 @@ def test_an_image_is_augmented_alike_however_many_share_the_batch(recipe, world)
 
 
 def test_crops_have_the_size_asked_for_and_evaluation_sees_whole_images(digits):
-    from raymem import Images, Plan, run_trial
+    from raymem import Plan
+    from raymem.training import Images, run_trial
 
     seen = []
 

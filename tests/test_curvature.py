@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import sys
 import warnings
 
 import numpy as np
@@ -15,11 +14,18 @@ import torch
 from learners import no_second_derivative
 from torch import nn
 
-from raymem.curvature import CurvatureRule, PaperRule, curvature, paper_score, pick_mode
+from raymem.curvature import (
+    CurvatureRule,
+    PaperRule,
+    input_curvature,
+    paper_score,
+    pick_mode,
+    trace,
+)
 from raymem.curvature.fold_batchnorm import folded
 from raymem.curvature.probes import keys_of, signs
 from raymem.errors import CurvatureError
-from raymem.training import batch_of, measure
+from raymem.training import batch_of, batched_curvature, measure
 
 K = 10
 # Three standard deviations are too few for the number of examples here: alpha = 1e-6.
@@ -114,7 +120,7 @@ def test_the_nets_are_confident_right_and_wrong(cases):
 
 def test_gauss_newton_is_exact_on_a_piecewise_linear_net(cases):
     net, x, y, trace, squared = cases("batchnorm-relu")
-    found = curvature(net, x, y)
+    found = input_curvature(net, x, y)
     assert found.mode == "gauss-newton"
     assert found.backward_passes == K - 1
     torch.testing.assert_close(found.trace, trace, rtol=1e-9, atol=1e-12)
@@ -130,13 +136,13 @@ def test_float32_keeps_four_digits_of_the_exact_trace(cases):
     net, x, y, trace, _ = cases("batchnorm-relu")
     single = small_net(*NETS["batchnorm-relu"])
     single.load_state_dict(net.state_dict())
-    found = curvature(single.float().eval(), x.float(), y)
+    found = input_curvature(single.float().eval(), x.float(), y)
     assert found.mode == "gauss-newton"
     torch.testing.assert_close(found.trace.double(), trace, rtol=1e-4, atol=1e-30)
 
 
 def many(net, x, y, rule, n=200):
-    found = [curvature(net, x, y, rule, seed=seed) for seed in range(n)]
+    found = [input_curvature(net, x, y, rule, seed=seed) for seed in range(n)]
     return {
         name: torch.stack([getattr(f, name) for f in found])
         for name in ("trace", "trace_stderr", "squared")
@@ -172,7 +178,6 @@ def test_what_is_not_exact_is_unbiased_within_its_stated_error(cases, name, rule
 def test_the_backward_passes_are_counted(cases, monkeypatch, name, rule):
     """Against a count of torch's own calls: those of vjps, and one within each product."""
     net, x, y, *_ = cases(name)
-    trace = sys.modules["raymem.curvature.trace"]
     counts = {"_grad": 0, "_second_part": 0}
 
     def counting(name, real):
@@ -185,18 +190,20 @@ def test_the_backward_passes_are_counted(cases, monkeypatch, name, rule):
     mode = pick_mode(net, x, y)
     for at, part in ((trace._Backward, "_grad"), (trace, "_second_part")):
         monkeypatch.setattr(at, part, counting(part, getattr(at, part)))
-    found = curvature(net, x, y, dataclasses.replace(rule, mode=mode))
+    found = input_curvature(net, x, y, dataclasses.replace(rule, mode=mode))
     assert found.backward_passes == sum(counts.values())
     assert counts["_second_part"] == (rule.probes if mode == "hessian" else 0)
 
 
 def test_stratified_needs_the_probes_it_says(cases):
     net, x, y, *_ = cases("batchnorm-relu")
-    assert curvature(net, x, y, CurvatureRule(exact_classes=2, columns=4)).backward_passes == 7
+    assert (
+        input_curvature(net, x, y, CurvatureRule(exact_classes=2, columns=4)).backward_passes == 7
+    )
     all_columns = CurvatureRule(exact_classes=2, columns=K)
-    found = curvature(net, x, y, all_columns)
+    found = input_curvature(net, x, y, all_columns)
     assert found.backward_passes == K
-    torch.testing.assert_close(found.trace, curvature(net, x, y).trace)
+    torch.testing.assert_close(found.trace, input_curvature(net, x, y).trace)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -204,17 +211,17 @@ def test_the_mode_is_chosen_by_what_the_model_is(cases, name):
     net, x, y, *_ = cases(name)
     expected = "gauss-newton" if name == "batchnorm-relu" else "hessian"
     assert pick_mode(net, x, y) == expected
-    assert curvature(net, x, y).mode == expected
+    assert input_curvature(net, x, y).mode == expected
     # Saturated logits, whose Hessian vanishes, do not hide it; nor does float32.
     steep = scaled(net, 30).float()
     assert pick_mode(steep, x.float(), y) == expected
     forced = CurvatureRule(mode="gauss-newton")
-    assert curvature(net, x, y, forced).mode == "gauss-newton"
+    assert input_curvature(net, x, y, forced).mode == "gauss-newton"
 
 
 def test_gauss_newton_alone_is_not_the_hessian_of_groupnorm(cases):
     net, x, y, trace, _ = cases("groupnorm-relu")
-    found = curvature(net, x, y, CurvatureRule(mode="gauss-newton"))
+    found = input_curvature(net, x, y, CurvatureRule(mode="gauss-newton"))
     assert ((found.trace - trace).abs() > 0.01 * trace.abs()).any()
 
 
@@ -225,10 +232,10 @@ def test_gauss_newton_alone_is_not_the_hessian_of_groupnorm(cases):
 def test_the_batch_does_not_matter(pixels, trained, name, rule):
     net = trained(name)
     x, y = examples(pixels, 64)
-    whole = curvature(net, x, y, rule)
+    whole = input_curvature(net, x, y, rule)
     paper = paper_score(net, x, y)
     for size in (1, 8):
-        part = curvature(net, x[:size], y[:size], dataclasses.replace(rule, mode=whole.mode))
+        part = input_curvature(net, x[:size], y[:size], dataclasses.replace(rule, mode=whole.mode))
         for f in ("trace", "trace_stderr", "squared", "gradient_norm", "loss"):
             torch.testing.assert_close(
                 getattr(part, f), getattr(whole, f)[:size], rtol=1e-7, atol=1e-12
@@ -236,7 +243,9 @@ def test_the_batch_does_not_matter(pixels, trained, name, rule):
         torch.testing.assert_close(
             paper_score(net, x[:size], y[:size]), paper[:size], rtol=1e-5, atol=1e-15
         )
-    backwards = curvature(net, x.flip(0), y.flip(0), dataclasses.replace(rule, mode=whole.mode))
+    backwards = input_curvature(
+        net, x.flip(0), y.flip(0), dataclasses.replace(rule, mode=whole.mode)
+    )
     torch.testing.assert_close(backwards.trace.flip(0), whole.trace, rtol=1e-7, atol=1e-12)
 
 
@@ -251,8 +260,10 @@ def test_confident_examples_keep_their_digits_in_float32(cases, name, rule):
     y = steep(x).argmax(1)
     p = steep(x).softmax(1).max(1).values
     assert ((1 - p) < 1e-8).sum() >= 4
-    exact = curvature(steep, x, y, rule)
-    single = curvature(steep.float(), x.float(), y, dataclasses.replace(rule, mode=exact.mode))
+    exact = input_curvature(steep, x, y, rule)
+    single = input_curvature(
+        steep.float(), x.float(), y, dataclasses.replace(rule, mode=exact.mode)
+    )
     for f in ("trace", "squared", "gradient_norm", "loss"):
         a, b = getattr(single, f).double(), getattr(exact, f)
         off = ((a - b) / b).abs()[b.abs() > 1e-25]
@@ -267,7 +278,7 @@ def test_no_nan_however_confident_right_or_wrong(cases, name, scale):
     steep = scaled(net, scale).float()
     rule = CurvatureRule(probes=2) if scale < 1e30 else CurvatureRule(mode="gauss-newton")
     for r in (rule, dataclasses.replace(rule, exact_classes=2, columns=3)):
-        found = curvature(steep, x.float(), y, r)
+        found = input_curvature(steep, x.float(), y, r)
         if scale < 1e30:
             assert torch.isfinite(found.trace).all()
             assert torch.isfinite(found.gradient_norm).all()
@@ -415,12 +426,12 @@ def batch_statistics():
 
 def test_a_layer_that_works_in_place_does_not_reach_the_callers_images():
     net, x = InPlace(linear_net()).eval(), X.clone()
-    found = curvature(net, x, Y)
+    found = input_curvature(net, x, Y)
     paper_score(net, x, Y, PaperRule(labels="predicted"))
     assert torch.equal(x, X)
     assert (found.trace > 0).all()
     with torch.inference_mode():
-        torch.testing.assert_close(curvature(net, x, Y).trace, found.trace)
+        torch.testing.assert_close(input_curvature(net, x, Y).trace, found.trace)
 
 
 def test_weights_that_are_not_finite_are_named():
@@ -428,7 +439,7 @@ def test_weights_that_are_not_finite_are_named():
     with torch.no_grad():
         net[1].weight[0, 0] = torch.nan
     with pytest.raises(CurvatureError, match="not finite"):
-        curvature(net, X, Y)
+        input_curvature(net, X, Y)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +462,7 @@ def test_weights_that_are_not_finite_are_named():
         (nn.Sequential(nn.Identity()).eval(), X, Y, "two or more classes"),
     ],
 )
-@pytest.mark.parametrize("function", [curvature, paper_score])
+@pytest.mark.parametrize("function", [input_curvature, paper_score])
 def test_bad_input_is_named(function, net, x, y, message):
     with pytest.raises(CurvatureError, match=message):
         function(net, x, y)
@@ -511,7 +522,7 @@ def test_arithmetic_is_plain_inside_and_as_it_was_afterwards():
         torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("high")
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-            curvature(net, X, Y)
+            input_curvature(net, X, Y)
             paper_score(net, X, Y)
         assert torch.backends.cudnn.allow_tf32
         assert torch.get_float32_matmul_precision() == "high"
@@ -526,8 +537,8 @@ def test_arithmetic_is_plain_inside_and_as_it_was_afterwards():
 def test_a_layer_without_second_derivatives_is_named_and_can_be_forced():
     net = no_second_derivative(3, (2, 2, 1)).eval()
     with pytest.raises(CurvatureError, match="gauss-newton"):
-        curvature(net, X, Y)
-    found = curvature(net, X, Y, CurvatureRule(mode="gauss-newton"))
+        input_curvature(net, X, Y)
+    found = input_curvature(net, X, Y, CurvatureRule(mode="gauss-newton"))
     assert (found.trace > 0).all()
 
 
@@ -541,7 +552,7 @@ def test_models_of_timm_have_hessian_vector_products(name):
         size = {"img_size": 32, "patch_size": 8} if name.startswith("vit") else {}
         net = timm.create_model(name, num_classes=3, **size).eval()
     x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 2])
-    found = curvature(net, x, y, CurvatureRule(probes=2))
+    found = input_curvature(net, x, y, CurvatureRule(probes=2))
     assert found.mode == ("gauss-newton" if name == "resnet18" else "hessian")
     assert torch.isfinite(found.trace).all()
 
@@ -558,7 +569,7 @@ def test_folding_batchnorm_changes_nothing_but_time(pixels):
     less = folded(net, x.float())
     assert not any(isinstance(m, nn.BatchNorm2d) for m in less.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-    a, b = (curvature(n, x.float(), y) for n in (net, less))
+    a, b = (input_curvature(n, x.float(), y) for n in (net, less))
     torch.testing.assert_close(a.trace, b.trace, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(a.gradient_norm, b.gradient_norm, rtol=1e-4, atol=1e-9)
 
@@ -656,8 +667,7 @@ def test_a_batch_that_does_not_fit_is_halved(digits, monkeypatch):
         torch.from_numpy(digits.y_train[:40].copy()),
     )
     expected = measure(net, x, y, batch_size=10)
-    at = sys.modules["raymem.training.measure"]  # the package has a function of this name
-    real, sizes = at.curvature, []
+    real, sizes = batched_curvature.input_curvature, []
 
     def short_of_memory(model, images, *rest, **more):
         sizes.append(len(images))
@@ -665,7 +675,7 @@ def test_a_batch_that_does_not_fit_is_halved(digits, monkeypatch):
             raise torch.OutOfMemoryError("no room")
         return real(model, images, *rest, **more)
 
-    monkeypatch.setattr(at, "curvature", short_of_memory)
+    monkeypatch.setattr(batched_curvature, "input_curvature", short_of_memory)
     found = measure(net, x, y, batch_size=40)
     assert sizes == [40, 20, 10, 10, 20, 10, 10]
     np.testing.assert_allclose(found.values["curvature"], expected.values["curvature"], rtol=1e-4)

@@ -8,23 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from raymem import (
-    CurvatureError,
-    CurvatureRule,
-    PaperRule,
-    PlanError,
-    Recipe,
-    Store,
-    Study,
-    StudyMismatchError,
-    TrialKey,
-    curvature,
-    paper_score,
-    score,
-    verify,
-)
+from raymem import CurvatureRule, Recipe, Store, Study, input_curvature, paper_score, score, verify
+from raymem.curvature import PaperRule
+from raymem.errors import CurvatureError, PlanError, StudyMismatchError
 from raymem.models import build_model
-from raymem.store import columns
+from raymem.store import TrialKey, columns
 
 MEASURED = tuple(columns.TRIAL_CURVATURE)
 RECIPE = Recipe(model="mlp-16", epochs=3, learning_rate=0.1)
@@ -61,7 +49,7 @@ def test_a_trial_holds_what_its_model_gives(done, digits):
     for i in (0, 5, 700, 1199):
         x = torch.from_numpy(digits.x_train[i : i + 1].copy()).permute(0, 3, 1, 2) / 255
         y = torch.tensor(digits.y_train[i : i + 1])
-        c = curvature(model, x, y)
+        c = input_curvature(model, x, y)
         expected = {
             "curvature": c.trace, "curvature_squared": c.squared,
             "gradient_norm": c.gradient_norm,
@@ -249,7 +237,7 @@ def test_other_settings_of_curvature_are_another_study(digits, tmp_path):
 
 
 def test_a_model_that_cannot_be_measured_is_an_error_with_its_cause(digits, tmp_path):
-    from raymem import FleetError
+    from raymem.errors import FleetError
 
     recipe = Recipe(model="learners:no_second_derivative", epochs=1)
     study = study_of(digits, tmp_path, trials=1, recipe=recipe, curvature=CurvatureRule())

@@ -13,20 +13,20 @@ import shard_files
 import torch
 
 from benchmarks import passes
-from raymem import (
-    CurvatureRule,
-    ExamplesError,
+from raymem import CurvatureRule, Store, stream_curvature
+from raymem.curvature.streaming import (
+    ScorerOptions,
     ScoringModel,
-    Store,
-    Transform,
-    list_shards,
-    stream_curvature,
+    blocks,
+    gather,
+    pipeline,
+    stream_models,
 )
-from raymem.curvature.streaming import ScorerOptions, blocks, gather, pipeline, stream_models
 from raymem.curvature.streaming.blocks import Reading, read_blocks
 from raymem.curvature.streaming.scorer import ModelSource, Work
+from raymem.data.shards import Transform, list_shards
 from raymem.data.shards.records import Record, Shard
-from raymem.errors import CurvatureError
+from raymem.errors import CurvatureError, ExamplesError
 from raymem.models import build_model
 
 # 50 images a shard, batches of 16: blocks of 48 and 2.

@@ -13,10 +13,12 @@ import torch
 from test_group import OnDevice
 from torch import nn
 
-from raymem import CurvatureError, CurvatureRule, Recipe, Store, Study, TrialKey
-from raymem.curvature import curvature, pick_mode, pick_precision
+from raymem import CurvatureRule, Recipe, Store, Study
+from raymem.curvature import input_curvature, pick_mode, pick_precision
 from raymem.curvature.lower_precision import TOLERANCE, relative_difference
+from raymem.errors import CurvatureError
 from raymem.models import build_model
+from raymem.store import TrialKey
 from raymem.training import Meter, measure
 
 trace = sys.modules["raymem.curvature.trace"]
@@ -37,14 +39,14 @@ def net_of(name, seed=0):
 def test_passes_taken_together_give_the_same(name, rule, monkeypatch):
     net, x, y = net_of(name)
     rule = dataclasses.replace(rule, mode=pick_mode(net, x, y))
-    one_by_one = curvature(net, x, y, rule)
+    one_by_one = input_curvature(net, x, y, rule)
     monkeypatch.setattr(trace, "batches_passes", lambda values: True)
     batched, real = [], trace._Backward._grad
     monkeypatch.setattr(
         trace._Backward, "_grad",
         lambda self, up, **how: batched.append(how) or real(self, up, **how),
     )  # fmt: skip
-    together = curvature(net, x, y, rule)
+    together = input_curvature(net, x, y, rule)
     assert {"batched": True} in batched
     for kind in ("trace", "squared", "gradient_norm", "trace_stderr"):
         torch.testing.assert_close(
@@ -73,11 +75,11 @@ def test_a_layer_that_cannot_is_passed_one_by_one_and_the_log_says_so(monkeypatc
     net = nn.Sequential(nn.Flatten(), Doubling(), nn.Linear(12, 4)).eval()
     x, y = torch.rand(3, 3, 2, 2), torch.arange(3)
     rule = CurvatureRule(mode="gauss-newton")
-    expected = curvature(net, x, y, rule).trace
+    expected = input_curvature(net, x, y, rule).trace
     monkeypatch.setattr(trace, "batches_passes", lambda values: True)
     trace._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "raymem"):
-        assert torch.equal(curvature(net, x, y, rule).trace, expected)
+        assert torch.equal(input_curvature(net, x, y, rule).trace, expected)
     assert "one by one" in caplog.text
 
 
@@ -110,8 +112,8 @@ def test_lower_precision_rounds_derivatives_only():
     """Not the softmax that they are weighted with: what is lost is what J loses."""
     net, x, y = net_of("mlp-16")
     rule = CurvatureRule(mode="gauss-newton")
-    full = curvature(net, x, y, rule)
-    low = curvature(net, x, y, dataclasses.replace(rule, precision="bfloat16"))
+    full = input_curvature(net, x, y, rule)
+    low = input_curvature(net, x, y, dataclasses.replace(rule, precision="bfloat16"))
     assert torch.equal(low.loss, full.loss)
     assert not torch.equal(low.trace, full.trace)
     torch.testing.assert_close(low.trace, full.trace, rtol=0.05, atol=0)
@@ -173,7 +175,7 @@ class Repeated:
 
 
 def test_whole_batches_are_replayed_and_the_rest_is_not(monkeypatch):
-    at = sys.modules["raymem.training.measure"]
+    at = sys.modules["raymem.training.batched_curvature"]
     monkeypatch.setattr(at, "Replayed", Repeated)
     net, _, _ = net_of("mlp-16")
     x, y = torch.randint(0, 256, (23, 8, 8, 3), dtype=torch.uint8), torch.arange(23) % 6

@@ -12,20 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from raymem import (
-    CurvatureRule,
-    Examples,
-    PlanError,
-    Recipe,
-    Store,
-    StoreError,
-    Study,
-    TrialKey,
-    list_shards,
-    verify,
-)
+from raymem import CurvatureRule, Examples, Recipe, Store, Study, verify
 from raymem.curvature.streaming import measure_kept
-from raymem.store import columns
+from raymem.data.shards import list_shards
+from raymem.errors import PlanError, StoreError
+from raymem.store import TrialKey, columns
 
 N, M, TRIALS = 60, 20, 40
 RECIPE = Recipe(model="mlp-16", epochs=3, learning_rate=0.1)

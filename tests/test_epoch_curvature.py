@@ -12,20 +12,11 @@ import torch
 from test_checkpoints import Kept
 from test_group import Doomed
 
-from raymem import (
-    CurvatureError,
-    CurvatureRule,
-    DivergedError,
-    Images,
-    Plan,
-    PlanError,
-    Recipe,
-    Study,
-    run_trial,
-)
+from raymem import CurvatureRule, Plan, Recipe, Study
+from raymem.errors import CurvatureError, DivergedError, PlanError
 from raymem.models import build_model
 from raymem.privacy import Privacy, mechanism_for
-from raymem.training import Member, measure, run_group
+from raymem.training import Images, Member, measure, run_group, run_trial
 from raymem.training.epoch_curvature import EpochCurvature
 
 N = 240

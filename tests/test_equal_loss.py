@@ -14,11 +14,12 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from raymem.links import correlations_as_dict, verdicts_on_link1
+from raymem.encoding import json_object
+from raymem.links import verdicts_on_link1
 from raymem.links.correlation import correlate
 from raymem.links.equal_loss import within_strata
+from raymem.links.folds import Folds
 from raymem.links.split_half import partial_spearman
-from raymem.links.sums import Sums
 from raymem.scores import most_tied, spearman_ceiling
 from raymem.show import correlations_text
 
@@ -54,7 +55,7 @@ def correlated(sums, seed, replicates=30):
     table = pa.table(
         {"fold": np.repeat(np.arange(F), N), **{k: v.ravel() for k, v in sums.items()}}
     )
-    folds, rows = Sums(table, names), np.arange(N)
+    folds, rows = Folds(table, names), np.arange(N)
     mem = folds.memorization(np.ones(F), rows)
     values = {name: folds.mean(name, np.ones(F), rows) for name in names}
     return correlate(mem, values, folds, np.random.default_rng(seed), replicates)
@@ -195,6 +196,6 @@ def test_the_verdict_names_its_estimate_interval_and_limits():
     assert "The loss of the same models: Spearman" in verdict.text
     assert "the loss does not" in verdict.not_shown
     assert str(verdict).endswith(verdict.not_shown)
-    assert set(correlations_as_dict({math.inf: rows})["inf"][0]) >= {
+    assert set(json_object({math.inf: rows})["inf"][0]) >= {
         "ceiling", "tied", "among_memorized", "auc", "pearson_disattenuated", "at_equal_loss",
     }  # fmt: skip

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raymem import Examples, ExamplesError, load_examples
+from raymem import Examples, load_examples
 from raymem.data import draw_training, flip_labels
+from raymem.errors import ExamplesError
 
 
 def arrays(n=6, m=3, classes=2, shape=(4, 4, 1), seed=0):

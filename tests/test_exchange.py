@@ -22,7 +22,6 @@ from scipy import stats
 
 from raymem import (
     Examples,
-    ImportFileError,
     Store,
     export,
     import_fleet,
@@ -32,6 +31,7 @@ from raymem import (
     score,
 )
 from raymem.cli import main
+from raymem.errors import ImportFileError
 from raymem.interop import layouts
 from raymem.interop.safe import array_of
 from raymem.links import correlations_across, find_links

@@ -16,7 +16,7 @@ from raymem.errors import StoreError
 from raymem.scores import lira, read_membership, rmia
 from raymem.scores.attack_scores import ATTACKS, TargetScores, auc_by_example, by_example
 from raymem.scores.few_references import arms, reference_sums
-from raymem.scores.lira import Sums
+from raymem.scores.lira import Moments, add_margins, margin_sums
 from raymem.scores.trial_margins import TrialMargins
 from raymem.show import membership_text
 from raymem.show.result_tables import references_table
@@ -30,10 +30,10 @@ def auc_by_pairs(values, members):
 
 
 def summed(margins, masks, trials):
-    sums = Sums(margins[0])
+    sums = margin_sums(margins[0])
     for t in trials:
-        sums.add(margins[t], masks[t])
-    return sums.moments()
+        add_margins(sums, margins[t], masks[t])
+    return Moments.of(sums)
 
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
@@ -102,7 +102,7 @@ def test_with_few_references_attacks_reach_their_closed_forms(shifted):
         mean, offline = rates["margin minus mean"], rates["LiRA offline"]
         assert abs(mean.value - norm.cdf(SHIFT / math.sqrt(2 * (1 + 1 / K)))) < 0.015
         assert abs(offline.value - norm.cdf(SHIFT / math.sqrt(2 * (1 + 2 / K)))) < 0.015
-        assert all(one.roc == [] for one in row.attacks)
+        assert all(one.roc.fpr == [] for one in row.attacks)
     first, last = (here.by_references[k].attacks for k in (0, -1))
     auc = {name: [one.auc.value for row in (first, last) for one in row if one.name == name]
            for name in ATTACKS}  # fmt: skip
@@ -138,7 +138,7 @@ def test_each_example_has_its_references_and_none_is_of_the_targets_block():
             sums = reference_sums(trials, target, wanted)
             assert sum(wanted) == K
             assert (sums.n == np.array(wanted)[:, None]).all()
-            moments = sums.moments()
+            moments = Moments.of(sums)
             for i in range(60):
                 for arm in (0, 1):
                     rows = [t for t in order if masks[t, i] == arm][: wanted[arm]]

@@ -14,15 +14,9 @@ import pytest
 from learners import KnownOdds, memorizes_everything, numbered_examples, recipe
 from processes import no_survivors, run_job, start_job, wait_until, workers_of
 
-from raymem import (
-    FleetError,
-    RecipeError,
-    Store,
-    StoreFullError,
-    Study,
-    TrialKey,
-    verify,
-)
+from raymem import Store, Study, verify
+from raymem.errors import FleetError, RecipeError, StoreFullError
+from raymem.store import TrialKey
 
 pytestmark = pytest.mark.alone
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raymem import CurvatureRule, DivergedError, Images, Plan, Recipe, TrialResult, run_trial
-from raymem.errors import StoreFullError
-from raymem.training import Member, Steps, run_group
+from raymem import CurvatureRule, Plan, Recipe
+from raymem.errors import DivergedError, StoreFullError
+from raymem.training import Images, Member, Steps, TrialResult, run_group, run_trial
 from raymem.training.group import Group
 from raymem.training.loop import start
 from raymem.training.precision import fast_arithmetic

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from test_trial_queue import Clock, keys
 from torch import nn
 
-from raymem import Recipe, Store, Study, TrialKey
+from raymem import Recipe, Store, Study
 from raymem.fleet import Stopped
 from raymem.fleet.trial_queue import DEATHS_ALLOWED, LEASE_SECONDS, TrialQueue
+from raymem.store import TrialKey
 from raymem.training.group import Group
 
 RECIPE = Recipe(model="mlp-16", epochs=4, batch_size=50)
@@ -264,8 +265,7 @@ def test_the_option_is_a_number_or_auto():
 
 
 def test_a_cpu_trains_one_model_at_a_time_by_itself(examples):
-    from raymem import Images
-    from raymem.training import models_per_step
+    from raymem.training import Images, models_per_step
 
     e = examples
     images = Images.from_arrays(e.x_train, e.y_train, e.x_test, e.y_test, 10)

@@ -26,7 +26,6 @@ from PIL import Image, ImageOps
 from processes import no_survivors, wait_until
 from shard_files import WNIDS, ilsvrc, saved, write_ilsvrc, write_parquet, write_tar
 
-from raymem import ExamplesError, StoreError, StoreHeldError, StudyMismatchError
 from raymem.cli import main
 from raymem.data import Cache, CachedExamples
 from raymem.data.shards import Transform, ingest, ingestion, records
@@ -34,7 +33,13 @@ from raymem.data.shards import pieces as pieces_module
 from raymem.data.shards.finish_cache import _against
 from raymem.data.shards.records import Shard
 from raymem.data.shards.splits import find_splits
-from raymem.errors import DamagedObjectError
+from raymem.errors import (
+    DamagedObjectError,
+    ExamplesError,
+    StoreError,
+    StoreHeldError,
+    StudyMismatchError,
+)
 from raymem.fleet.cluster import CPU_NODE
 from raymem.store import DriverLock, Files
 

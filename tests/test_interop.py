@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import reference
 
-from raymem import ImportFileError, PlanError, Store, StudyMismatchError, import_npz, score, verify
+from raymem import Store, import_npz, score, verify
+from raymem.errors import ImportFileError, PlanError, StudyMismatchError
 
 T, N, M = 40, 30, 8
 

@@ -21,19 +21,10 @@ from learners import (
     recipe,
 )
 
-from raymem import (
-    LeaveOneOut,
-    LeaveOneOutSettings,
-    Plan,
-    PlanError,
-    Privacy,
-    Store,
-    StoreError,
-    Study,
-    run_leave_one_out_job,
-)
-from raymem.cli import main
-from raymem.experiments import COUNTS, GROUPS
+from raymem import Plan, Privacy, Store, Study
+from raymem.cli import LeaveOneOutSettings, main, run_leave_one_out_job
+from raymem.errors import PlanError, StoreError
+from raymem.experiments import COUNTS, GROUPS, LeaveOneOut
 from raymem.links import extrapolate, find_leave_one_out, leave_one_out_by_scores
 from raymem.links import leave_one_out as module
 from raymem.links.leave_one_out import compare

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from scipy import optimize, stats
 
-from raymem import CurvatureRule, Recipe, Store, Study, correlations
+from raymem import CurvatureRule, Recipe, Store, Study
 from raymem.links import (
     by_memorization,
+    correlations,
     correlations_across,
     costs,
     find_links,
@@ -20,7 +21,7 @@ from raymem.links import (
 )
 from raymem.links.binned import crossed
 from raymem.links.correlation import Coefficient, correlate
-from raymem.links.sums import FixedSums, Sums
+from raymem.links.folds import FixedScores, Folds
 from raymem.show import correlations_text, links_text
 from raymem.store.measures import MEASURES
 
@@ -188,7 +189,7 @@ def test_intervals_cover_the_expected_coefficient_at_their_rate():
         fold = np.repeat(np.arange(F), N)
         table = pa.table({"fold": fold, **{n: v.reshape(-1) for n, v in sums.items()}})
         (found,) = correlate(
-            mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
+            mem, {"curvature_out": values}, Folds(table, ["curvature_out"]),
             np.random.default_rng(k),
         )  # fmt: skip
         covered += [
@@ -263,7 +264,7 @@ def test_instruments_and_reliabilities_undo_what_noise_does():
         fold = np.repeat(np.arange(2), 300)
         table = pa.table({"fold": fold, **{n: v.reshape(-1) for n, v in sums.items()}})
         (found,) = correlate(
-            mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
+            mem, {"curvature_out": values}, Folds(table, ["curvature_out"]),
             np.random.default_rng(k), replicates=2,
         )  # fmt: skip
         plain.append(found.slope)
@@ -351,8 +352,8 @@ def test_costs_are_those_of_the_trials(study):
 
 def test_one_models_measures_against_memorization_of_the_others(study):
     """By hand, from the trial files: memorization of the folds that the model is not in."""
-    from raymem import TrialKey
     from raymem.links import of_one_model
+    from raymem.store import TrialKey
 
     store = Store(study.store)
     rows = {row.measure: row for row in of_one_model(store, [math.inf])[math.inf]}
@@ -466,7 +467,7 @@ def test_noise_that_both_share_is_undone_too():
             {"fold": np.repeat(np.arange(2), 300), **{m: v.reshape(-1) for m, v in sums.items()}}
         )
         (found,) = correlate(
-            mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
+            mem, {"curvature_out": values}, Folds(table, ["curvature_out"]),
             np.random.default_rng(k), replicates=2,
         )  # fmt: skip
         restored.append(found.pearson_disattenuated)
@@ -485,7 +486,7 @@ def test_intervals_of_the_slope_cover_what_fleets_vary_around():
         fold = np.repeat(np.arange(8), 200)
         table = pa.table({"fold": fold, **{n: v.reshape(-1) for n, v in sums.items()}})
         (found,) = correlate(
-            mem, {"curvature_out": values}, Sums(table, ["curvature_out"]),
+            mem, {"curvature_out": values}, Folds(table, ["curvature_out"]),
             np.random.default_rng(k), replicates=80,
         )  # fmt: skip
         slopes.append(found.slope)
@@ -505,7 +506,7 @@ def test_bins_of_other_trials_have_the_true_slope():
         table = pa.table(
             {"fold": np.repeat(np.arange(2), 2000), **{n: v.reshape(-1) for n, v in sums.items()}}
         )
-        folds = Sums(table, ["curvature_out"])
+        folds = Folds(table, ["curvature_out"])
         halves = [np.array([1.0, 0.0]), np.array([0.0, 1.0])]
         rows = np.arange(2000)
         first, second = (folds.memorization(h, rows) for h in halves)
@@ -541,7 +542,7 @@ def test_the_interval_of_an_auc_near_one_is_narrow():
     mem = np.concatenate([np.zeros(370), rng.uniform(0.3, 1, 30)])
     measure = mem + 0.1 * rng.standard_normal(400)
     (found,) = correlate(
-        mem, {"loss_out": measure}, FixedSums(mem, {"loss_out": measure}),
+        mem, {"loss_out": measure}, FixedScores(mem, {"loss_out": measure}),
         np.random.default_rng(1),
     )  # fmt: skip
     assert found.auc.value > 0.98

@@ -15,7 +15,8 @@ import psutil
 import pytest
 from processes import no_survivors, wait_until, workers_of
 
-from raymem import Store, TrialKey, verify
+from raymem import Store, verify
+from raymem.store import TrialKey
 
 pytestmark = pytest.mark.alone
 

@@ -17,7 +17,7 @@ from raymem import Plan, Store, import_npz, membership, score, verify
 from raymem.cli import main
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.scores import attack, read_membership
-from raymem.scores.lira import Sums, scores, vulnerability
+from raymem.scores.lira import Moments, add_margins, margin_sums, scores, vulnerability
 from raymem.show import write_report
 from raymem.show.terminal_membership import correlation_text, stale_text
 from raymem.store import TrialKey, columns, trial_table
@@ -121,7 +121,7 @@ def test_numbers_of_an_attack_are_those_of_pairs_and_thresholds():
         jackknife = math.sqrt(5 / 6 * sum((row[j] - np.mean(left_out, 0)[j]) ** 2
                                           for row in left_out))  # fmt: skip
         assert rate.stderr == pytest.approx(jackknife)
-    for fpr, tpr in found.roc:
+    for fpr, tpr in zip(found.roc.fpr, found.roc.tpr, strict=True):
         assert fpr * (~members).sum() >= 1
         assert tpr == max(
             [(values[members] >= c).mean() for c in np.unique(values)
@@ -133,7 +133,7 @@ def test_an_attack_without_others_knows_nothing():
     found = attack("a", [1.0, 2.0], [True, True], [0, 1])
     assert math.isnan(found.auc.value)
     assert math.isnan(found.tpr_at_fpr.stderr)
-    assert found.roc == []
+    assert found.roc.fpr == found.roc.tpr == []
     assert math.isnan(attack("a", [1.0, 2.0], [True, False], [0, 0]).auc.stderr)
 
 
@@ -380,7 +380,7 @@ def test_tiny_stores_are_refused_or_say_what_they_lack(tmp_path):
 
 def test_margins_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="finite"):
-        Sums([0.0]).add([math.inf], [True])
+        add_margins(margin_sums([0.0]), [math.inf], [True])
     with pytest.raises(ValueError, match="target"):
         scores([[0.0], [1.0]], [[True], [False]], 0, [1])
     plan = Plan(n=30, subset_ratio=0.5, seed=1)
@@ -400,10 +400,10 @@ def test_a_fleet_balanced_as_a_whole_is_warned_of(tmp_path):
 
 
 def test_vulnerability_needs_spread_and_both_arms():
-    sums = Sums([1.0, 1.0, 1.0])
+    sums = margin_sums([1.0, 1.0, 1.0])
     for t, inside in enumerate([True, False, True]):
-        sums.add([1.0, t, t], [inside, True, inside])
-    apart, error = vulnerability(sums.moments())
+        add_margins(sums, [1.0, t, t], [inside, True, inside])
+    apart, error = vulnerability(Moments.of(sums))
     assert np.isnan(apart).tolist() == np.isnan(error).tolist() == [True, True, False]
 
 

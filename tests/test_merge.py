@@ -15,26 +15,17 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raymem import (
+from raymem import Examples, Recipe, Store, Study, import_npz, merge, score, verify
+from raymem.cli import main
+from raymem.errors import (
     DamagedObjectError,
-    Examples,
-    Mechanism,
-    Recipe,
     ResultMismatchError,
-    Store,
     StoreError,
     StoreHeldError,
-    Study,
     StudyMismatchError,
-    Target,
-    TrialKey,
-    import_npz,
-    merge,
-    score,
-    verify,
 )
-from raymem.cli import main
-from raymem.store import DriverLock, Files
+from raymem.privacy import Mechanism
+from raymem.store import DriverLock, Files, Target, TrialKey
 from raymem.store.trials import encode
 
 N, M, TRIALS, KEPT = 40, 12, 10, 3

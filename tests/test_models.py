@@ -7,7 +7,8 @@ import textwrap
 import pytest
 import torch
 
-from raymem import Recipe, RecipeError
+from raymem import Recipe
+from raymem.errors import RecipeError
 from raymem.models import build_model, identity
 
 

@@ -31,29 +31,18 @@ from processes import JOB, no_survivors, run_job, start_job, wait_until
 from s3_server import CutAnswer, CutRequest, Delay, Refuse, Without, first, some
 from s3fs.errors import translate_boto_error
 
-from raymem import (
-    CurvatureRule,
-    ExamplesError,
-    ScoringModel,
-    Store,
-    StoreError,
-    StoreFullError,
-    StoreHeldError,
-    Study,
-    TrialKey,
-    list_shards,
-    stream_curvature,
-    verify,
-)
+from raymem import CurvatureRule, Store, Study, stream_curvature, verify
 from raymem import retry as patience
 from raymem.cli import main
+from raymem.curvature.streaming import ScoringModel
 from raymem.curvature.streaming.scoring_model import read_weights
-from raymem.data.shards import Transform
+from raymem.data.shards import Transform, list_shards
 from raymem.data.shards.shard_readers import read_shard
+from raymem.errors import ExamplesError, StoreError, StoreFullError, StoreHeldError
 from raymem.fleet.blame import STORE_FAILURES_IN_A_ROW
 from raymem.fleet.trial_queue import TrialQueue
 from raymem.models import build_model
-from raymem.store import DriverLock, Files
+from raymem.store import DriverLock, Files, TrialKey
 from raymem.store import files as files_module
 
 INF = math.inf

@@ -20,8 +20,9 @@ import pytest
 from click.testing import CliRunner
 from learners import KnownOdds, memorizes_everything, numbered_examples, recipe
 
-from raymem import FleetError, Store, Study, TrialKey, verify
+from raymem import Store, Study, verify
 from raymem.cli import main
+from raymem.errors import FleetError
 from raymem.fleet import Progress, TrialQueue, trackers
 from raymem.fleet.blame import Location
 from raymem.fleet.metrics import METRICS, FleetMetrics
@@ -29,7 +30,7 @@ from raymem.fleet.progress import Capacity, GroupProgress, Report, why_no_commit
 from raymem.fleet.watch import FleetWatch
 from raymem.show import describe_store, watch_status
 from raymem.show.study_status import StudyStatus
-from raymem.store import FailureLog, failure_causes
+from raymem.store import FailureLog, TrialKey, failure_causes
 from raymem.store.lock import process_start
 
 ROOT = Path(__file__).parents[1]

@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 import pytest
 
-from raymem import CurvatureRule, JobSettings, PaperRule, PrivateStudy, Recipe, Smoke
-from raymem.cli import job_curvature, job_experiments, job_study
+from raymem import CurvatureRule, JobSettings, PrivateStudy, Recipe
+from raymem.cli import Smoke, job_curvature, job_experiments, job_study
 from raymem.cli.job_settings import CacheSettings, PoolSettings, RunOptions
 from raymem.cli.options import as_text, fields_of, options_of, run_command
+from raymem.curvature import PaperRule
 from raymem.data.load import NAMED
 from raymem.fleet import Resources
 from raymem.settings import Setting

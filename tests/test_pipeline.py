@@ -18,7 +18,8 @@ from learners import (
     recipe,
 )
 
-from raymem import Examples, Recipe, Store, Study, Target, TrialKey, memorization
+from raymem import Examples, Recipe, Store, Study, memorization
+from raymem.store import Target, TrialKey
 from raymem.store.trials import metadata_of
 
 

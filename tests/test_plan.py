@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from raymem import Plan, PlanError
+from raymem import Plan
+from raymem.errors import PlanError
 from raymem.plan import block_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "plan.json").read_text())

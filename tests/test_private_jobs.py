@@ -19,21 +19,19 @@ from raymem import (
     Examples,
     JobSettings,
     Plan,
-    PoolSettings,
     Privacy,
-    PrivacyError,
     PrivateStudy,
     Recipe,
     Store,
     Study,
-    Target,
     run_job,
 )
-from raymem.cli import job_study, main
+from raymem.cli import PoolSettings, job_study, main
+from raymem.errors import PrivacyError
 from raymem.links import find_links, link2, link3
 from raymem.models import build_model
 from raymem.privacy.sgd import check_layers
-from raymem.store import TrialKey, verify
+from raymem.store import Target, TrialKey, verify
 from raymem.training import check_private_recipe, private_recipe
 
 JOBS = Path(__file__).parents[1] / "jobs"

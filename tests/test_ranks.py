@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raymem import CurvatureRule, Images, Plan, Recipe, run_trial
-from raymem.training import ALONE, Ranks
+from raymem import CurvatureRule, Plan, Recipe
+from raymem.training import ALONE, Images, Ranks, run_trial
 
 pytestmark = pytest.mark.alone
 

@@ -15,24 +15,10 @@ import pytest
 from click.testing import CliRunner
 from learners import memorizes_everything, numbered_examples, recipe
 
-from raymem import (
-    Examples,
-    Plan,
-    PlanError,
-    Privacy,
-    Recipe,
-    Removal,
-    RemovalSettings,
-    Store,
-    StoreError,
-    Study,
-    StudyMismatchError,
-    find_removal,
-    load_examples,
-    merge,
-    run_removal_job,
-)
-from raymem.cli import main
+from raymem import Examples, Plan, Privacy, Recipe, Store, Study, find_removal, load_examples, merge
+from raymem.cli import RemovalSettings, main, run_removal_job
+from raymem.errors import PlanError, StoreError, StudyMismatchError
+from raymem.experiments import Removal
 from raymem.links import removal_by_scores, removal_effect
 from raymem.show import merge_text, removal_text
 from raymem.store import TrialKey, verify

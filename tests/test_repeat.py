@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from raymem import Recipe, Store, StoreError, Study, import_npz
+from raymem import Recipe, Store, Study, import_npz
 from raymem.cli import main
+from raymem.errors import StoreError
 from raymem.fleet import TrialOptions, repeat_trial
 from raymem.links import diagnostics
 

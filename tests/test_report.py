@@ -427,7 +427,7 @@ def test_a_browser_has_nothing_to_complain_of(study, text, tmp_path, width):
 
 def test_a_notebook_opens_a_store(study):
     opened = raymem.open(study.store, data=study.examples)
-    assert opened.examples.num_rows == 90
+    assert opened.scores.num_rows == 90
     assert opened.pairs.num_rows > 0
     assert opened.trials.num_rows == 40
     links = opened.links()

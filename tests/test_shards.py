@@ -21,30 +21,18 @@ import shard_files
 import torch
 from PIL import Image
 
-from raymem import (
-    CurvatureRule,
-    ExamplesError,
-    FleetError,
-    Recipe,
-    RecipeError,
-    ScoringModel,
-    Store,
-    StoreError,
-    Study,
-    StudyMismatchError,
-    Transform,
-    TrialKey,
-    list_shards,
-    measure,
-    run_curvature_job,
-    stream_curvature,
-)
-from raymem.cli import main
+from raymem import CurvatureRule, Recipe, Store, Study, stream_curvature
+from raymem.cli import main, run_curvature_job
+from raymem.curvature.streaming import ScoringModel
 from raymem.curvature.streaming.scoring_model import read_weights
+from raymem.data.shards import Transform, list_shards
 from raymem.data.shards.ray_data import actors
 from raymem.data.shards.shard_readers import read_shard
+from raymem.errors import ExamplesError, FleetError, RecipeError, StoreError, StudyMismatchError
 from raymem.models import build_model
 from raymem.scores import join_curvature
+from raymem.store import TrialKey
+from raymem.training import measure
 
 N = 60
 INF = float("inf")
@@ -154,7 +142,7 @@ def test_another_set_with_the_same_names_of_shards_is_not_taken_for_done(records
 
 
 def test_two_drivers_do_not_score_the_same_shards(shards_at, tmp_path):
-    from raymem import StoreHeldError
+    from raymem.errors import StoreHeldError
     from raymem.store import DriverLock, Files
 
     with (
@@ -805,8 +793,9 @@ SCRIPT = """
 import sys
 sys.path[:0] = [{tests!r}]
 from test_shards import scoring_model
-from raymem import Store, list_shards
+from raymem import Store
 from raymem.curvature.streaming import stream_models
+from raymem.data.shards import list_shards
 if __name__ == "__main__":
     models = [scoring_model(), scoring_model("other", seed=1)]
     stream_models(list_shards({data!r}), models, Store({store!r}), batch_size=8)

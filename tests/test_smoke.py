@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from raymem import Cache, Store, verify
+from raymem import Store, verify
+from raymem.data import Cache
 
 JOB = Path(__file__).parents[1] / "jobs" / "feldman_imagenet.py"
 

@@ -30,7 +30,7 @@ def test_lost_trials_are_charged_to_what_ended_them():
     from benchmarks import soak
     from benchmarks.soak_faults import Happened, Hit
     from benchmarks.soak_job import Start
-    from raymem import TrialKey
+    from raymem.store import TrialKey
 
     plan = soak.found_study("memory://soak", 1).plan
     seeds = [plan.seeds(trial).init for trial in range(3)]

@@ -9,19 +9,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from raymem import (
-    DamagedObjectError,
-    Examples,
-    ExamplesError,
-    JobSettings,
-    Recipe,
-    Store,
-    StoreError,
-    Study,
-    import_npz,
-    score,
-)
+from raymem import Examples, JobSettings, Recipe, Store, Study, import_npz, score
 from raymem.cli import main, run_job
+from raymem.errors import DamagedObjectError, ExamplesError, StoreError
 from raymem.links import correlations_across, costs, diagnostics, find_links, link3
 from raymem.show import write_report
 from raymem.show.tables import TableError, where

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -93,19 +92,6 @@ def test_a_job_starts_without_what_only_its_last_stages_need():
     assert not {"scipy.stats", "scipy.optimize", "raymem.links", "raymem.show.figures"} & found
 
 
-@pytest.mark.parametrize("before", ["", "import raymem.curvature", "import raymem.curvature.trace"])
-def test_raymem_curvature_can_be_called_whatever_was_imported_before(before):
-    imported_by(f"""{before}
-import raymem, torch
-from raymem import curvature
-from raymem.curvature import CurvatureRule
-import raymem.curvature.trace as trace
-model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).eval()
-x, y = torch.rand(2, 1, 2, 2), torch.tensor([0, 1])
-a, b, c = (f(model, x, y) for f in (raymem.curvature, curvature, trace.curvature))
-assert a.trace.tolist() == b.trace.tolist() == c.trace.tolist()""")
-
-
 def test_what_type_checkers_see_is_what_is_exported():
     lazy = [p for p in ROOT.rglob("__init__.py") if "lazy_attributes(__name__" in p.read_text()]
     assert len(lazy) >= 8
@@ -124,4 +110,3 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'raymem' has no attribute 'memorisation'"):
         _ = raymem.memorisation
     assert not hasattr(raymem.scores, "memorisation")
-    assert inspect.getdoc(raymem.curvature)

@@ -19,20 +19,16 @@ import pytest
 from learners import memorizes_everything, memorizes_nothing, numbered_examples, recipe
 from processes import wait_until
 
-from raymem import (
+from raymem import Store, Study, verify
+from raymem.errors import (
     DamagedObjectError,
     ResultMismatchError,
-    Store,
     StoreError,
     StoreFullError,
     StoreHeldError,
-    Study,
     StudyMismatchError,
-    Target,
-    TrialKey,
-    verify,
 )
-from raymem.store import DriverLock, Files
+from raymem.store import DriverLock, Files, Target, TrialKey
 from raymem.store import lock as lock_module
 from raymem.store.derived import Note
 from raymem.store.trials import digest, encode

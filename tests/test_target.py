@@ -6,23 +6,11 @@ import math
 
 import pytest
 
-from raymem import (
-    DamagedObjectError,
-    Examples,
-    JobSettings,
-    PlanError,
-    Recipe,
-    Store,
-    Study,
-    Target,
-    TrialKey,
-    merge,
-    run_job,
-    score,
-)
+from raymem import Examples, JobSettings, Recipe, Store, Study, merge, run_job, score
+from raymem.errors import DamagedObjectError, PlanError
 from raymem.scores import Until
 from raymem.show.terminal_status import describe_store
-from raymem.store import Part
+from raymem.store import Part, Target, TrialKey
 
 N, M = 40, 12
 

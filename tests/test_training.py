@@ -9,10 +9,18 @@ import reference
 import torch
 from torch.nn import functional as F
 
-from raymem import DivergedError, Images, OutOfMemoryError, Plan, Recipe, RecipeError, run_trial
-from raymem.errors import TrialError
+from raymem import Plan, Recipe
+from raymem.errors import DivergedError, OutOfMemoryError, RecipeError, TrialError
 from raymem.models import build_model
-from raymem.training import augment, evaluate, learning_rate_factor, margins, train
+from raymem.training import (
+    Images,
+    augment,
+    evaluate,
+    learning_rate_factor,
+    margins,
+    run_trial,
+    train,
+)
 from raymem.training.images import gather
 
 MLP = Recipe(model="mlp-32", epochs=4, batch_size=50)

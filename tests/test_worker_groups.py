@@ -10,7 +10,7 @@ import pytest
 import ray as real
 from ray.exceptions import ActorDiedError
 
-from raymem import FleetError
+from raymem.errors import FleetError
 from raymem.fleet import remote_queue, worker_groups
 from raymem.fleet.cluster import connected
 from raymem.fleet.resources import Resources

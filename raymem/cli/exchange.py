@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import click
 import pyarrow.compute as pc
@@ -174,11 +174,11 @@ def export_command(
 @click.argument("data")
 @click.argument("cache")
 @debug_option
-def ingest_command(data: str, cache: str, debug: bool, **values: Any) -> None:
+def ingest_command(data: str, cache: str, debug: bool, **values: object) -> None:
     """Decode a large image set once, into a cache that studies take as --data.
 
     DATA: folders train/CLASS and val, WebDataset tars, or Parquet as on Hugging Face; CACHE: a
-    folder or URL. What is decoded is not decoded again: run the same command to go on.
+    folder or URL. Run the same command again to continue where it stopped.
 
     Example: raymem ingest /data/imagenet /data/imagenet-64 --size 64 --on-bad quarantine
     """

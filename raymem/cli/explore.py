@@ -10,11 +10,15 @@ from raymem.cli.base import command_errors, debug_option, main
 @main.command("explore")
 @click.argument("store")
 @click.option("--data", help="Where the images are, if not where the study had them.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 takes a free port.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port to serve on; 0: any free port."
+)
 @click.option("--figure", help="Write the plot to this .png, .svg or .pdf file, and end.")
-@click.option("--across", default="memorization", help="Column across, of --figure.")
-@click.option("--up", default="curvature_out", help="Column up, of --figure.")
-@click.option("--epsilon", type=float, help="Of --figure; the largest if not given.")
+@click.option("--across", default="memorization", help="Column on the horizontal axis of --figure.")
+@click.option("--up", default="curvature_out", help="Column on the vertical axis of --figure.")
+@click.option(
+    "--epsilon", type=float, help="Privacy budget shown by --figure; by default the largest."
+)
 @debug_option
 def explore_command(
     store: str,
@@ -29,16 +33,16 @@ def explore_command(
     """Explore a store in a browser: hover, open, select and copy examples.
 
     Serves the report's explorer at 127.0.0.1 until Ctrl-C, for stores of any size: tables, images
-    and outcomes of models are read when the page asks. Nobody without the printed address can read
-    it, and nothing is written.
+    and outcomes of models are read on demand. The printed address contains a random token, without
+    which nobody can read the page; nothing is written.
 
     Example: raymem explore runs/feldman_digits
     """
     from raymem.show.explorer_spec import draw_figure
-    from raymem.show.notebook import Opened
+    from raymem.show.notebook import StudyResults
 
     with command_errors(debug):
-        opened = Opened(store, data)
+        opened = StudyResults(store, data)
         if figure:
             draw_figure(opened.store, figure, across=across, up=up, epsilon=epsilon)
             click.echo(f"figure: {figure}")

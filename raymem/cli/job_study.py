@@ -253,7 +253,7 @@ def links_and_print(study: Study, *, detailed: bool = True) -> Links | None:
     from raymem.show import links_text
 
     found = find_links(store)
-    store.write_note("links", found.as_dict())
+    store.write_note("links", found)
     if detailed:
         click.echo("\n" + links_text(found))
     click.echo(f"links:   {store.files.path('links.json')}")

@@ -11,13 +11,14 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import pyarrow as pa
 from pyarrow.csv import write_csv
 
 from raymem.cli.base import command_errors, debug_option, main, row_options
+from raymem.encoding import json_bytes
 from raymem.errors import StoreError
 from raymem.show import (
     Table,
@@ -35,7 +36,7 @@ from raymem.show.table import fold
 from raymem.store import Store, verify
 
 if TYPE_CHECKING:
-    from raymem.links import Links
+    from raymem.links import Correlation, Links
 
 SHOWN_PROBLEMS = 20
 
@@ -259,12 +260,12 @@ def example_command(store: str, example_id: str, n: int, debug: bool) -> None:
 def links_command(
     stores: Sequence[str], extrapolated: bool, csv: bool, as_json: bool, debug: bool
 ) -> None:
-    """The three links: memorization and curvature, and what epsilon does to both.
+    """The three links: between memorization and curvature, and of each with epsilon.
 
-    With private trials: laws of curvature against epsilon, bounds on memorization, and an audit
-    that could refute the claimed epsilons. Of several stores: each by itself, and memorization of
-    the first against curvature of the others, joined by example id; other examples are refused.
-    With --extrapolate: how far memorization at a subset ratio is from leaving one out.
+    For private trials: fits of curvature against epsilon, bounds on memorization, and an audit of
+    the claimed epsilons. With several stores: the links of each, and memorization of the first
+    against curvature of the others, joined by example id; all must have the same examples. With
+    --extrapolate: how much memorization at a subset ratio differs from leaving one out.
 
     Example: raymem links runs/privacy_digits
     """
@@ -281,7 +282,7 @@ def links_command(
         across = {other.url: correlations_across(opened[0], other) for other in opened[1:]}
         found = {store.url: find_links(store) for store in opened}
         if as_json:
-            click.echo(json.dumps(_as_json(found, across), indent=1))
+            click.echo(json_bytes(_all_links(found, across)), nl=False)
             return
         for url, links in found.items():
             if len(found) > 1:
@@ -305,23 +306,20 @@ def _extrapolate(stores: Sequence[Store], csv: bool, as_json: bool) -> None:
     if csv:
         write_csv(found.examples, sys.stdout.buffer)
     else:
-        click.echo(json.dumps(found.as_dict(), indent=1) if as_json else extrapolated_text(found))
+        click.echo(json_bytes(found).rstrip() if as_json else extrapolated_text(found))
 
 
-def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str, Any]:
-    from raymem.links import correlations_as_dict, verdicts_on_link1
+def _all_links(
+    found: Mapping[str, Links], across: Mapping[str, Mapping[float, Sequence[Correlation]]]
+) -> object:
+    from raymem.links import verdicts_on_link1
 
     if len(found) == 1:
-        return next(iter(found.values())).as_dict()
+        return next(iter(found.values()))
     return {
-        "stores": {url: links.as_dict() for url, links in found.items()},
-        "memorization_of_the_first_against": {
-            url: correlations_as_dict(rows) for url, rows in across.items()
-        },
-        "verdicts_against": {
-            url: [verdict.as_dict() for verdict in verdicts_on_link1(rows)]
-            for url, rows in across.items()
-        },
+        "stores": found,
+        "memorization_of_the_first_against": across,
+        "verdicts_against": {url: verdicts_on_link1(rows) for url, rows in across.items()},
     }
 
 
@@ -331,12 +329,12 @@ def _as_json(found: Mapping[str, Links], across: Mapping[str, Any]) -> dict[str,
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @debug_option
 def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> None:
-    """Membership inference: can a trial's subset be told from its margins?
+    """Membership inference: how well a trial's margins reveal its subset.
 
     Each target trial is attacked with the trials of other blocks (LiRA, Carlini et al. 2022; RMIA,
-    Zarifzadeh et al. 2024; the margin minus its mean), with all of them and with 2, 4, 8, ..., and
-    with one threshold on the loss. Writes scores/membership.parquet, with the vulnerability of
-    every training example, and membership.json, which the report shows.
+    Zarifzadeh et al. 2024; the margin minus its mean), with all of them and with only 2, 4, 8, ...
+    of them, and with one threshold on the loss. Writes scores/membership.parquet, with the
+    vulnerability of every training example, and membership.json, which the report shows.
 
     Example: raymem membership runs/feldman_digits
     """
@@ -348,7 +346,7 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
         found = membership(opened, targets=targets)
         found.write(opened)
         if as_json:
-            click.echo(json.dumps(found.as_dict(), indent=1))
+            click.echo(json_bytes(found), nl=False)
         else:
             click.echo(fold(membership_text(found)))
 
@@ -367,9 +365,9 @@ def membership_command(store: str, targets: int, as_json: bool, debug: bool) -> 
 def errors_command(store: str, n: int, epsilon: float, as_csv: bool, debug: bool) -> None:
     """Probable label errors, for cleaning a data set.
 
-    Training examples to whose labels models that did not see them give less than 10%. Where labels
-    were flipped on purpose (--flip-labels), how many of those are found. Test examples are ranked
-    by `raymem scores STORE --where "split == test" --sort loss_out`.
+    Lists the examples whose label gets a probability below 10% from models that did not train on
+    them. If the study flipped labels on purpose (--flip-labels), also how many of those are found.
+    Test examples are ranked by `raymem scores STORE --where "split == test" --sort loss_out`.
 
     Example: raymem errors runs/feldman_digits
     """

@@ -80,7 +80,7 @@ def _picture(label: int, size: int, rng: np.random.Generator) -> Image.Image:
 
 
 def check_rows(study: Study) -> str:
-    """One joined row per example (and epsilon), every measure in it. Raises FleetError if not."""
+    """Raise FleetError unless the scores have one row per example and epsilon, without gaps."""
     table, e = study.scores(), study.examples
     wanted = sorted((*e.train_ids, *e.test_ids))
     measured = ["curvature_in", "curvature_out"] if study.curvature is not None else []

@@ -1,8 +1,8 @@
 """Input loss curvature: model, images [B, C, H, W] and labels [B] in, one number per example out.
 
-    curvature      tr H, tr H^2, gradient norm and loss; H is the Hessian of the loss in the pixels
-    paper_score    Ravikumar et al. 2024, eq. 14: a finite difference, another quantity
-    pick_mode      is H the Gauss-Newton matrix (piecewise linear nets), or has it a second part?
+    input_curvature   tr H, tr H^2, gradient norm and loss; H: Hessian of the loss in the pixels
+    paper_score       Ravikumar et al. 2024, eq. 14: a finite difference, another quantity
+    pick_mode         is H the Gauss-Newton matrix (piecewise linear nets), or has it a second part?
 
 Everything is per example of the *summed* loss: the batch an example sits in does not matter, nor
 do the random probes, which are a function of the seed and the example's pixels.
@@ -13,10 +13,6 @@ by std^2, and a step h of the normalized image is a step h * std here. Published
 normalized images; to do as they do, pass the inner net and normalized x.
 """
 
-import sys
-from types import ModuleType
-from typing import Any
-
 from raymem.curvature.lower_precision import COMPARED, PrecisionChoice, pick_precision
 from raymem.curvature.paper import PaperRule, paper_score
 from raymem.curvature.trace import (
@@ -25,7 +21,7 @@ from raymem.curvature.trace import (
     Curvature,
     CurvatureRule,
     Mode,
-    curvature,
+    input_curvature,
     pick_mode,
 )
 
@@ -38,22 +34,8 @@ __all__ = [
     "Mode",
     "PaperRule",
     "PrecisionChoice",
-    "curvature",
+    "input_curvature",
     "paper_score",
     "pick_mode",
     "pick_precision",
 ]
-
-
-class _Callable(ModuleType):
-    """This package, which can be called: `raymem.curvature(...)` is `curvature(...)` in it.
-
-    Importing a package sets it as an attribute of its parent, whatever is there; so `raymem`'s
-    attribute is always the package.
-    """
-
-    def __call__(self, *args: Any, **options: Any) -> Curvature:
-        return curvature(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

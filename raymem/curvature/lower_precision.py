@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from raymem.curvature.trace import CurvatureRule, Precision, curvature
+from raymem.curvature.trace import CurvatureRule, Precision, input_curvature
 
 # The largest mean relative difference of the trace from float32's.
 TOLERANCE = 1e-3
@@ -71,7 +71,7 @@ def _trace(
     model: nn.Module, x: Tensor, y: Tensor, rule: CurvatureRule, precision: str, seed: int
 ) -> Tensor:
     chosen = dataclasses.replace(rule, precision=cast(Precision, precision))
-    return curvature(model, x, y, chosen, seed=seed).trace
+    return input_curvature(model, x, y, chosen, seed=seed).trace
 
 
 def relative_difference(found: Tensor, full: Tensor) -> float:

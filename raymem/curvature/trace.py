@@ -121,7 +121,7 @@ class CurvatureRule:
         if self.every_epochs is not None and self.every_epochs < 1:
             raise CurvatureError(f"every_epochs must be 1 or more, got {self.every_epochs}")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The rule as JSON-ready data: what a study's hash covers.
 
         `every_epochs` is left out where it is None: such studies keep the identity they had.
@@ -222,7 +222,7 @@ class _GaussNewton(NamedTuple):
     """[B, K-1, d] with root'root = J'SJ, if all columns were computed."""
 
 
-def curvature(
+def input_curvature(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -241,7 +241,7 @@ def curvature(
     cannot be differentiated as the mode needs it.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
-    >>> result = curvature(net, torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))
+    >>> result = input_curvature(net, torch.rand(2, 1, 2, 2), torch.tensor([0, 2]))
     >>> result.mode, result.backward_passes, bool((result.trace > 0).all())
     ('gauss-newton', 2, True)
     """

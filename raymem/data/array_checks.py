@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from raymem.errors import ExamplesError, RaymemError
 
 SHOWN = 5
 
 
-def as_images(x: Any, ids: Sequence[str]) -> NDArray[np.uint8]:
+def as_images(x: ArrayLike, ids: Sequence[str]) -> NDArray[np.uint8]:
     try:
         x = np.asarray(x)
     except ValueError as error:
@@ -33,7 +32,7 @@ def as_images(x: Any, ids: Sequence[str]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(x)
 
 
-def _eight_bit(x: NDArray[Any], ids: Sequence[str]) -> NDArray[np.uint8]:
+def _eight_bit(x: np.ndarray, ids: Sequence[str]) -> NDArray[np.uint8]:
     def refuse(bad: NDArray[np.bool_], what: str) -> None:
         rows = np.flatnonzero(bad.reshape(len(x), -1).any(axis=1)).tolist()
         if len(rows):
@@ -51,7 +50,7 @@ def _eight_bit(x: NDArray[Any], ids: Sequence[str]) -> NDArray[np.uint8]:
     return scaled.astype(np.uint8)
 
 
-def as_labels(y: Any, ids: Sequence[str]) -> NDArray[np.int64]:
+def as_labels(y: ArrayLike, ids: Sequence[str]) -> NDArray[np.int64]:
     y = np.asarray(y)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
@@ -91,13 +90,13 @@ def encodable(text: str) -> bool:
     return True
 
 
-def some(items: Iterable[Any]) -> str:
+def some(items: Iterable[object]) -> str:
     shown = [str(item) for item in items]
     more = f" and {len(shown) - SHOWN:,} more" if len(shown) > SHOWN else ""
     return ", ".join(shown[:SHOWN]) + more
 
 
-def arrays_of_npz(path: Path, error: type[RaymemError]) -> dict[str, NDArray[Any]]:
+def arrays_of_npz(path: Path, error: type[RaymemError]) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; pickled objects are never loaded. Raises `error`."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from raymem.data.examples import Examples
@@ -88,7 +89,7 @@ class Cache:
         local = "file" in self.fs.protocol
         return self._root if local else str(self.fs.unstrip_protocol(self._root))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.url,)
 
     def __repr__(self) -> str:
@@ -189,7 +190,7 @@ def holds_cache(url: str | os.PathLike[str]) -> bool:
     return WHOLE in names or (ABOUT in names and not names.isdisjoint({"pieces", "shards"}))
 
 
-def _file_system(url: str | os.PathLike[str]) -> tuple[Any, str]:
+def _file_system(url: str | os.PathLike[str]) -> tuple[AbstractFileSystem, str]:
     text = os.fspath(url)
     fs, root = open_fs(text if "://" in text else os.path.expanduser(text))
     return fs, root.rstrip("/")
@@ -226,7 +227,7 @@ class CachedExamples(Examples):
         # Ingest has checked it.
         object.__setattr__(self, "cache", cache if isinstance(cache, Cache) else Cache(cache))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.cache.url,)
 
     def __repr__(self) -> str:

@@ -147,7 +147,7 @@ class LongStage:
 
     @property
     def stop_asked(self) -> bool:
-        """Did the user ask to stop?"""
+        """Whether a signal asked to stop."""
         return self._asked > 0
 
     def show(self, snapshot: Snapshot, *, last: bool) -> None:

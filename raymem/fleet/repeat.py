@@ -5,12 +5,13 @@ Shapes: N training and M test examples.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from raymem.data import Examples
+from raymem.encoding import JsonObject
 from raymem.errors import StoreError
 from raymem.fleet.worker import TrialOptions, arithmetic
 from raymem.plan import Plan, Seeds
@@ -20,7 +21,7 @@ from raymem.training import Images, Recipe, default_device, run_trial
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repeat:
+class Repeat(JsonObject):
     """One trial trained twice with the same seeds."""
 
     epsilon: float
@@ -46,10 +47,9 @@ class Repeat:
             + ("" if self.comparable else " (on other hardware, a GPU, or with secret noise)")
         )
 
-    def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
-        epsilon = "inf" if math.isinf(self.epsilon) else self.epsilon
-        return {**vars(self), "epsilon": epsilon, "text": self.text}
+    def json_fields(self) -> Mapping[str, object]:
+        """The fields and the sentence."""
+        return {**vars(self), "text": self.text}
 
 
 def repeat_trial(
@@ -99,5 +99,5 @@ def repeat_trial(
             },
         ),
     )
-    store.write_note("repeat", found.as_dict())
+    store.write_note("repeat", found)
     return found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from raymem.data import ABSENT, Examples, example_id, repeated, rows_of
 from raymem.errors import ImportFileError
 from raymem.interop.safe import array_of, as_text, whole_numbers
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, np.ndarray]
 SHOWN = 5
 # Arrays with one column for each example, by split.
 PER_EXAMPLE = {

@@ -80,7 +80,7 @@ def _split(store: Store) -> dict[str, pa.Table]:
     return {s: index.filter(pc.equal(index["split"], s)) for s in ("train", "test")}
 
 
-def _trial(store: Store, key: TrialKey, N: int) -> dict[str, NDArray[Any]]:
+def _trial(store: Store, key: TrialKey, N: int) -> dict[str, np.ndarray]:
     """The columns of the index, by split."""
     table = store.trial(key, ["in_subset", "correct", "margin"])
     correct, margin = (table[name].to_numpy() for name in ("correct", "margin"))

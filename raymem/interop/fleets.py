@@ -12,11 +12,9 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from raymem.data import fingerprint_of, group_column
 from raymem.errors import ImportFileError
@@ -32,7 +30,7 @@ SHOWN = 5
 
 
 def import_arrays(
-    arrays: dict[str, NDArray[Any]],
+    arrays: dict[str, np.ndarray],
     store: str | os.PathLike[str],
     *,
     name: str,
@@ -79,7 +77,7 @@ def import_arrays(
 
 
 def make_study(
-    arrays: dict[str, NDArray[Any]],
+    arrays: dict[str, np.ndarray],
     store: Store,
     *,
     sizes: tuple[int, int],
@@ -111,7 +109,7 @@ def make_study(
     return store, index
 
 
-def check_keys(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+def check_keys(arrays: dict[str, np.ndarray], path: Path) -> None:
     """Raises ImportFileError for arrays that are missing, or that nobody knows."""
     unknown = [key for key in arrays if key not in KEYS]
     missing = [key for key in ("masks", "correct_train") if key not in arrays]
@@ -120,7 +118,7 @@ def check_keys(arrays: dict[str, NDArray[Any]], path: Path) -> None:
         raise ImportFileError(f"{path} {what}; a fleet's arrays are {', '.join(KEYS)}")
 
 
-def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+def _check_outcomes(arrays: dict[str, np.ndarray], path: Path) -> None:
     for name in ("masks", "correct_train", "correct_test"):
         if name in arrays:
             arrays[name] = truths(arrays[name], 2, f"{path}: {name}")
@@ -152,7 +150,7 @@ def _check_outcomes(arrays: dict[str, NDArray[Any]], path: Path) -> None:
     _check_margins(arrays, path)
 
 
-def _check_margins(arrays: dict[str, NDArray[Any]], path: Path) -> None:
+def _check_margins(arrays: dict[str, np.ndarray], path: Path) -> None:
     """A margin above 0 means the label beats all others together: then the model is right."""
     for split in ("train", "test"):
         margins, correct = arrays.get(f"margins_{split}"), arrays[f"correct_{split}"]
@@ -175,7 +173,7 @@ def _check_margins(arrays: dict[str, NDArray[Any]], path: Path) -> None:
             )
 
 
-def _index(arrays: dict[str, NDArray[Any]], N: int, M: int) -> pa.Table:
+def _index(arrays: dict[str, np.ndarray], N: int, M: int) -> pa.Table:
     ids = [
         value.decode(errors="replace") if isinstance(value, bytes) else str(value)
         for name, n in (("train", N), ("test", M))
@@ -207,7 +205,7 @@ def _index(arrays: dict[str, NDArray[Any]], N: int, M: int) -> pa.Table:
     )
 
 
-def _classes(arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+def _classes(arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
     labels = [arrays[name] for name in ("y_train", "y_test") if name in arrays]
     for values in labels:
         if values.dtype.kind not in "iu" or (
@@ -223,7 +221,7 @@ def _classes(arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
     return names
 
 
-def _digest(arrays: dict[str, NDArray[Any]]) -> str:
+def _digest(arrays: dict[str, np.ndarray]) -> str:
     sha = hashlib.sha256()
     for name in ("masks", "correct_train", "correct_test", "margins_train", "margins_test"):
         if name in arrays:
@@ -231,10 +229,10 @@ def _digest(arrays: dict[str, NDArray[Any]]) -> str:
     return sha.hexdigest()
 
 
-def _trial_table(arrays: dict[str, NDArray[Any]], trial: int) -> pa.Table:
+def _trial_table(arrays: dict[str, np.ndarray], trial: int) -> pa.Table:
     (_, N), M = arrays["masks"].shape, arrays["correct_test"].shape[1]
     is_test = np.arange(N + M) >= N
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "trial": np.full(N + M, trial, np.int32),
         "epsilon": np.full(N + M, math.inf),
         "split": ["train"] * N + ["test"] * M,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -26,7 +25,7 @@ from raymem.errors import ImportFileError
 from raymem.interop.crosswalk import labels_in
 from raymem.interop.safe import array_of, arrays_of, mapped, numbers, truths_in, whole_numbers
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, np.ndarray]
 AUX = "aux_arrays.npz"
 PER_TRIAL = ("masks", "correct_train", "correct_test", "margins_train", "margins_test")
 SHOWN = 5
@@ -107,7 +106,7 @@ def _outcomes(a: Arrays, part: str, n: int, run: Path) -> NDArray[np.bool_]:
     return values.astype(bool)
 
 
-def _scattered(index: NDArray[Any], values: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
+def _scattered(index: np.ndarray, values: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
     out = np.zeros(n, bool)
     out[index] = values
     return out
@@ -169,7 +168,7 @@ def _masks_of(path: Path) -> Path:
 
 
 def _right(
-    margins: NDArray[Any], done: NDArray[np.int64], models: int, folder: Path
+    margins: np.ndarray, done: NDArray[np.int64], models: int, folder: Path
 ) -> NDArray[np.bool_]:
     """Which outcomes of the models `done` are right; read some models at a time."""
     if margins.ndim != 2 or len(margins) != models:
@@ -208,7 +207,9 @@ def read_lira(path: Path, labels: NDArray[np.int64] | None, trials: int | None) 
     """
     keeps = sorted(path.rglob("keep.npy"), key=lambda p: _natural(p.parent))
     if not keeps:
-        raise ImportFileError(f"{path} has no keep.npy in it; give the folder above the models'")
+        raise ImportFileError(
+            f"{path} contains no keep.npy; give the folder that contains the folders of the models"
+        )
     _check_keeps(path, {keep.parent for keep in keeps})
     own = path / "y_train.npy"
     known = own.exists()
@@ -278,7 +279,7 @@ def _lira_file(folder: Path, name: str) -> Path | None:
     return epochs[-1] if epochs else None
 
 
-def _first_query(array: NDArray[Any], ndim: int) -> NDArray[Any]:
+def _first_query(array: np.ndarray, ndim: int) -> np.ndarray:
     while array.ndim > ndim:
         array = array[:, 0]
     return array
@@ -296,7 +297,7 @@ def _margins(
     return logits.argmax(1) == labels, logits[rows, labels] - rest
 
 
-def _check_scores(scores: NDArray[Any] | None, own: NDArray[np.float64], path: Path) -> bool:
+def _check_scores(scores: np.ndarray | None, own: NDArray[np.float64], path: Path) -> bool:
     """Are scores what these labels give? Published code adds a small number inside the logarithm,
     so that only scores near 0 are compared. False if there is none to compare."""
     if scores is None:
@@ -316,7 +317,7 @@ def _check_length(found: int, wanted: int, what: str) -> None:
         raise ImportFileError(f"{what} has {found} examples, but there are {wanted} in keep.npy")
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: Path) -> list[int | str]:
     """Sort key: 2 before 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 

@@ -22,7 +22,6 @@ import hashlib
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +36,7 @@ from raymem.plan import Plan
 from raymem.scores import PairRule
 from raymem.store import Store, columns
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, np.ndarray]
 # Endings of the names of Feldman & Zhang's files of one set.
 PARTS = ("infl_matrix", "index", "high_infl_pairs")
 PAIRS = {"tr_idx", "tt_idx", "infl", "mem"}
@@ -162,7 +161,10 @@ def _places(a: Arrays, name: str, n: int, path: Path) -> NDArray[np.int64]:
 
 
 def _kept(
-    matrix: NDArray[Any], train: NDArray[np.int64], test: NDArray[np.int64], mem: NDArray[Any]
+    matrix: np.ndarray,
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+    mem: np.ndarray,
 ) -> NDArray[np.float64]:
     """Rows (train, test, influence, strong): the rule's strong pairs, and the top of each test
     example."""
@@ -264,7 +266,7 @@ def _consistency(a: Arrays, path: Path) -> Arrays:
     }
 
 
-def _names(values: NDArray[Any] | None, split: str, n: int) -> NDArray[Any]:
+def _names(values: np.ndarray | None, split: str, n: int) -> np.ndarray:
     if values is None:
         return np.array([f"{split}-{k:05d}" for k in range(n)], dtype=str)
     return np.array([example_id(as_text(value)) for value in values], dtype=str)
@@ -308,7 +310,7 @@ def _write(a: Arrays, store: Store, path: Path) -> Store:
     )
     ids = index["example_id"].to_pylist()
     of = columns.SCORES_EXAMPLES
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "epsilon": np.full(N + M, math.inf),
         "null_reason": _why_null(a, N, M),
         **{

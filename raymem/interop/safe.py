@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +30,13 @@ HARMLESS = {
 
 
 class _Harmless(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) not in HARMLESS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
 
-def array_of(path: Path) -> NDArray[Any]:
+def array_of(path: Path) -> np.ndarray:
     """The array of an .npy file. Raises ImportFileError if there is none, or it holds objects."""
     try:
         with path.open("rb") as file:
@@ -49,7 +49,7 @@ def array_of(path: Path) -> NDArray[Any]:
 
 @contextmanager
 def laid_out(path: Path, format: str) -> Iterator[None]:
-    """Turns unforeseen errors of files in another layout into ImportFileError."""
+    """Raise ImportFileError for any error in reading files that do not have the expected layout."""
     try:
         yield
     except ImportFileError:
@@ -61,7 +61,7 @@ def laid_out(path: Path, format: str) -> Iterator[None]:
         ) from error
 
 
-def numbers(array: NDArray[Any], ndim: int, what: str) -> NDArray[Any]:
+def numbers(array: np.ndarray, ndim: int, what: str) -> np.ndarray:
     """The array, if it has numbers in `ndim` dimensions. Raises ImportFileError."""
     if array.dtype.kind not in "biuf" or array.ndim != ndim:
         raise ImportFileError(
@@ -71,7 +71,7 @@ def numbers(array: NDArray[Any], ndim: int, what: str) -> NDArray[Any]:
     return array
 
 
-def whole_numbers(array: NDArray[Any], what: str, below: float = np.inf) -> NDArray[np.int64]:
+def whole_numbers(array: np.ndarray, what: str, below: float = np.inf) -> NDArray[np.int64]:
     """[n] whole numbers from 0, all less than `below`. Raises ImportFileError for others."""
     a = numbers(array, 1, what)
     if not ((a >= 0) & (a < below) & (a == np.floor(a))).all():
@@ -80,7 +80,7 @@ def whole_numbers(array: NDArray[Any], what: str, below: float = np.inf) -> NDAr
     return a.astype(np.int64)
 
 
-def truths(array: NDArray[Any], ndim: int, what: str) -> NDArray[np.bool_]:
+def truths(array: np.ndarray, ndim: int, what: str) -> NDArray[np.bool_]:
     """True and false, or 0 and 1, in `ndim` dimensions. Raises ImportFileError for others."""
     found = numbers(array, ndim, what)
     if found.dtype != bool and not np.isin(found, (0, 1)).all():
@@ -93,11 +93,11 @@ def truths_in(path: Path) -> NDArray[np.bool_]:
     return truths(array_of(path), 1, str(path))
 
 
-def mapped(path: Path) -> NDArray[Any]:
+def mapped(path: Path) -> np.ndarray:
     """The array of an .npy file, mapped, so that only what is used is read. Raises as
     `array_of`."""
     try:
-        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise ImportFileError(
             f"{path} cannot be read ({error.strerror or error}); check the path"
@@ -110,7 +110,7 @@ def mapped(path: Path) -> NDArray[Any]:
     return found
 
 
-def arrays_of(path: Path) -> dict[str, NDArray[Any]]:
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file. Raises ImportFileError as `array_of` does."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -125,7 +125,7 @@ def arrays_of(path: Path) -> dict[str, NDArray[Any]]:
         ) from error
 
 
-def _array(file: IO[bytes], what: str) -> NDArray[Any]:
+def _array(file: IO[bytes], what: str) -> np.ndarray:
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0
@@ -137,7 +137,7 @@ def _array(file: IO[bytes], what: str) -> NDArray[Any]:
             return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
         found = _Harmless(file).load()
         if not isinstance(found, np.ndarray) or found.shape != shape:
-            raise ValueError("it is not the array that it says")
+            raise ValueError("its header does not match its size")
         if not all(isinstance(value, (bytes, str)) for value in found.flat):
             raise ValueError("its objects are not text")
         return np.array([as_text(value) for value in found.flat]).reshape(shape)
@@ -148,6 +148,6 @@ def _array(file: IO[bytes], what: str) -> NDArray[Any]:
         ) from error
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """A name from a file, bytes or text."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

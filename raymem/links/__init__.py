@@ -26,13 +26,12 @@ from raymem.links.correlation import (
     has_curvature,
     in_paper_bins,
 )
-from raymem.links.costs import TARGET, Costs, costs
 from raymem.links.cross_store import correlations_across, joined
-from raymem.links.diagnostics import Finding, diagnostics, red
 from raymem.links.epsilons import Change, Link2, Observed, fit_link2, link2
 from raymem.links.equal_loss import METHODS, NOT_A_TEST, EqualLoss
 from raymem.links.fits import Fit, Shape, fit_loss, fit_rivals
 from raymem.links.leave_one_out import Bias, LeftOut, find_leave_one_out
+from raymem.links.link1_costs import TARGET, Costs, costs
 from raymem.links.one_model import OneModel, of_one_model
 from raymem.links.pool import leave_one_out_by_scores, most_memorized, removal_by_scores
 from raymem.links.removal import (
@@ -45,11 +44,11 @@ from raymem.links.removal import (
 )
 from raymem.links.result import (
     Links,
-    correlations_as_dict,
     find_links,
     privacy_links,
     with_private,
 )
+from raymem.links.run_diagnostics import Finding, diagnostics, red
 from raymem.links.twins import Twins, find_twins
 from raymem.links.two_ratios import AtRatio, Extrapolated, extrapolate
 from raymem.links.two_stages import Parameter
@@ -95,7 +94,6 @@ __all__ = [
     "by_memorization",
     "correlations",
     "correlations_across",
-    "correlations_as_dict",
     "costs",
     "diagnostics",
     "extrapolate",

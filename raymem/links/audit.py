@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.data import ABSENT, rows_of
-from raymem.encoding import epsilon_name
+from raymem.encoding import JsonObject, epsilon_name
 from raymem.links.column_arrays import Floats, floats, train_at
-from raymem.links.epsilons import plain
 from raymem.links.membership_guesses import (
     CONFIDENCE,
     CandidateAudit,
@@ -65,7 +64,7 @@ NOT_PAIRED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundCheck:
+class BoundCheck(JsonObject):
     """A bound, and what the data say to it."""
 
     bound: Bound
@@ -73,6 +72,15 @@ class BoundCheck:
     """Examples whose lower limit of memorization, at the level of the verdict, is above it."""
     mean_above: bool
     """Is the lower limit of the pool's mean, at that level, above it?"""
+
+    def json_fields(self) -> Mapping[str, object]:
+        """The bound's fields, and what the data say to it."""
+        return {
+            **vars(self.bound),
+            "vacuous": self.bound.vacuous,
+            "violations": self.violations,
+            "pool_mean_above": self.mean_above,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +97,7 @@ class PoolMean:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit:
+class Audit(JsonObject):
     """What the trials at one epsilon say of memorization, and of the privacy that was claimed."""
 
     epsilon: float
@@ -145,30 +153,18 @@ class Audit:
         together = self.pairs is not None and self.pairs.refuted_from
         return bool((singly and singly <= self.level) or (together and together <= 1))
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+    def json_fields(self) -> Mapping[str, object]:
+        """As links.json has it."""
         return {
-            "epsilon": "inf" if math.isinf(self.epsilon) else self.epsilon,
+            "epsilon": self.epsilon,
             "trials": self.trials,
-            "pool_mean_memorization": None if self.pool is None else plain(vars(self.pool)),
-            "mechanism": None if self.mechanism is None else self.mechanism.as_dict(),
-            "bounds": [
-                {
-                    **vars(check.bound),
-                    "vacuous": check.bound.vacuous,
-                    "violations": check.violations,
-                    "pool_mean_above": check.mean_above,
-                }
-                for check in self.bounds
-            ],
-            **plain(
-                {
-                    "largest_lower_limit": self.largest_limit,
-                    "level_of_each_test": self.level,
-                }
-            ),
-            "candidates": None if self.candidates is None else plain(vars(self.candidates)),
-            "pairs": None if self.pairs is None else plain(vars(self.pairs)),
+            "pool_mean_memorization": self.pool,
+            "mechanism": self.mechanism,
+            "bounds": self.bounds,
+            "largest_lower_limit": self.largest_limit,
+            "level_of_each_test": self.level,
+            "candidates": self.candidates,
+            "pairs": self.pairs,
             "why_no_pairs": self.why_no_pairs,
             "could_refute": self.could_refute,
             "refuted": self.refuted,

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raymem.encoding import epsilon_name
 from raymem.errors import StoreError
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.store import Store
+from raymem.store.columns import Row
 from raymem.store.measures import MEASURES, OTHER, SOFT
 
 RANKINGS = [m for m in (*MEASURES.values(), OTHER, SOFT) if m.ranks_label_errors]
@@ -51,9 +52,10 @@ class LabelErrors:
     known: bool
     """Is the loss or accuracy of models without the examples known? Published memorization alone
     does not say what is wrong."""
-    rows: list[dict[str, Any]]
-    """Training examples to whose label models that did not see them give less than 10%; the largest
-    loss of these models first. Columns of the score table, and `class`, the label's name."""
+    rows: list[Row]
+    """Training examples whose label gets a probability below 10% from models that did not train on
+    them; the largest loss of these models first. Columns of the score table, and `class`, the
+    label's name."""
     planted: int
     """How many labels were flipped on purpose."""
     precision: float
@@ -104,7 +106,7 @@ def label_errors(store: Store, epsilon: float = math.inf) -> LabelErrors:
     )
 
 
-def rank(column: str, values: Floats, flipped: Any) -> Ranking:
+def rank(column: str, values: Floats, flipped: NDArray[np.bool_]) -> Ranking:
     """How well `values` [N] find `flipped` bool [N]; unknown values come last, ties share places.
 
     >>> rank("x", np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))

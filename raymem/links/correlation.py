@@ -20,8 +20,8 @@ from scipy import special, stats
 from raymem.links.binned import Crossed, PaperBins, crossed, line, paper_bins
 from raymem.links.column_arrays import ROUNDING, Floats, floats, train_at
 from raymem.links.equal_loss import EqualLoss, at_equal_loss
+from raymem.links.folds import Folds
 from raymem.links.split_half import in_halves
-from raymem.links.sums import Sums
 from raymem.scores import correlation_interval, most_tied, spearman_ceiling
 from raymem.store import Store
 from raymem.store.measures import MEASURES, OTHER, known_measures
@@ -133,7 +133,7 @@ def correlations(store: Store, *, seed: int = 0) -> dict[float, list[Correlation
         here = train_at(scores, epsilon)
         mem, values = floats(here, "memorization"), known_measures(here)
         if np.isfinite(mem).any() and store.scored(epsilon):
-            sums = Sums(train_at(store.scores("folds"), epsilon), list(values))
+            sums = Folds(train_at(store.scores("folds"), epsilon), list(values))
             found[epsilon] = correlate(mem, values, sums, np.random.default_rng(seed))
     return found
 
@@ -183,7 +183,7 @@ def in_paper_bins(
         here = train_at(scores, epsilon)
         mem = floats(here, "memorization")
         measures = {n: v for n, v in known_measures(here).items() if not MEASURES[n].rival}
-        sums = Sums(train_at(store.scores("folds"), epsilon), list(measures))
+        sums = Folds(train_at(store.scores("folds"), epsilon), list(measures))
         first = sums.half(np.random.default_rng(seed)) if sums.can_be_halved else None
         found[epsilon] = [
             paper_bins(name, mem, values, None if first is None else _crossed(sums, name, first))
@@ -192,7 +192,7 @@ def in_paper_bins(
     return found
 
 
-def _crossed(sums: Sums, name: str, first: Floats) -> Crossed:
+def _crossed(sums: Folds, name: str, first: Floats) -> Crossed:
     rows = np.arange(sums.n_examples)
     second = 1 - first
     return crossed(
@@ -205,7 +205,7 @@ def _crossed(sums: Sums, name: str, first: Floats) -> Crossed:
 def correlate(
     mem: Floats,
     values: dict[str, Floats],
-    sums: Sums,
+    sums: Folds,
     generator: np.random.Generator,
     replicates: int = REPLICATES,
 ) -> list[Correlation]:

@@ -17,7 +17,7 @@ from raymem.data import ABSENT, different, rows_of
 from raymem.errors import StoreError
 from raymem.links.column_arrays import floats, train_at
 from raymem.links.correlation import Correlation, correlate
-from raymem.links.sums import FixedSums, JoinedSums, Sums
+from raymem.links.folds import FixedScores, Folds, JoinedFolds
 from raymem.store import Store
 from raymem.store.measures import OTHER, known_measures
 
@@ -41,22 +41,22 @@ def correlations_across(
     epsilon = _last(mine)
     here = train_at(mine, epsilon)
     mem = floats(here, "memorization")
-    mine_sums: Sums = FixedSums(mem)
+    mine_sums: Folds = FixedScores(mem)
     if first.scored(epsilon):
-        mine_sums = Sums(train_at(first.scores("folds"), epsilon), [])
+        mine_sums = Folds(train_at(first.scores("folds"), epsilon), [])
     found = {}
     for other in sorted(set(others["epsilon"].to_pylist())):
         there = train_at(others, other)
         all_values, its_mem = known_measures(there), floats(there, OTHER.name)
-        its_sums: Sums
+        its_sums: Folds
         if second.scored(other):
-            its_sums = Sums(train_at(second.scores("folds"), other), list(all_values))
+            its_sums = Folds(train_at(second.scores("folds"), other), list(all_values))
         else:
-            its_sums = FixedSums(its_mem, {**all_values, OTHER.name: its_mem})
+            its_sums = FixedScores(its_mem, {**all_values, OTHER.name: its_mem})
         if np.isfinite(its_mem).any():
             all_values[OTHER.name] = its_mem
         values = {name: v[places] for name, v in all_values.items()}
-        sums = JoinedSums(mine_sums, its_sums, places)
+        sums = JoinedFolds(mine_sums, its_sums, places)
         found[other] = correlate(mem, values, sums, np.random.default_rng(seed))
     return found
 

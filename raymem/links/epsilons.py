@@ -24,10 +24,12 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from raymem.encoding import JsonObject
 from raymem.links.column_arrays import Floats
 from raymem.links.fits import Fit, Shape
 from raymem.links.two_stages import CONFIDENCE, Parameter, bootstrapped, doubts, laws
 from raymem.store import Store
+from raymem.store.columns import Row
 
 REPLICATES = 500
 EPSILONS_FOR_FITS = 4
@@ -73,7 +75,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link2:
+class Link2(JsonObject):
     """Mean curvature against epsilon."""
 
     observed: list[Observed]
@@ -103,22 +105,20 @@ class Link2:
         """The epsilons that one curve can go through: all finite ones, inf if clipped."""
         return [o for o in self.observed if math.isfinite(o.epsilon) or self.clipped_at_inf]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+    def json_fields(self) -> Mapping[str, object]:
+        """As links.json has it."""
         return {
             "measured_on": "training examples, in the subset or not",
-            "observed": [plain(vars(o)) for o in self.observed],
+            "observed": self.observed,
             "curvature_modes": self.curvature_modes,
             "clipped_at_inf": self.clipped_at_inf,
-            "fitted_epsilons": [number(o.epsilon) for o in self.fitted],
-            "loss_fit": None if self.shape is None else plain(vars(self.shape)),
-            "parameters": {k: plain(vars(v)) for k, v in self.parameters.items()},
-            "slope_by_arm": {k: plain(vars(v)) for k, v in self.slope_by_arm.items()},
-            "laws": [
-                plain({**vars(fit), "parameters": plain(fit.parameters)}) for fit in self.fits
-            ],
-            "spearman_of_curvature_with_epsilon": number(self.rises),
-            "clipping": None if self.clipping is None else plain(vars(self.clipping)),
+            "fitted_epsilons": [o.epsilon for o in self.fitted],
+            "loss_fit": self.shape,
+            "parameters": self.parameters,
+            "slope_by_arm": self.slope_by_arm,
+            "laws": self.fits,
+            "spearman_of_curvature_with_epsilon": self.rises,
+            "clipping": self.clipping,
             "warnings": self.warnings,
         }
 
@@ -160,14 +160,14 @@ def with_unclipped(link: Link2, store: Store, unclipped: Store) -> Link2:
     return dataclasses.replace(link, clipping=_clipping(link.observed, reference))
 
 
-def _done(store: Store) -> list[dict[str, Any]]:
+def _done(store: Store) -> list[Row]:
     return [row for row in store.scores("trials").to_pylist() if row["status"] == "done"]
 
 
 def _matrix(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     epsilons: Sequence[float],
-    value_of: Callable[[dict[str, Any]], float | None],
+    value_of: Callable[[Row], float | None],
 ) -> tuple[list[int], Floats]:
     """The trials that all epsilons have with a value, and the values [E, T]."""
     value = {(r["epsilon"], r["trial"]): value_of(r) for r in rows}
@@ -177,7 +177,7 @@ def _matrix(
     return trials, np.array([[value[e, t] for t in trials] for e in epsilons], np.float64)
 
 
-def _clipped(rows: Sequence[dict[str, Any]]) -> bool | None:
+def _clipped(rows: Sequence[Row]) -> bool | None:
     """Were gradients clipped at epsilon inf? None without such trials."""
     norms = [row.get("max_grad_norm") for row in rows if math.isinf(row["epsilon"])]
     return all(norm is not None and math.isfinite(norm) for norm in norms) if norms else None
@@ -193,7 +193,7 @@ def _without_clipping(store: Store, modes: Sequence[str]) -> Floats | None:
     return known if len(known) else None
 
 
-def _over_all(row: dict[str, Any], name: str, N: int) -> float | None:
+def _over_all(row: Row, name: str, N: int) -> float | None:
     """A trial's mean over all N training examples, from those over its subset and the rest."""
     inside, outside, n = row[f"{name}_in"], row[f"{name}_out"], row["subset_size"]
     if inside is None or (outside is None and n < N):
@@ -292,18 +292,6 @@ def _spearman(means: Floats) -> float:
         return math.nan
     ranks = means.argsort().argsort()
     return float(np.corrcoef(np.arange(len(means)), ranks)[0, 1])
-
-
-def number(value: float | None) -> float | str | None:
-    """JSON has no NaN and no infinity."""
-    if value is None or math.isfinite(value):
-        return value
-    return None if math.isnan(value) else "inf"
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The same of a dictionary's floats."""
-    return {k: number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def observed_table(link: Link2) -> pa.Table:

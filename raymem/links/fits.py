@@ -167,7 +167,7 @@ def compared(law: str, fitter: Fitter, epsilons: Floats, values: Floats) -> Fit:
 
 
 def aicc(residual: Floats, free: int) -> float:
-    """Of residuals [E] of a law with so many free parameters; see `Fit`.
+    """Corrected Akaike criterion from residuals [E] and the number of free parameters; see `Fit`.
 
     >>> round(aicc(np.array([1.0, -1, 1, -1, 1, -1, 1, -1]), 1), 2)
     6.4

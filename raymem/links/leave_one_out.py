@@ -10,9 +10,8 @@ Shapes: R repeats, K examples left out, F folds of scoring trials.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,14 +19,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from raymem.encoding import JsonObject
 from raymem.errors import StoreError
 from raymem.experiments import COUNTS, GROUPS, LeaveOneOut
 from raymem.links.column_arrays import Floats
 from raymem.links.correlation import Coefficient
-from raymem.links.epsilons import plain
+from raymem.links.folds import memorization_of
 from raymem.links.removal import Mean, read_trial, whole_repeats
 from raymem.links.split_half import pearson
-from raymem.links.sums import memorization_of
 from raymem.links.verdicts import Verdict
 from raymem.scores import correlation_interval, difference_of_proportions, spearman_ceiling
 from raymem.store import Store
@@ -50,13 +49,9 @@ class Bias:
     bias: Mean
     """The difference, with its 95% interval over examples, repeats and scoring trials."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**plain({**vars(self), "bias": None}), "bias": plain(vars(self.bias))}
-
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class LeftOut(JsonObject):
     """What a leave-one-out experiment found."""
 
     url: str
@@ -82,8 +77,8 @@ class LeftOut:
         """How far the scores are from leaving one out, of randomly chosen examples."""
         return verdict_on_leave_one_out(self)
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: leave_one_out.json."""
+    def json_fields(self) -> Mapping[str, object]:
+        """leave_one_out.json."""
         of = self.experiment
         return {
             "repeats": self.repeats,
@@ -92,12 +87,13 @@ class LeftOut:
             "scored_study": of.scored_study,
             "scored_trials": of.scored_trials,
             "chosen_by": of.chosen_by,
-            **plain({"accuracy_train": self.accuracy_train, "ceiling": self.ceiling}),
-            "bias": [bias.as_dict() for bias in self.biases],
-            "spearman": plain(vars(self.spearman)),
-            "pearson": plain(vars(self.pearson)),
-            "examples": [plain(row) for row in self.examples.to_pylist()],
-            "verdict": self.verdict.as_dict(),
+            "accuracy_train": self.accuracy_train,
+            "ceiling": self.ceiling,
+            "bias": self.biases,
+            "spearman": self.spearman,
+            "pearson": self.pearson,
+            "examples": self.examples,
+            "verdict": self.verdict,
         }
 
 

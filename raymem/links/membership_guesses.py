@@ -30,6 +30,7 @@ from raymem.privacy import (
     rank_tail,
     summed,
 )
+from raymem.scores.running_sums import IN, OUT, RunningSums, by_arm
 
 CONFIDENCE = 0.95
 # Shares of the coins that are guessed: those with the clearest scores, and all.
@@ -231,30 +232,26 @@ class References:
     """What earlier trials showed of each candidate's scores, in and out of the subset."""
 
     def __init__(self, P: int) -> None:
-        self.n, self.sums, self.squares = (np.zeros((2, P)) for _ in range(3))
+        self.sums = RunningSums.zeros((2, P), ["score"], squares=["score"])
 
     def add(self, scores: Floats, inside: NDArray[np.bool_]) -> None:
         """One more trial: scores and membership, [P] each."""
-        for arm, rows in enumerate((inside, ~inside)):
-            self.n[arm] += rows
-            self.sums[arm] += np.where(rows, scores, 0)
-            self.squares[arm] += np.where(rows, scores**2, 0)
+        self.sums.add(by_arm(inside), score=scores)
 
     def weights(self) -> Floats:
         """Gap over variance of each candidate, [P]: a score times it is a log likelihood ratio for
         Gaussian scores, but for a constant. Shrunk to what is usual among candidates: the median
         gap, and the lower quartile of variances, since one that varies more soon shows it."""
-        known = (self.n > 0).all(0)
+        n, means = self.sums.n, self.sums.mean("score")
+        known = (n > 0).all(0)
         if not known.any():
-            return np.ones(self.n.shape[1])
-        n = np.maximum(self.n, 1)
-        means = self.sums / n
-        spread = np.maximum(self.squares - self.n * means**2, 0).sum(0)
-        degrees = np.maximum(self.n - 1, 0).sum(0)
+            return np.ones(n.shape[1])
+        spread = np.nan_to_num(self.sums.squared_deviations("score")).sum(0)
+        degrees = np.maximum(n - 1, 0).sum(0)
         usual = np.quantile(spread[known] / np.maximum(degrees[known], 1), 0.25)
         variance = np.maximum((spread + SHRINKAGE * usual) / (degrees + SHRINKAGE), 1e-12)
-        gap = np.where(known, means[0] - means[1], 0.0)
-        pairs = np.where(known, self.n.min(0), 0)
+        gap = np.where(known, means[IN] - means[OUT], 0.0)
+        pairs = np.where(known, n.min(0), 0)
         gap = (pairs * gap + SHRINKAGE * np.median(gap[known])) / (pairs + SHRINKAGE)
         return np.asarray(np.maximum(gap, 0.1 * np.sqrt(variance)) / variance)
 

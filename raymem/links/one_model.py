@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.column_arrays import Floats, floats, train_at
+from raymem.links.folds import Folds
 from raymem.links.split_half import pearson
-from raymem.links.sums import Sums
 from raymem.scores import trial_folds
 from raymem.store import Store, TrialKey
+from raymem.store.columns import Row
 
 # More only narrow the mean over models.
 MOST_MODELS = 20
@@ -77,8 +77,8 @@ def of_one_model(store: Store, epsilons: Sequence[float]) -> dict[float, list[On
     return found
 
 
-def _at(store: Store, epsilon: float, rows: Sequence[Mapping[str, Any]]) -> list[OneModel]:
-    sums = Sums(train_at(store.scores("folds"), epsilon), [])
+def _at(store: Store, epsilon: float, rows: Sequence[Row]) -> list[OneModel]:
+    sums = Folds(train_at(store.scores("folds"), epsilon), [])
     done = [key for key in store.done() if key.epsilon == epsilon]
     fold_of = trial_folds(done, store.plan())
     models = []
@@ -104,7 +104,7 @@ def _measured(store: Store, key: TrialKey) -> tuple[NDArray[np.bool_], dict[str,
 
 def _of_measure(
     name: str,
-    models: Sequence[tuple[Floats, NDArray[np.bool_], dict[str, Floats], Mapping[str, Any]]],
+    models: Sequence[tuple[Floats, NDArray[np.bool_], dict[str, Floats], Row]],
 ) -> OneModel:
     ranks, values, seconds = [], [], []
     for mem, inside, measures, row in models:
@@ -137,7 +137,7 @@ def _agreement(both: NDArray[np.bool_], a: Floats, b: Floats) -> float:
     return pearson(a[known], b[known]) if known.any() else math.nan
 
 
-def _seconds(name: str, row: Mapping[str, Any]) -> float:
+def _seconds(name: str, row: Row) -> float:
     """Of one model: its training, and what this measure needs more."""
     more = 0.0
     if name.startswith(("curvature", "gradient")):

@@ -29,7 +29,7 @@ from raymem.experiments import (
     philox,
 )
 from raymem.links.column_arrays import Floats, floats, train_at
-from raymem.links.sums import memorization_of
+from raymem.links.folds import memorization_of
 from raymem.scores import trial_folds
 from raymem.store import Store
 

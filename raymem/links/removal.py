@@ -9,19 +9,18 @@ Shapes: R repeats, A arms, K sizes, M test examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from raymem.encoding import JsonObject
 from raymem.errors import StoreError
 from raymem.experiments import ARMS, Arm, Removal
 from raymem.links.column_arrays import Floats
-from raymem.links.epsilons import plain
 from raymem.links.verdicts import Verdict
 from raymem.store import Store, TrialKey
 
@@ -69,18 +68,9 @@ class Contrast:
     stderr_test: float
     """Standard error of `slope` over other test examples; not in its interval."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "control": self.control,
-            "at_size": [plain(vars(mean)) for mean in self.at_size],
-            "slope": plain(vars(self.slope)),
-            **plain({"p_value": self.p_value, "stderr_test": self.stderr_test}),
-        }
-
 
 @dataclass(frozen=True, kw_only=True)
-class RemovalEffect:
+class RemovalEffect(JsonObject):
     """The experiment measured on one set of test examples."""
 
     sizes: tuple[int, ...]
@@ -100,19 +90,10 @@ class RemovalEffect:
         """Of the verdict: the larger one, as both controls must be beaten (intersection-union)."""
         return float(np.max([contrast.p_value for contrast in self.contrasts]))
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "repeats": self.repeats,
-            "test_examples": self.test_examples,
-            "accuracy_all": plain(vars(self.accuracy_all)),
-            "accuracy": {
-                arm: [plain(vars(mean)) for mean in means] for arm, means in self.accuracy.items()
-            },
-            "fall_per_example": {arm: plain(vars(mean)) for arm, mean in self.falls.items()},
-            "contrasts": [contrast.as_dict() for contrast in self.contrasts],
-            **plain({"p_value": self.p_value}),
-        }
+    def json_fields(self) -> Mapping[str, object]:
+        """As removal.json has it; its sizes are those of the experiment."""
+        fields = {k: v for k, v in vars(self).items() if k not in ("sizes", "falls")}
+        return {**fields, "fall_per_example": self.falls, "p_value": self.p_value}
 
 
 def removal_effect(sizes: Sequence[int], correct: NDArray[np.bool_]) -> RemovalEffect:
@@ -186,8 +167,9 @@ def _p_value(differences: Floats, control: Floats) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removed:
-    """What a removal experiment found."""
+class Removed(JsonObject):
+    """Result of a removal experiment: test accuracy without the most memorized examples and without
+    random ones."""
 
     url: str
     removal: Removal
@@ -217,21 +199,21 @@ class Removed:
         """The smallest memorization among the `size` most memorized."""
         return self.removal.memorization[size - 1]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: removal.json."""
+    def json_fields(self) -> Mapping[str, object]:
+        """removal.json."""
         sizes = self.removal.sizes
         return {
-            "sizes": list(sizes),
+            "sizes": sizes,
             "least_memorization": [self.least_memorization(size) for size in sizes],
             "scored_study": self.removal.scored_study,
             "scored_trials": self.removal.scored_trials,
             "level": LEVEL,
             "test_examples_with_near_duplicates_in_training": self.copies,
             "incomplete_repeats": self.incomplete,
-            **plain({"accuracy_train": self.accuracy_train}),
-            "without_near_duplicates": None if self.apart is None else self.apart.as_dict(),
-            "all_test_examples": self.all_test.as_dict(),
-            "verdict": self.verdict.as_dict(),
+            "accuracy_train": self.accuracy_train,
+            "without_near_duplicates": self.apart,
+            "all_test_examples": self.all_test,
+            "verdict": self.verdict,
         }
 
 

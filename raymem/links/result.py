@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from raymem.encoding import epsilon_name
+from raymem.encoding import JsonObject
 from raymem.links.audit import (
     Audit,
     Memorized,
@@ -19,28 +17,26 @@ from raymem.links.audit import (
     memorized_by_epsilon,
     verdict,
 )
-from raymem.links.binned import Crossed, Line, PaperBins, Plane
+from raymem.links.binned import PaperBins
 from raymem.links.correlation import (
-    Coefficient,
     Correlation,
     by_memorization,
     correlations,
     in_paper_bins,
 )
-from raymem.links.costs import Costs, costs
 from raymem.links.cross_store import joined
-from raymem.links.diagnostics import Finding, diagnostics
-from raymem.links.epsilons import Link2, link2, plain, with_unclipped
-from raymem.links.equal_loss import EqualLoss
+from raymem.links.epsilons import Link2, link2, with_unclipped
+from raymem.links.link1_costs import Costs, costs
 from raymem.links.one_model import OneModel, of_one_model
+from raymem.links.run_diagnostics import Finding, diagnostics
 from raymem.links.twins import Twins, find_twins
 from raymem.links.verdicts import Verdict, verdict_on_link2, verdicts_on_costs, verdicts_on_link1
 from raymem.store import Store
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Links:
-    """What one store says of the three links, or two: one for link 1, another's private trials."""
+class Links(JsonObject):
+    """The three links of one store; links 2 and 3 may come from a second, private one."""
 
     correlations: dict[float, list[Correlation]]
     """Link 1, by epsilon: memorization against curvature, if it was measured, and against what else
@@ -85,34 +81,26 @@ class Links:
         link1 += verdicts_on_costs(self.costs, self.one_model)
         return [*link1, verdict_on_link2(self.curvature), self.verdict]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: what links.json holds."""
+    def json_fields(self) -> Mapping[str, object]:
+        """links.json."""
         return {
-            "diagnostics": _findings_as_dict(self.diagnostics),
-            "twins": {epsilon_name(epsilon): vars(twins) for epsilon, twins in self.twins.items()},
-            "link_1_memorization_and_curvature": correlations_as_dict(self.correlations),
-            "link_1_bins": {epsilon_name(e): bins.to_pylist() for e, bins in self.bins.items()},
-            "link_1_paper_bins": {
-                epsilon_name(epsilon): [_bins_as_dict(bins) for bins in rows]
-                for epsilon, rows in self.paper.items()
-            },
-            "link_1_costs": {
-                epsilon_name(e): plain(vars(found)) for e, found in self.costs.items()
-            },
-            "link_1_one_model": {
-                epsilon_name(e): [plain(vars(row)) for row in rows]
-                for e, rows in self.one_model.items()
-            },
+            "diagnostics": self.diagnostics,
+            "twins": self.twins,
+            "link_1_memorization_and_curvature": self.correlations,
+            "link_1_bins": self.bins,
+            "link_1_paper_bins": self.paper,
+            "link_1_costs": self.costs,
+            "link_1_one_model": self.one_model,
             "links_2_and_3_from": self.private_store,
-            "links_2_and_3_diagnostics": _findings_as_dict(self.private_diagnostics),
-            "link_2_curvature_and_epsilon": self.curvature.as_dict(),
-            "link_3_memorization_and_epsilon": [audit.as_dict() for audit in self.memorization],
+            "links_2_and_3_diagnostics": self.private_diagnostics,
+            "link_2_curvature_and_epsilon": self.curvature,
+            "link_3_memorization_and_epsilon": self.memorization,
             "link_3_memorized_examples": [
-                plain({"epsilon": e, "memorized": plain(vars(m)), "others": plain(vars(others))})
-                for e, m, others in self.memorized
+                {"epsilon": epsilon, "memorized": memorized, "others": others}
+                for epsilon, memorized, others in self.memorized
             ],
             "link_3_verdict": str(self.verdict),
-            "verdicts": [verdict.as_dict() for verdict in self.verdicts],
+            "verdicts": self.verdicts,
         }
 
 
@@ -165,29 +153,3 @@ def with_private(links: Links, private: Links, store: Store, private_store: Stor
         private_store=private_store.url,
         private_diagnostics=private.diagnostics,
     )
-
-
-def _findings_as_dict(found: Mapping[float, Sequence[Finding]]) -> dict[str, Any]:
-    return {epsilon_name(e): [finding.as_dict() for finding in rows] for e, rows in found.items()}
-
-
-def correlations_as_dict(found: Mapping[float, Sequence[Correlation]]) -> dict[str, Any]:
-    """JSON-ready."""
-    return {
-        epsilon_name(epsilon): [_as_dict(row) for row in rows] for epsilon, rows in found.items()
-    }
-
-
-def _as_dict(row: Correlation) -> dict[str, Any]:
-    nested = (Coefficient, EqualLoss)
-    return plain({k: plain(vars(v)) if isinstance(v, nested) else v for k, v in vars(row).items()})
-
-
-def _bins_as_dict(bins: PaperBins | Crossed) -> dict[str, Any]:
-    values = {
-        name: value.tolist() if isinstance(value, np.ndarray) else value
-        for name, value in vars(bins).items()
-    }
-    lines = {k: plain(vars(v)) for k, v in values.items() if isinstance(v, Line | Plane)}
-    crossed = {k: _bins_as_dict(v) for k, v in values.items() if isinstance(v, Crossed)}
-    return {**values, **lines, **crossed}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.links.column_arrays import Floats
-from raymem.links.sums import Sums
+from raymem.links.folds import Folds
 
 HALVES = 20
 # What curvature is compared with memorization at equal values of.
@@ -44,7 +44,7 @@ class Halves:
 
 
 def in_halves(
-    sums: Sums, names: Sequence[str], rows: NDArray[np.int64], generator: np.random.Generator
+    sums: Folds, names: Sequence[str], rows: NDArray[np.int64], generator: np.random.Generator
 ) -> dict[str, Halves]:
     """Of each measure, over the examples `rows`."""
     if not sums.can_be_halved:

@@ -16,7 +16,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.scores import hypergeometric_tail, ratio
 from raymem.store import Store, TrialKey, read_ahead
+from raymem.store.columns import Row
 
 # P(right | out, twin in) - P(right | out, twin out): above it the twin explains the example.
 EXPLAINS = 0.3
@@ -47,7 +47,7 @@ class Twins:
     pairs: int
     """Pairs looked at."""
     trials: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     """The best twin of each target that has one, strongest first: example_id, twin_id, label,
     memorization, right_with_twin and right_without_twin (of models that did not see the example),
     group_memorization (against models that saw neither), p_value."""
@@ -76,7 +76,7 @@ def _at(store: Store, here: pa.Table, keys: Sequence[TrialKey]) -> Twins:
     classes = [np.flatnonzero(labels[targets] == label) for label in np.unique(labels[targets])]
     pairs = sum(len(t) * ((labels[candidates] == labels[targets[t[0]]]).sum() - 1) for t in classes)
     level = FAMILY_WISE / max(1, pairs)
-    rows = []
+    rows: list[Row] = []
     for places in classes:
         same = np.flatnonzero(labels[candidates] == labels[targets[places[0]]])
         own = np.searchsorted(candidates[same], targets[places])
@@ -88,8 +88,8 @@ def _at(store: Store, here: pa.Table, keys: Sequence[TrialKey]) -> Twins:
                 target = int(targets[places[k]])
                 row = _row(here, target, int(candidates[same][twin]))
                 rows.append(
-                    row
-                    | {
+                    {
+                        **row,
                         "right_with_twin": a,
                         "right_without_twin": b,
                         "group_memorization": row["accuracy_in"] - b,
@@ -138,7 +138,7 @@ def _compared(
     return np.nan_to_num(with_twin), np.nan_to_num(without), p
 
 
-def _row(here: pa.Table, target: int, twin: int) -> dict[str, Any]:
+def _row(here: pa.Table, target: int, twin: int) -> Row:
     columns = ("example_id", "label", "memorization", "accuracy_in")
     row = {name: here[name][target].as_py() for name in columns}
     return row | {"twin_id": here["example_id"][twin].as_py()}

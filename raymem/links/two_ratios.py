@@ -10,23 +10,22 @@ Shapes: N training examples, F folds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from scipy import stats
 
+from raymem.encoding import JsonObject
 from raymem.errors import StoreError
 from raymem.links.column_arrays import Floats, floats, train_at
 from raymem.links.correlation import Coefficient
 from raymem.links.cross_store import joined
-from raymem.links.epsilons import plain
+from raymem.links.folds import Folds
 from raymem.links.removal import Mean
 from raymem.links.split_half import pearson
-from raymem.links.sums import Sums
 from raymem.links.verdicts import Verdict
 from raymem.scores import correlation_interval
 from raymem.store import Store
@@ -56,7 +55,7 @@ class AtRatio:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extrapolated:
+class Extrapolated(JsonObject):
     """Memorization at r = 1 - 1/N by a line through two ratios."""
 
     urls: tuple[str, str]
@@ -90,24 +89,17 @@ class Extrapolated:
             not_shown=f"that {MODEL}; a leave-one-out experiment tests it",
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, without the examples."""
+    def json_fields(self) -> Mapping[str, object]:
+        """All but the examples."""
         return {
-            "stores": list(self.urls),
+            "stores": self.urls,
             "model": MODEL,
-            **plain({"ratio": self.target, "mean": self.mean, "agreement": self.agreement}),
+            "ratio": self.target,
+            "mean": self.mean,
+            "agreement": self.agreement,
             "memorized": self.memorized,
-            "ratios": [
-                {
-                    **plain({"ratio": at.ratio, "mean": at.mean}),
-                    **{
-                        name: plain(vars(getattr(at, name)))
-                        for name in ("bias", "bias_memorized", "spearman")
-                    },
-                }
-                for at in self.ratios
-            ],
-            "verdict": self.verdict.as_dict(),
+            "ratios": self.ratios,
+            "verdict": self.verdict,
         }
 
 
@@ -150,7 +142,7 @@ def extrapolate(first: Store, second: Store, *, seed: int = 0) -> Extrapolated:
         train_at(store.scores(), math.inf).take(pa.array(row))
         for store, row in zip(stores, rows, strict=True)
     ]
-    sums = [Sums(train_at(store.scores("folds"), math.inf), []) for store in stores]
+    sums = [Folds(train_at(store.scores("folds"), math.inf), []) for store in stores]
     if min(s.n_folds for s in sums) < 2:
         raise StoreError(
             f"{first.url} and {second.url} need two blocks of trials each, to know how far means "
@@ -213,7 +205,10 @@ def _checked(first: Store, second: Store) -> tuple[float, float]:
 
 
 def _table(tables: Sequence[pa.Table], ratios: Sequence[float], w: Sequence[float]) -> pa.Table:
-    columns: dict[str, Any] = {"example_id": tables[0]["example_id"], "label": tables[0]["label"]}
+    columns: dict[str, object] = {
+        "example_id": tables[0]["example_id"],
+        "label": tables[0]["label"],
+    }
     for ratio, table in zip(ratios, tables, strict=True):
         columns[f"memorization_{ratio:g}"] = table["memorization"]
         columns[f"memorization_{ratio:g}_stderr"] = table["memorization_stderr"]
@@ -239,7 +234,7 @@ def _every_second(n: int, first: int) -> Floats:
     return every
 
 
-def _by_fold(sums: Sums, rows: NDArray[np.int64]) -> Floats:
+def _by_fold(sums: Folds, rows: NDArray[np.int64]) -> Floats:
     """Memorization by each fold alone: [F, N]."""
     return np.stack([sums.memorization(fold, rows) for fold in np.eye(sums.n_folds)])
 
@@ -261,7 +256,7 @@ def _bias(folds: Sequence[Floats], w: Sequence[float], k: int) -> Mean:
 
 
 def _ranks(
-    sums: Sequence[Sums],
+    sums: Sequence[Folds],
     rows: Sequence[NDArray[np.int64]],
     w: Sequence[float],
     generator: np.random.Generator,

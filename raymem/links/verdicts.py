@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links.correlation import Correlation, has_curvature
-from raymem.links.costs import TARGET, Costs
-from raymem.links.epsilons import Change, Link2, Observed, plain
+from raymem.links.epsilons import Change, Link2, Observed
+from raymem.links.link1_costs import TARGET, Costs
 from raymem.links.one_model import OneModel
 
 
@@ -30,10 +29,6 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.text}. Not shown: {self.not_shown}" if self.not_shown else self.text
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return plain(vars(self))
 
 
 def verdicts_on_link1(found: Mapping[float, Sequence[Correlation]]) -> list[Verdict]:
@@ -92,7 +87,8 @@ def verdicts_on_costs(
 
 
 def verdict_on_costs(epsilon: float, c: Costs, alone: Sequence[OneModel]) -> Verdict:
-    """Costs at equal reliability, and what one model by itself gives for its price."""
+    """Time for memorization against time for curvature at equal reliability, and the correlation of
+    a single model's curvature with memorization."""
     at = at_epsilon(epsilon)
     kinds = [("the trained models", c.ratio_at_target)]
     if not math.isnan(c.epochs_reliability):

@@ -69,12 +69,12 @@ def certified_epsilon(
 def one_run_p_value(
     correct: int, guesses: int, canaries: int, *, epsilon: float, delta: float
 ) -> float:
-    """How likely so many correct guesses are, or more, if training were (epsilon, delta)-DP.
+    """p-value of the number of correct guesses under (epsilon, delta)-DP: an upper bound.
 
     Each of `canaries` examples was in the training set with probability 1/2, independently; from
     the model, `guesses` were made which of them were in, or out (Steinke et al. 2023, Theorem 5.2
     and its proof: the number of correct guesses is stochastically dominated by Binomial(guesses,
-    e^eps / (1 + e^eps)), but for delta). An upper bound of the p-value.
+    e^eps / (1 + e^eps)), up to a term in delta).
     """
     q = float(np.exp(-np.logaddexp(0, -epsilon)))
     base = float(stats.binom.sf(correct - 1, guesses, q))

@@ -6,12 +6,12 @@ sampling rate, a number of steps or a divisor that depended on the subset would 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from raymem.encoding import JsonObject, from_json
 from raymem.errors import PrivacyError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def parse_epsilons(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Privacy:
+class Privacy(JsonObject):
     """Differential privacy: how trials are trained. Part of a study's identity; epsilons are not.
 
     A study with this is a private study: all its trials, also those at epsilon inf, draw Poisson
@@ -80,13 +80,9 @@ class Privacy:
         if self.accountant not in ("prv", "rdp"):
             raise PrivacyError(f"no accountant {self.accountant!r}; take prv or rdp")
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: what a study's hash covers."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Mechanism:
+class Mechanism(JsonObject):
     """What every trial at one epsilon does (DP-SGD, Abadi et al. 2016).
 
     Each of `steps` steps draws every example of the subset with probability `sample_rate`, clips
@@ -131,20 +127,10 @@ class Mechanism:
         """Is each example's gradient clipped?"""
         return math.isfinite(self.max_grad_norm)
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; infinities as text."""
-        values = {
-            name: str(value) if isinstance(value, float) and math.isinf(value) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-        return {**values, "profile": [list(point) for point in self.profile]}
-
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Mechanism:
-        """The inverse of `as_dict`."""
-        values: dict[str, Any] = {k: float(v) if v == "inf" else v for k, v in data.items()}
-        profile = tuple((e, delta) for e, delta in values.pop("profile", ()))
-        return cls(**values, profile=profile)
+    def from_dict(cls, data: object) -> Mechanism:
+        """The inverse of `as_dict`. Raises TypeError or ValueError for other data."""
+        return from_json(cls, data)
 
 
 @functools.lru_cache(maxsize=64)

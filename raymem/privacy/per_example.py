@@ -105,7 +105,7 @@ def _copy_on_cpu(model: nn.Module, seed: int = SEED) -> Iterator[nn.Module]:
             raise
         except Exception as error:  # a user's model can raise anything
             raise PrivacyError(
-                "whether the model treats each image by itself cannot be tested: it does not run "
+                "cannot check that the model treats each image independently: it does not run "
                 f"on random images, 1 to 5 of them, on the CPU ({first_line(error)}); make "
                 "`model(torch.rand(B, C, H, W))` return logits [B, K] for every B"
             ) from error
@@ -128,7 +128,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _copied(model: nn.Module) -> nn.Module:
     """A deep copy; what modules keep of their last pass (attention maps) loses its graph."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in model.modules():
         for kept in vars(module).values():
             values = kept.values() if isinstance(kept, dict) else kept
@@ -425,7 +425,7 @@ def clipped_sum(
     found: dict[str, Tensor] = {}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
 
-    def note(*_: Any) -> None:
+    def note(*_: object) -> None:
         found.update((n, p.grad.clone()) for n, p in net.named_parameters() if p.grad is not None)
 
     optimizer.register_step_pre_hook(note)

@@ -254,7 +254,7 @@ class PrivateSteps:
             self._optimizer.zero_grad()
         self.steps += 1
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """What a checkpoint holds of the mechanism, between two steps."""
         history = [] if self._account is None else self._account.history
         return {

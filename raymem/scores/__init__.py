@@ -53,10 +53,10 @@ if TYPE_CHECKING:
         trials_for,
     )
     from raymem.scores.roc import Attack, Rate, attack
-    from raymem.scores.running_sums import interim_result, trial_folds
     from raymem.scores.scoring import EpsilonSummary, score
     from raymem.scores.stopping import LEAST_FIT, InterimResult, Until, fit_of_hard
     from raymem.scores.streamed_curvature import join_curvature
+    from raymem.scores.trial_sums import interim_result, trial_folds
     from raymem.scores.vulnerability_correlation import RankCorrelation
 
 

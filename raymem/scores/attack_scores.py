@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from raymem.scores import lira, rmia
-from raymem.scores.estimates import ratio
-from raymem.scores.lira import Floats, Moments
+from raymem.scores.estimates import Floats, ratio
+from raymem.scores.lira import Moments
 from raymem.scores.roc import Attack, attack, auc
 
 Truths = NDArray[np.bool_]

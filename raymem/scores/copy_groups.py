@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raymem.scores.estimates import Estimate, difference_of_proportions
-from raymem.scores.running_sums import Outcomes
+from raymem.scores.trial_sums import Outcomes
 
 
 @dataclass(frozen=True, kw_only=True)

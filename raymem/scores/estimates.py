@@ -188,8 +188,17 @@ def mean_and_stderr(total: ArrayLike, squares: ArrayLike, n: ArrayLike) -> tuple
     NaN without values, and the error with fewer than two.
     """
     s, q, n = (np.asarray(a, np.float64) for a in (total, squares, n))
-    mean = ratio(s, n)
-    return mean, np.sqrt(ratio(np.maximum(q - n * mean**2, 0), (n - 1) * n))
+    return ratio(s, n), np.sqrt(ratio(sum_of_squared_deviations(s, q, n), (n - 1) * n))
+
+
+def sum_of_squared_deviations(total: Floats, squares: Floats, n: ArrayLike) -> Floats:
+    """Of n values from their mean, from their sum and sum of squares; NaN without values.
+
+    >>> sum_of_squared_deviations(np.array([4.0]), np.array([10.0]), 2).tolist()
+    [2.0]
+    """
+    found: Floats = np.maximum(squares - np.asarray(n, np.float64) * ratio(total, n) ** 2, 0)
+    return found
 
 
 def reliability(

@@ -14,16 +14,16 @@ bytes for each example and target. Shapes: N training examples. Arms are rows: 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raymem.scores.attack_scores import LOSS_THRESHOLD, TargetScores
-from raymem.scores.lira import Sums, with_some_variance
-from raymem.scores.roc import Attack
+from raymem.scores.lira import Moments, add_margins, margin_sums, with_some_variance
+from raymem.scores.roc import Attack, Roc
+from raymem.scores.running_sums import RunningSums
 from raymem.scores.trial_margins import TrialMargins
 from raymem.store import TrialKey
 
@@ -43,15 +43,6 @@ class WithReferences:
     """Training examples that have so many for some target."""
     attacks: list[Attack]
     """All attacks that use references; without curves."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**vars(self), "attacks": [found.as_dict() for found in self.attacks]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WithReferences:
-        """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for other data."""
-        return cls(**{**data, "attacks": [Attack.from_dict(found) for found in data["attacks"]]})
 
 
 def by_references(
@@ -78,7 +69,7 @@ def arms(references: int, subset_ratio: float) -> tuple[int, int]:
     return references - inside, inside
 
 
-def reference_sums(trials: TrialMargins, target: TrialKey, wanted: tuple[int, int]) -> Sums:
+def reference_sums(trials: TrialMargins, target: TrialKey, wanted: tuple[int, int]) -> RunningSums:
     """Sums over the first references of each example, `wanted` out and in, or as many as there are.
 
     Trials of the target's own group are no references.
@@ -86,11 +77,11 @@ def reference_sums(trials: TrialMargins, target: TrialKey, wanted: tuple[int, in
     group = trials.group(target)
     eligible = [key for key in trials.keys if trials.group(key) != group]
     order = np.random.default_rng((SEED, target.trial)).permutation(len(eligible))
-    sums, limit = Sums(trials.sums.first), np.array(wanted)
+    sums, limit = margin_sums(trials.sums.origin["margin"]), np.array(wanted)
     every = np.arange(trials.plan.n)
     for _, margins, inside in trials.read(eligible[k] for k in order):
         arm = inside.astype(np.int64)
-        sums.add(margins, inside, sums.n[arm, every] < limit[arm])
+        add_margins(sums, margins, inside, sums.n[arm, every] < limit[arm])
         if (sums.n == limit[:, None]).all():
             break
     return sums
@@ -105,14 +96,14 @@ def _with(
     wanted = arms(references, trials.plan.subset_ratio)
     scores = TargetScores(population)
     for target, sums in _references(trials, targets, wanted):
-        moments = sums.moments()
+        moments = Moments.of(sums)
         if not moments.known[population].any():
             return None
         scores.add(*trials.one(target), with_some_variance(moments))
     enough = sum(scores.counts) >= len(targets) * trials.plan.n / 2
     if not enough or not all(scores.counts):
         return None
-    attacks = [replace(a, roc=[]) for a in scores.attacks() if a.name != LOSS_THRESHOLD]
+    attacks = [replace(a, roc=Roc()) for a in scores.attacks() if a.name != LOSS_THRESHOLD]
     return WithReferences(
         references=references,
         references_in=wanted[1],
@@ -123,7 +114,7 @@ def _with(
 
 def _references(
     trials: TrialMargins, targets: Sequence[TrialKey], wanted: tuple[int, int]
-) -> Iterator[tuple[TrialKey, Sums]]:
+) -> Iterator[tuple[TrialKey, RunningSums]]:
     """Each target with its reference sums, of the examples that have all references."""
     for target in targets:
         sums = reference_sums(trials, target, wanted)

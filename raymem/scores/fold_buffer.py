@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from raymem.scores.running_sums import Sums
+# The columns of one fold in scores/folds.parquet.
+FoldColumns = dict[str, np.ndarray]
 
 
 class FoldBuffer:
@@ -35,14 +36,14 @@ class FoldBuffer:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, epsilon: float, fold: int, sums: Sums) -> None:
+    def add(self, epsilon: float, fold: int, sums: FoldColumns) -> None:
         """Keep the sums of one fold."""
         self._folds.append((epsilon, fold, list(sums)))
         self.names |= sums.keys()
         for values in sums.values():
             np.save(self._file, values, allow_pickle=False)
 
-    def __iter__(self) -> Iterator[tuple[float, int, Sums]]:
+    def __iter__(self) -> Iterator[tuple[float, int, FoldColumns]]:
         """(epsilon, fold, its sums), one in memory at a time; not while folds are added."""
         self._file.seek(0)
         for epsilon, fold, names in self._folds:

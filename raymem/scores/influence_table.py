@@ -17,7 +17,7 @@ from raymem.scores.influence_pairs import (
     of_one_class,
     pairs_work,
 )
-from raymem.scores.running_sums import Outcomes
+from raymem.scores.trial_sums import Outcomes
 from raymem.store import columns
 
 # Multiplications from which Ray's start pays: some minutes of one core.

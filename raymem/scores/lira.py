@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from raymem.scores.estimates import ratio
+from raymem.scores.estimates import Floats, ratio
+from raymem.scores.running_sums import IN, OUT, Counts, RunningSums, by_arm
 
-Floats = NDArray[np.float64]
-OUT, IN = 0, 1
 # In each arm, from so many trials on an example has variances of its own (Carlini et al. 2022: from
 # 64 models on they are better than fixed ones).
 TRIALS_FOR_VARIANCE = 32
@@ -26,75 +25,37 @@ TRIALS_FOR_VARIANCE = 32
 LEAST_VARIANCE = 1e-6
 
 
-class Sums:
-    """Running sums of margins, by arm and example; what was added can be left out again.
+def margin_sums(first: ArrayLike) -> RunningSums:
+    """Empty sums of margins and p_true by arm, [2, N].
 
-    >>> sums = Sums(first=[1.0, 2.0])
-    >>> sums.add([1.0, 2.0], [True, False])
-    >>> sums.add([3.0, 2.0], [True, False])
-    >>> sums.moments().n.tolist()
-    [[0, 2], [2, 0]]
-    >>> sums.moments().mean[IN].tolist(), sums.moments().variance[IN].tolist()
-    ([2.0, nan], [2.0, nan])
+    `first` [N] are any trial's margins: the origin, with which equal margins have a variance of
+    exactly 0.
     """
+    origin = np.asarray(first, np.float64)
+    return RunningSums.zeros(
+        (2, len(origin)), ["margin", "p_true"], squares=["margin"], origin={"margin": origin}
+    )
 
-    def __init__(self, first: ArrayLike) -> None:
-        """`first` [N] are any trial's margins: sums are of what differs from them, so that squares
-        lose no digits and equal margins have a variance of exactly 0."""
-        self.first = np.array(first, np.float64)
-        N = len(self.first)
-        self.n = np.zeros((2, N), np.int64)
-        self.total = np.zeros((2, N))
-        self.squares = np.zeros((2, N))
-        self.p_true = np.zeros((2, N))
 
-    def add(self, margins: ArrayLike, inside: ArrayLike, wanted: ArrayLike = True) -> None:
-        """Add one trial: margins [N], and whether it trained on each example, bool [N]; of the
-        `wanted` examples only, bool [N].
+def add_margins(
+    sums: RunningSums, margins: ArrayLike, inside: ArrayLike, wanted: ArrayLike = True
+) -> None:
+    """Add one trial: margins [N], and whether it trained on each example, bool [N]; of the `wanted`
+    examples only, bool [N].
 
-        Raises ValueError for margins that are not finite.
-        """
-        margin = np.asarray(margins, np.float64)
-        x = margin - self.first
-        if not np.isfinite(x).all():
-            raise ValueError("margins must be finite")
-        row = np.flatnonzero(np.broadcast_to(wanted, x.shape))
-        arm, x = np.asarray(inside, bool).astype(np.int64)[row], x[row]
-        self.n[arm, row] += 1
-        self.total[arm, row] += x
-        self.squares[arm, row] += x * x
-        self.p_true[arm, row] += special.expit(margin[row])
-
-    def without(self, others: Sums) -> Sums:
-        """These sums without those of `others`, which are about the same `first`."""
-        left = Sums(self.first)
-        left.n = self.n - others.n
-        left.total = self.total - others.total
-        left.squares = self.squares - others.squares
-        left.p_true = self.p_true - others.p_true
-        return left
-
-    def moments(self) -> Moments:
-        """Means and variances."""
-        shifted = ratio(self.total, self.n)
-        apart = np.maximum(self.squares - np.nan_to_num(shifted) * self.total, 0.0)
-        freedom = self.n - 1
-        several = freedom > 0
-        pooled = ratio(np.where(several, apart, 0.0).sum(1), np.where(several, freedom, 0).sum(1))
-        return Moments(
-            n=self.n,
-            mean=shifted + self.first,
-            variance=ratio(apart, freedom),
-            pooled=pooled,
-            p_true=ratio(self.p_true, self.n),
-        )
+    Raises ValueError for margins that are not finite.
+    """
+    margin = np.asarray(margins, np.float64)
+    if not np.isfinite(margin).all():
+        raise ValueError("margins must be finite")
+    sums.add(by_arm(inside) & np.asarray(wanted), margin=margin, p_true=special.expit(margin))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
     """What models with and without each example say of it."""
 
-    n: NDArray[np.int64]
+    n: Counts
     """Trials, [2, N]."""
     mean: Floats
     """Mean margin, [2, N], nats; NaN without trials."""
@@ -105,6 +66,26 @@ class Moments:
     the arm has two trials."""
     p_true: Floats
     """Mean probability of the true class, [2, N]; NaN without trials."""
+
+    @classmethod
+    def of(cls, sums: RunningSums) -> Moments:
+        """Of `margin_sums`.
+
+        >>> sums = margin_sums([1.0, 2.0])
+        >>> add_margins(sums, [1.0, 2.0], [True, False])
+        >>> add_margins(sums, [3.0, 2.0], [True, False])
+        >>> Moments.of(sums).mean[IN].tolist(), Moments.of(sums).variance[IN].tolist()
+        ([2.0, nan], [2.0, nan])
+        """
+        several = sums.n > 1
+        within = np.where(several, sums.squared_deviations("margin"), 0.0)
+        return cls(
+            n=sums.n,
+            mean=sums.mean("margin"),
+            variance=sums.variance("margin"),
+            pooled=ratio(within.sum(1), np.where(several, sums.n - 1, 0).sum(1)),
+            p_true=sums.mean("p_true"),
+        )
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -147,10 +128,10 @@ def above_mean(margins: ArrayLike, others: Moments) -> Floats:
     It needs no variance, and one mean for each example where `online` needs two. NaN where there is
     no reference model.
 
-    >>> others = Sums(first=[0.0])
-    >>> others.add([3.0], [True])
-    >>> others.add([1.0], [False])
-    >>> above_mean([5.0], others.moments()).tolist()
+    >>> others = margin_sums([0.0])
+    >>> add_margins(others, [3.0], [True])
+    >>> add_margins(others, [1.0], [False])
+    >>> above_mean([5.0], Moments.of(others)).tolist()
     [3.0]
     """
     total = (np.nan_to_num(others.mean) * others.n).sum(0)
@@ -170,12 +151,12 @@ def online(margins: ArrayLike, others: Moments) -> Floats:
     `others` must not have seen the target, nor trials whose subsets depend on the target's: see
     `scores`. Raises ValueError if no variance is known.
 
-    >>> others = Sums(first=[0.0])
+    >>> others = margin_sums([0.0])
     >>> for margin, inside in [(3.0, True), (5.0, True), (-1.0, False), (1.0, False)]:
-    ...     others.add([margin], [inside])
-    >>> online([2.0], others.moments()).round(3).tolist()
+    ...     add_margins(others, [margin], [inside])
+    >>> online([2.0], Moments.of(others)).round(3).tolist()
     [0.0]
-    >>> online([4.0], others.moments()).round(3).tolist()
+    >>> online([4.0], Moments.of(others)).round(3).tolist()
     [4.0]
     """
     x, stdev = np.asarray(margins, np.float64), others.stdev()
@@ -219,10 +200,10 @@ def scores(
     x, inside = np.asarray(margins, np.float64), np.asarray(masks, bool)
     if target not in left_out:
         raise ValueError(f"left_out must hold the target, trial {target}")
-    others = Sums(x[target])
+    others = margin_sums(x[target])
     for trial in sorted({*range(len(x))} - {*left_out}):
-        others.add(x[trial], inside[trial])
-    moments = others.moments()
+        add_margins(others, x[trial], inside[trial])
+    moments = Moments.of(others)
     return online(x[target], moments), offline(x[target], moments)
 
 
@@ -236,10 +217,10 @@ def vulnerability(moments: Moments) -> tuple[Floats, Floats]:
 
     NaN where an arm is empty, with fewer than three trials, and where margins do not vary.
 
-    >>> sums = Sums(first=[0.0])
+    >>> sums = margin_sums([0.0])
     >>> for margin, inside in [(3.0, True), (5.0, True), (-1.0, False), (1.0, False)]:
-    ...     sums.add([margin], [inside])
-    >>> [values.round(3).tolist() for values in vulnerability(sums.moments())]
+    ...     add_margins(sums, [margin], [inside])
+    >>> [values.round(3).tolist() for values in vulnerability(Moments.of(sums))]
     [[2.828], [1.414]]
     """
     freedom = np.maximum(moments.n - 1, 0)

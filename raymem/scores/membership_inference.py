@@ -16,23 +16,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raymem.encoding import epsilon_name, from_json, json_ready
+from raymem.encoding import JsonObject, epsilon_name, from_json
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.scores.attack_scores import ByExample, TargetScores, by_example
 from raymem.scores.few_references import WithReferences, by_references
-from raymem.scores.lira import IN, OUT, Sums, vulnerability, with_some_variance
+from raymem.scores.lira import Moments, vulnerability, with_some_variance
 from raymem.scores.rmia import population
 from raymem.scores.roc import LOW_FPR, Attack
+from raymem.scores.running_sums import IN, OUT, RunningSums
 from raymem.scores.trial_margins import AHEAD, TrialMargins
 from raymem.scores.vulnerability_correlation import Half, RankCorrelation, crossed
 from raymem.store import Store, TrialKey, columns, read_ahead
+from raymem.store.columns import Row
 
 TARGETS = 20
 MOST_VULNERABLE = 10
@@ -71,39 +72,15 @@ class Attacked:
     """The attack with the highest AUC on either half of the examples, which `attack_auc` of the
     other half's examples is of."""
     correlation: RankCorrelation
-    most_vulnerable: list[dict[str, Any]]
+    most_vulnerable: list[Row]
     """example_id, label, vulnerability, vulnerability_stderr, attack_auc, memorization, n_in,
     n_out."""
     notes: list[str]
     """What to mind when reading the numbers."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; undefined numbers are null, epsilon inf is the word."""
-        return {
-            **vars(self),
-            "epsilon": epsilon_name(self.epsilon),
-            "attacks": [found.as_dict() for found in self.attacks],
-            "by_references": [found.as_dict() for found in self.by_references],
-            "correlation": json_ready(vars(self.correlation)),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Attacked:
-        """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for other data."""
-        rho = data["correlation"]
-        names = ("value", "low", "high", "ceiling", "tied", "tied_at")
-        values = {name: from_json(rho[name]) for name in names}
-        return cls(**{
-            **data,
-            "epsilon": float(data["epsilon"]),
-            "attacks": [Attack.from_dict(found) for found in data["attacks"]],
-            "by_references": [WithReferences.from_dict(d) for d in data.get("by_references", [])],
-            "correlation": RankCorrelation(examples=int(rho["examples"]), **values),
-        })  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
-class Membership:
+class Membership(JsonObject):
     """Membership inference at each epsilon of a store."""
 
     attacked: dict[float, Attacked]
@@ -113,17 +90,14 @@ class Membership:
     table: pa.Table
     """scores/membership.parquet: one row for each epsilon and training example."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def json_fields(self) -> Mapping[str, object]:
         """membership.json."""
-        return {
-            "epsilons": [found.as_dict() for found in self.attacked.values()],
-            "not_attacked": {epsilon_name(epsilon): why for epsilon, why in self.refused.items()},
-        }
+        return {"epsilons": list(self.attacked.values()), "not_attacked": self.refused}
 
     def write(self, store: Store) -> None:
         """Replace the store's scores/membership.parquet and membership.json."""
         store.write_scores("membership", self.table, {"study_hash": store.study().hash})
-        store.write_note("membership", self.as_dict())
+        store.write_note("membership", self)
 
 
 def membership(store: Store, *, targets: int = TARGETS) -> Membership:
@@ -167,7 +141,7 @@ def membership(store: Store, *, targets: int = TARGETS) -> Membership:
 def read_membership(store: Store) -> list[Attacked]:
     """What membership.json has; empty if it was never written, or is damaged."""
     try:
-        return [Attacked.from_dict(d) for d in (store.note("membership") or {})["epsilons"]]
+        return from_json(list[Attacked], (store.note("membership") or {})["epsilons"])
     except (KeyError, TypeError, ValueError):
         return []
 
@@ -216,7 +190,7 @@ def _with_all_references(
     scores, references, own = TargetScores(sample), len(trials.keys), 0
     for group in sorted({trials.group(key) for key in targets}):
         together = [key for key in trials.keys if trials.group(key) == group]
-        moments = trials.sums.without(trials.sum(together)).moments()
+        moments = Moments.of(trials.sums - trials.sum(together))
         references = min(references, len(trials.keys) - len(together))
         for _, margins, inside in trials.read([key for key in together if key in targets]):
             try:
@@ -235,7 +209,7 @@ def _across_halves(
     place = {group: n % 2 for n, group in enumerate(sorted({*map(trials.group, trials.keys)}))}
     found = []
     for half in (0, 1):
-        moments = trials.sum(k for k in trials.keys if place[trials.group(k)] != half).moments()
+        moments = Moments.of(trials.sum(k for k in trials.keys if place[trials.group(k)] != half))
         here = [key for key in targets if place[trials.group(key)] == half]
         if here and moments.known[sample].any():
             found.append(TargetScores(sample))
@@ -268,12 +242,12 @@ def _notes(here: Attacked, trials: TrialMargins) -> Iterator[str]:
         )
 
 
-def _table(here: pa.Table, sums: Sums, on_each: ByExample) -> pa.Table:
+def _table(here: pa.Table, sums: RunningSums, on_each: ByExample) -> pa.Table:
     """Rows of scores/membership.parquet; `here` are the training examples' scores, in order."""
-    moments = sums.moments()
+    moments = Moments.of(sums)
     apart, error = vulnerability(moments)
     spread = np.sqrt(moments.variance)
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         **{name: here[name] for name in ("example_id", "index", "label", "epsilon")},
         "n_in": moments.n[IN],
         "n_out": moments.n[OUT],
@@ -295,7 +269,7 @@ def _table(here: pa.Table, sums: Sums, on_each: ByExample) -> pa.Table:
     return pa.table(arrays).cast(columns.schema(columns.MEMBERSHIP)).combine_chunks()
 
 
-def _most_vulnerable(table: pa.Table) -> list[dict[str, Any]]:
+def _most_vulnerable(table: pa.Table) -> list[Row]:
     known = table.filter(pc.is_valid(table["vulnerability"]))
     order = [("vulnerability", "descending"), ("index", "ascending")]
     rows = known.take(pc.sort_indices(known, order)).slice(0, MOST_VULNERABLE)
@@ -306,7 +280,7 @@ def _most_vulnerable(table: pa.Table) -> list[dict[str, Any]]:
 
 def _correlation(trials: TrialMargins) -> RankCorrelation:
     """A third pass: every other group of trials is one half."""
-    halves = [Half(trials.sums.first) for _ in range(2)]
+    halves = [Half(trials.sums.origin["margin"]) for _ in range(2)]
     place = {group: n for n, group in enumerate(sorted({trials.group(k) for k in trials.keys}))}
     correct = partial(trials.store.train_rows, names=["correct"])
     rows = read_ahead(trials.keys, correct, AHEAD)

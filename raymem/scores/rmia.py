@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from raymem.scores.lira import OUT, Floats, Moments
+from raymem.scores.estimates import Floats
+from raymem.scores.lira import Moments
+from raymem.scores.running_sums import OUT
 
 # With so many, a false-positive rate of 0.1% is ten of them.
 POPULATION = 10_000
@@ -45,11 +47,11 @@ def online(margins: ArrayLike, others: Moments, sample: ArrayLike) -> Floats:
     `sample` [Z] are the positions of the population. NaN where an arm is empty. Raises ValueError
     if that is so for all of the population.
 
-    >>> from raymem.scores.lira import Sums
-    >>> others = Sums(first=[0.0, 0.0])
+    >>> from raymem.scores.lira import add_margins, margin_sums
+    >>> others = margin_sums([0.0, 0.0])
     >>> for margin, inside in [(2.0, True), (-2.0, False)]:
-    ...     others.add([margin, margin], [inside, inside])
-    >>> online([1.0, -1.0], others.moments(), [0, 1]).tolist()
+    ...     add_margins(others, [margin, margin], [inside, inside])
+    >>> online([1.0, -1.0], Moments.of(others), [0, 1]).tolist()
     [1.0, 0.5]
     """
     return _share_below(margins, others.p_true.mean(0), sample)

@@ -6,14 +6,10 @@ Shapes: S scores, pooled over K target trials.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from raymem.encoding import from_json, json_ready
 
 Floats = NDArray[np.float64]
 Truths = NDArray[np.bool_]
@@ -32,6 +28,16 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Roc:
+    """A ROC curve; empty without members, or without others."""
+
+    fpr: list[float] = field(default_factory=list)
+    """False-positive rates."""
+    tpr: list[float] = field(default_factory=list)
+    """The largest true-positive rate at or below each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attack:
     """What one attack reached on the scores of all target trials together."""
 
@@ -44,31 +50,7 @@ class Attack:
     """The largest true-positive rate of a threshold with a false-positive rate of 0.1% or less."""
     tpr_at_fpr: Rate
     """The same at 1%."""
-    roc: list[tuple[float, float]] = field(default_factory=list)
-    """False-positive rate, largest true-positive rate at or below it."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; undefined numbers are null."""
-        return {
-            "name": self.name,
-            **{
-                name: json_ready(vars(value))
-                for name, value in vars(self).items()
-                if isinstance(value, Rate)
-            },
-            "roc": {
-                "fpr": json_ready([fpr for fpr, _ in self.roc]),
-                "tpr": json_ready([tpr for _, tpr in self.roc]),
-            },
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Attack:
-        """The inverse of `as_dict`. Raises KeyError, TypeError or ValueError for other data."""
-        names = ("auc", "balanced_accuracy", "tpr_at_low_fpr", "tpr_at_fpr")
-        rates = {n: Rate(**{k: from_json(v) for k, v in data[n].items()}) for n in names}
-        curve = zip(data["roc"]["fpr"], data["roc"]["tpr"], strict=True)
-        return cls(name=str(data["name"]), roc=[(float(f), float(t)) for f, t in curve], **rates)
+    roc: Roc = field(default_factory=Roc)
 
 
 def attack(name: str, scores: ArrayLike, members: ArrayLike, targets: ArrayLike) -> Attack:
@@ -96,18 +78,15 @@ def attack(name: str, scores: ArrayLike, members: ArrayLike, targets: ArrayLike)
         stderr = np.full(len(whole), math.nan)
     rates = [Rate(value=float(v), stderr=float(s)) for v, s in zip(whole, stderr, strict=True)]
     fpr, tpr = curve(values, member)
+    # Below one over the number of non-members no rate is resolved.
+    grid = [float(f) for f in GRID if f * (~member).sum() >= 1 and member.any()]
     return Attack(
         name=name,
         auc=rates[0],
         balanced_accuracy=rates[1],
         tpr_at_low_fpr=rates[2],
         tpr_at_fpr=rates[3],
-        # Below one over the number of non-members no rate is resolved.
-        roc=[
-            (float(limit), at_fpr(fpr, tpr, limit))
-            for limit in GRID
-            if limit * (~member).sum() >= 1 and member.any()
-        ],
+        roc=Roc(fpr=grid, tpr=[at_fpr(fpr, tpr, limit) for limit in grid]),
     )
 
 

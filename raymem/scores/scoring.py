@@ -11,16 +11,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raymem.encoding import epsilon_name, json_ready
+from raymem.encoding import JsonObject, epsilon_name
 from raymem.errors import StoreError
 from raymem.plan import Plan
 from raymem.scores.copy_groups import Copies, copies_in, group_columns
@@ -28,17 +27,17 @@ from raymem.scores.estimates import (
     difference_of_means,
     difference_of_proportions,
     forecast_trials,
-    mean_and_stderr,
-    ratio,
     reliability,
 )
-from raymem.scores.fold_buffer import FoldBuffer
+from raymem.scores.fold_buffer import FoldBuffer, FoldColumns
 from raymem.scores.influence_pairs import InfluencePairs, PairRule
 from raymem.scores.influence_table import influence_pairs, pairs_table
 from raymem.scores.lists import list_with_fdr, probability_above
-from raymem.scores.running_sums import Outcomes, Sums, fold_sums, total
+from raymem.scores.running_sums import IN, OUT, RunningSums
 from raymem.scores.streamed_curvature import StreamedCurvature
+from raymem.scores.trial_sums import ARMS, Outcomes, TrialSums, fold_sums
 from raymem.store import Store, TrialKey, columns
+from raymem.store.columns import Row
 
 # More examples than this would add nothing to split halves but memory.
 EXAMPLES_FOR_RELIABILITY = 100_000
@@ -49,7 +48,7 @@ FALSE_DISCOVERIES = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpsilonSummary:
+class EpsilonSummary(JsonObject):
     """Summary of the trials at one epsilon."""
 
     epsilon: float
@@ -84,6 +83,10 @@ class EpsilonSummary:
     pairs_dropped: int
     """Pairs dropped because of --max-pairs."""
 
+    def json_fields(self) -> Mapping[str, object]:
+        """All but the epsilon, which is the key."""
+        return {name: value for name, value in vars(self).items() if name != "epsilon"}
+
 
 def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
     """Score all committed trials of a store; replaces its scores/*.parquet.
@@ -115,7 +118,7 @@ def score(store: Store, rule: PairRule | None = None) -> list[EpsilonSummary]:
         trial_rows += _unfinished(store, done)
         about = {
             "study_hash": study.hash,
-            "summary": {f"eps-{epsilon_name(s.epsilon)}": _as_dict(s) for s in summaries},
+            "summary": {f"eps-{epsilon_name(s.epsilon)}": s.as_dict() for s in summaries},
         }
         private = columns.TRIALS_PRIVACY if study.privacy is not None else {}
         over_training = (study.curvature or {}).get("every_epochs") is not None
@@ -150,16 +153,16 @@ class _Scorer:
 
     def at(
         self, epsilon: float, keys: Sequence[TrialKey], tables: dict[str, list[pa.Table]]
-    ) -> tuple[EpsilonSummary, list[dict[str, Any]]]:
+    ) -> tuple[EpsilonSummary, list[Row]]:
         """The summary and the rows of the trials; adds this epsilon's part to each table."""
         N, n_rows = self.plan.n, self.index.num_rows
         copies = copies_in(self.index)
         outcomes = Outcomes(N, n_rows - N, copies.rows)
-        rows: list[dict[str, Any]] = []
-        sampled: list[Sums] = []
+        rows: list[Row] = []
+        sampled: list[FoldColumns] = []
         streamed = StreamedCurvature(self.store, self.index)
         folds = fold_sums(self.store, keys, self.plan, self.study_hash, rows, outcomes, streamed)
-        sums = total(self._kept(epsilon, folds, sampled), n_rows)
+        sums = sum(self._kept(epsilon, folds, sampled), TrialSums.zeros(n_rows))
         table = _example_table(self.index, epsilon, sums, N, copies, outcomes, self.canaries)
         table = _with_privacy(table, rows)
         tables["examples"].append(table)
@@ -169,20 +172,23 @@ class _Scorer:
         tables["influence"].append(pairs_table(pairs, self.index, mem, epsilon))
         return _summary(epsilon, rows, table, sampled, pairs), rows
 
-    def _kept(self, epsilon: float, folds: Iterable[Sums], sampled: list[Sums]) -> Iterator[Sums]:
+    def _kept(
+        self, epsilon: float, folds: Iterable[TrialSums], sampled: list[FoldColumns]
+    ) -> Iterator[TrialSums]:
         """Pass the folds on; keep them for their table, and a sample for split halves."""
         N = self.plan.n
         train = slice(0, N, math.ceil(N / EXAMPLES_FOR_RELIABILITY))
         for number, sums in enumerate(folds):
-            self.folds.add(epsilon, number, sums)
-            sampled.append({name: sums[name][train].copy() for name in FOR_RELIABILITY})
+            stored = sums.columns()
+            self.folds.add(epsilon, number, stored)
+            sampled.append({name: stored[name][train].copy() for name in FOR_RELIABILITY})
             yield sums
 
 
 def _example_table(
     index: pa.Table,
     epsilon: float,
-    sums: Sums,
+    sums: TrialSums,
     N: int,
     copies: Copies,
     outcomes: Outcomes,
@@ -194,54 +200,47 @@ def _example_table(
     """
     is_test = np.arange(index.num_rows) >= N
     is_canary = np.isin(np.arange(index.num_rows), canaries)
-    n_in = np.where(is_test, 0, sums["n_in"])
-    counts = (sums["correct_in"], n_in, sums["correct_out"], sums["n_out"])
+    of = sums.outcomes
+    n_in, n_out = of.n[IN], of.n[OUT]
+    right = of.total["correct"]
+    counts = (right[IN], n_in, right[OUT], n_out)
     bit = difference_of_proportions(*counts)
     above = np.where(is_canary, np.nan, probability_above(MEMORIZED_ABOVE, *counts))
-    soft = difference_of_means(
-        sums["p_true_in"],
-        sums["p_true_squared_in"],
-        n_in,
-        sums["p_true_out"],
-        sums["p_true_squared_out"],
-        sums["n_out"],
-    )
+    total, squares = of.total["p_true"], of.squares["p_true"]
+    soft = difference_of_means(total[IN], squares[IN], n_in, total[OUT], squares[OUT], n_out)
     reason = np.select(
-        [is_test, is_canary, (n_in == 0) & (sums["n_out"] == 0), n_in == 0, sums["n_out"] == 0],
+        [is_test, is_canary, (n_in == 0) & (n_out == 0), n_in == 0, n_out == 0],
         ["test example", "canary", "no trial yet", "no in-trial", "no out-trial"],
         "",
     )
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "n_in": pa.array(n_in.astype(np.int32), mask=is_test),
-        "n_out": sums["n_out"],
-        "loss_in": ratio(sums["loss_in"], n_in),
-        "loss_out": ratio(sums["loss_out"], sums["n_out"]),
-        "cumulative_loss": ratio(sums["cumulative_loss"], n_in),
-        "learning_epoch": ratio(sums["learning_epoch"], sums["learned"]),
-        "forgetting_count": ratio(sums["forgetting_count"], n_in),
+        "n_out": n_out,
+        **{name: sums.history.mean(name) for name in sums.history.total},
+        "learning_epoch": sums.learning.mean("learning_epoch"),
         "epsilon": np.full(len(n_in), epsilon),
         "memorized_probability": above,
         "memorized": pa.array(list_with_fdr(above, FALSE_DISCOVERIES), mask=np.isnan(above)),
         **group_columns(copies, outcomes, index.num_rows),
         "null_reason": pa.array(reason, mask=reason == ""),
     }
-    for arm, n in (("in", n_in), ("out", sums["n_out"])):
-        values[f"accuracy_{arm}"] = ratio(sums[f"correct_{arm}"], n)
-        values[f"p_true_{arm}"] = ratio(sums[f"p_true_{arm}"], n)
+    means = {"accuracy": of.mean("correct"), "p_true": of.mean("p_true"), "loss": of.mean("loss")}
+    for arm, row in ARMS.items():
+        values |= {f"{name}_{arm}": mean[row] for name, mean in means.items()}
     for name, estimate in (("memorization", bit), ("memorization_soft", soft)):
         values[name] = np.where(is_canary, np.nan, estimate.value)
         values[f"{name}_stderr"] = np.where(is_canary, np.nan, estimate.stderr)
         values[f"{name}_low"] = np.where(is_canary, np.nan, estimate.low)
         values[f"{name}_high"] = np.where(is_canary, np.nan, estimate.high)
-    of = dict(columns.SCORES_EXAMPLES)
-    if "n_curvature_in" in sums:
-        found = _curvature_columns(sums, is_test)
-        of.update({name: columns.SCORES_CURVATURE[name] for name in found})
+    schema = dict(columns.SCORES_EXAMPLES)
+    if sums.curvature is not None:
+        found = _curvature_columns(sums.curvature, is_test)
+        schema.update({name: columns.SCORES_CURVATURE[name] for name in found})
         values.update(found)
-    return _as_table(index, values, of)
+    return _as_table(index, values, schema)
 
 
-def _with_privacy(table: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
+def _with_privacy(table: pa.Table, rows: Sequence[Row]) -> pa.Table:
     """The table with the columns of privacy; all trials at one epsilon share a mechanism."""
     private = [row for row in rows if "spent_epsilon" in row]
     if not private:
@@ -252,28 +251,21 @@ def _with_privacy(table: pa.Table, rows: Sequence[dict[str, Any]]) -> pa.Table:
     return table
 
 
-def _curvature_columns(sums: Sums, is_test: NDArray[np.bool_]) -> dict[str, Any]:
+def _curvature_columns(sums: RunningSums, is_test: NDArray[np.bool_]) -> dict[str, object]:
     """Means over the trials of each arm, in the order of the columns; unmeasured ones left out."""
-    found: dict[str, Any] = {}
-    for arm in ("in", "out"):
-        n = np.where(is_test, 0, sums[f"n_curvature_{arm}"])
-        found[f"n_curvature_{arm}"] = pa.array(n.astype(np.int32), mask=is_test)
-        for name in columns.TRIAL_CURVATURE:
-            if f"{name}_{arm}" not in sums:
-                continue
-            total = sums[f"{name}_{arm}"]
-            found[f"{name}_{arm}"] = ratio(total, n)
-            if f"{name}_{arm}_squares" in sums:
-                _, stderr = mean_and_stderr(total, sums[f"{name}_{arm}_squares"], n)
-                found[f"{name}_{arm}_stderr"] = stderr
+    found: dict[str, object] = {}
+    for arm, row in ARMS.items():
+        found[f"n_curvature_{arm}"] = pa.array(sums.n[row].astype(np.int32), mask=is_test)
+        found |= {f"{name}_{arm}": sums.mean(name)[row] for name in sums.total}
+        found |= {f"{name}_{arm}_stderr": sums.stderr(name)[row] for name in sums.squares}
     return {name: found[name] for name in columns.SCORES_CURVATURE if name in found}
 
 
 def _fold_table(
-    index: pa.Table, epsilon: float, fold: int, sums: Sums, of: columns.Columns
+    index: pa.Table, epsilon: float, fold: int, sums: FoldColumns, of: columns.Columns
 ) -> pa.Table:
     """A fold's rows of scores/folds.parquet; what only other folds measured is null."""
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         **sums,
         "epsilon": np.full(index.num_rows, epsilon),
         "fold": np.full(index.num_rows, fold, np.int32),
@@ -285,14 +277,14 @@ def _fold_table(
 
 def _summary(
     epsilon: float,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     table: pa.Table,
-    folds: Sequence[Sums],
+    folds: Sequence[FoldColumns],
     pairs: InfluencePairs,
 ) -> EpsilonSummary:
     """`folds` are the sums of some training examples."""
 
-    def stack(name: str) -> NDArray[Any]:
+    def stack(name: str) -> NDArray[np.generic]:
         return np.array([sums[name] for sums in folds])
 
     if len(folds) > 1:
@@ -325,7 +317,7 @@ def _summary(
     )
 
 
-def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
+def _unfinished(store: Store, done: set[TrialKey]) -> list[Row]:
     """Rows of trials that have only failed so far: their last failure."""
     last = {failure.key: failure for failure in store.failures() if failure.key not in done}
     return [
@@ -339,7 +331,7 @@ def _unfinished(store: Store, done: set[TrialKey]) -> list[dict[str, Any]]:
     ]
 
 
-def _as_table(index: pa.Table, values: dict[str, Any], of: columns.Columns) -> pa.Table:
+def _as_table(index: pa.Table, values: dict[str, object], of: columns.Columns) -> pa.Table:
     """The columns of `of` from `values` or the index; NaN becomes null."""
     arrays = {
         name: pa.array(values[name], from_pandas=True) if name in values else index[name]
@@ -363,10 +355,6 @@ def _floats(column: pa.ChunkedArray) -> NDArray[np.float64]:
     return values
 
 
-def _mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
+def _mean_of(rows: Sequence[Row], name: str) -> float:
     values = [row[name] for row in rows if row[name] is not None]
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def _as_dict(summary: EpsilonSummary) -> dict[str, Any]:
-    return {key: json_ready(value) for key, value in vars(summary).items() if key != "epsilon"}

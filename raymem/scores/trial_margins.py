@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from raymem.encoding import epsilon_name
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.plan import Plan
-from raymem.scores.lira import Floats, Sums
+from raymem.scores.estimates import Floats
+from raymem.scores.lira import add_margins, margin_sums
+from raymem.scores.running_sums import RunningSums
 from raymem.store import Store, TrialKey, read_ahead
 
 Truths = NDArray[np.bool_]
@@ -41,8 +43,8 @@ class TrialMargins:
             )
         if plan.subset_ratio == 1:
             raise StoreError(
-                f"every example is in every trial of {store.url} (subset ratio 1), so no model is "
-                "without it; train a study with --subset-ratio 0.5"
+                f"every trial of {store.url} trains on all examples (subset ratio 1), so there are "
+                "no out-models; train a study with --subset-ratio 0.5"
             )
         blocks = {self.group(key) for key in self.keys}
         if len(blocks) < 2:
@@ -62,12 +64,14 @@ class TrialMargins:
         in_blocks = self.plan.kind in ("balanced", "candidate-pool")
         return key.trial // self.plan.block if in_blocks else key.trial
 
-    def sum(self, keys: Iterable[TrialKey]) -> Sums:
+    def sum(self, keys: Iterable[TrialKey]) -> RunningSums:
         """Sums over some trials, about the first trial of all that was read."""
         sums = None
         for _, margins, inside in self.read(keys):
-            sums = sums or Sums(self.sums.first if hasattr(self, "sums") else margins)
-            sums.add(margins, inside)
+            if sums is None:
+                known = hasattr(self, "sums")
+                sums = margin_sums(self.sums.origin["margin"] if known else margins)
+            add_margins(sums, margins, inside)
         assert sums is not None
         return sums
 

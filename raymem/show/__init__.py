@@ -12,7 +12,7 @@ from raymem.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from raymem.show.build_report import write_report
-    from raymem.show.notebook import Opened, open_store
+    from raymem.show.notebook import StudyResults, open_store
     from raymem.show.score_tables import examples_table, pairs_table
     from raymem.show.story import Story, story_text, tell
     from raymem.show.table import Table, format_table
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "Opened",
     "Story",
+    "StudyResults",
     "Table",
     "TableError",
     "correlations_text",

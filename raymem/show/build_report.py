@@ -22,7 +22,7 @@ from raymem.scores import read_membership
 from raymem.show.choose import choose
 from raymem.show.explorer import explorer_section
 from raymem.show.figures import figures, leave_one_out_figure
-from raymem.show.notebook import Opened
+from raymem.show.notebook import StudyResults
 from raymem.show.page import TWINS, page
 from raymem.show.story import main_epsilon, tell
 from raymem.show.terminal_membership import stale_text
@@ -50,7 +50,7 @@ def write_report(
     Raises StoreError without scores, if the private store is not of the same examples, and if the
     experiment is on other scores.
     """
-    opened = Opened(store, data)
+    opened = StudyResults(store, data)
     store_ = opened.store
     epsilons = sorted(set(store_.scores()["epsilon"].to_pylist()))
     shown = main_epsilon(store_.scores())
@@ -59,7 +59,7 @@ def write_report(
         if private is not None:
             other = Store(private)
             links = with_private(links, privacy_links(other), store_, other)
-    store_.write_note("links", links.as_dict())
+    store_.write_note("links", links)
     chosen = choose(store_, shown)
     attacked = read_membership(store_)
     left_out = None if leave_one_out is None else _left_out(store_, Store(leave_one_out))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,8 +17,8 @@ from raymem.links import label_errors
 from raymem.links.column_arrays import train_at
 from raymem.links.correlation import MEMORIZED
 from raymem.store import Store
+from raymem.store.columns import Row
 
-Row = dict[str, Any]
 # Examples shown per class: fewer of many classes.
 PER_CLASS = ((20, 6), (200, 4), (math.inf, 2))
 FIRST, SUSPICIOUS, TABLE_ROWS, PAIRS, GROUPS = 12, 24, 1000, 24, 24

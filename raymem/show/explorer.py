@@ -24,7 +24,7 @@ from raymem.encoding import epsilon_name
 from raymem.show.explorer_data import ExplorerTables, packed, packed_text, spread, thinned
 from raymem.show.explorer_pictures import small_pictures
 from raymem.show.explorer_spec import SCATTER
-from raymem.show.notebook import Opened
+from raymem.show.notebook import StudyResults
 
 MOST_EXAMPLES = 60_000
 # Examples with their picture and the outcomes of their models.
@@ -38,7 +38,7 @@ VEGA = ("vega.min.js", "vega-lite.min.js")
 Blobs = dict[str, bytes]
 
 
-def explorer_section(opened: Opened, first: Iterable[str] = (), *, keep: bool = True) -> str:
+def explorer_section(opened: StudyResults, first: Iterable[str] = (), *, keep: bool = True) -> str:
     """The explorer of a store as HTML, at most about 9 MB; text of the data is escaped.
 
     Of more than 60,000 examples it has the most memorized and an even sample. Pictures are for at
@@ -124,7 +124,7 @@ class _Page:
                 self.about["pairs"].append(name)
                 self.blobs |= pair_blobs(name, train[here], test[here], pairs["influence"][here])
 
-    def add_details(self, opened: Opened, first: Iterable[str], keep: bool) -> None:
+    def add_details(self, opened: StudyResults, first: Iterable[str], keep: bool) -> None:
         """Pictures, and the outcome of each model, of some examples."""
         chosen = self._with_details(first)
         ids = [self.tables.ids[self.rows[row]] for row in chosen]
@@ -193,7 +193,10 @@ def about(tables: ExplorerTables) -> dict[str, Any]:
 
 
 def pair_blobs(
-    epsilon: str, train: NDArray[Any], test: NDArray[Any], influence: NDArray[Any]
+    epsilon: str,
+    train: np.ndarray,
+    test: np.ndarray,
+    influence: np.ndarray,
 ) -> Blobs:
     """Relations at an epsilon as the page asks for them."""
     found = {"train": train.astype(np.int32), "test": test.astype(np.int32), "influence": influence}
@@ -246,7 +249,7 @@ def section_html(about: dict[str, Any], blobs: Blobs) -> str:
 
 @dataclass(frozen=True)
 class ExplorerFrame:
-    """An explorer that a notebook shows inline; see `Opened.explore`."""
+    """An explorer that a notebook shows inline; see `StudyResults.explore`."""
 
     html: str
     """The whole page: needs no network, and opens from disk once it is written there."""
@@ -262,7 +265,7 @@ class ExplorerFrame:
         )
 
 
-def explorer_frame(opened: Opened, height: int) -> ExplorerFrame:
+def explorer_frame(opened: StudyResults, height: int) -> ExplorerFrame:
     """The explorer of an opened store for a notebook; nothing is written to the store."""
     title = f"{opened.about.data_name}: explorer"
     return ExplorerFrame(explorer_page(explorer_section(opened, keep=False), title), height)

@@ -13,7 +13,6 @@ import gzip
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -171,7 +170,7 @@ class ExplorerTables:
             return None
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
-    def pairs(self, epsilon: float) -> dict[str, NDArray[Any]]:
+    def pairs(self, epsilon: float) -> dict[str, np.ndarray]:
         """Relations: `train` and `test` positions, `influence`; the most influential first."""
         empty = {
             "train": np.empty(0, np.int32), "test": np.empty(0, np.int32),
@@ -226,7 +225,7 @@ class ExplorerTables:
             found[row] = np.concatenate([both[:n_train][at_train], both[n_train:][at_test]])
         return found
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, object]:
         """What a page must know before it asks for anything, as JSON-ready data."""
         return {
             "name": self.study.data_name,
@@ -266,7 +265,7 @@ def _floats(column: pa.ChunkedArray) -> NDArray[np.float32]:
     return np.array(column.cast(pa.float64()), np.float64).astype(np.float32)
 
 
-def packed(values: NDArray[Any]) -> bytes:
+def packed(values: np.ndarray) -> bytes:
     """An array as a browser unpacks it: gzip over its bytes, first all first bytes, and so on.
 
     Floats are rounded to float32 with four digits; little endian. NaN stays NaN.
@@ -290,7 +289,7 @@ def packed_text(text: str) -> bytes:
     return gzip.compress(text.encode(), 6, mtime=0)
 
 
-def spread(rows: Sequence[int] | NDArray[Any], n: int) -> NDArray[np.int64]:
+def spread(rows: Sequence[int] | np.ndarray, n: int) -> NDArray[np.int64]:
     """At most n of these rows, evenly spread, in their order.
 
     >>> spread([3, 4, 5, 6, 7], 2).tolist()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from raymem.show.notebook import Opened
+from raymem.show.notebook import StudyResults
 from raymem.show.thumbnails import thumbnails
 
 # A coloured PNG of more bytes is smaller as WebP; small grey ones are not.
@@ -15,7 +15,9 @@ LARGE_PNG = 500
 QUALITY = 75
 
 
-def small_pictures(opened: Opened, ids: Sequence[str], *, keep: bool) -> tuple[list[bytes], str]:
+def small_pictures(
+    opened: StudyResults, ids: Sequence[str], *, keep: bool
+) -> tuple[list[bytes], str]:
     """Thumbnails by id, in order, empty where there is none; and why some are missing.
 
     They are kept in the store, as the report's are, if `keep`.

@@ -25,7 +25,7 @@ from raymem.errors import ExamplesError, RaymemError
 from raymem.show.explorer import about, explorer_page, pair_blobs, section_html, vega_code
 from raymem.show.explorer_data import ExplorerTables, Measure, packed, packed_text
 from raymem.show.explorer_spec import ExplorerError
-from raymem.show.notebook import Opened, as_image
+from raymem.show.notebook import StudyResults, as_image
 from raymem.show.thumbnails import media_type
 
 try:
@@ -84,7 +84,7 @@ class Guard:
 class Answers:
     """What the server says of one store."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: StudyResults) -> None:
         self.opened, self.tables = opened, ExplorerTables(opened.store)
         self._kept = opened.store.thumbnails()
         try:
@@ -182,7 +182,7 @@ class Answers:
         return out.getvalue()
 
 
-def explorer_app(opened: Opened, *, token: str, port: int) -> ASGIApp:
+def explorer_app(opened: StudyResults, *, token: str, port: int) -> ASGIApp:
     """The server's application: answers at /TOKEN/ to requests for 127.0.0.1:PORT."""
     answers = Answers(opened)
 
@@ -227,7 +227,9 @@ def listening(port: int) -> Iterator[socket.socket]:
         yield server
 
 
-def serve_explorer(opened: Opened, *, port: int = 0, told: Callable[[str], object] = print) -> None:
+def serve_explorer(
+    opened: StudyResults, *, port: int = 0, told: Callable[[str], object] = print
+) -> None:
     """Serve a store's explorer until Ctrl-C; `told` is called with the address first.
 
     Raises StoreError without scores, ExplorerError if the port is in use.

@@ -7,19 +7,20 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from raymem.encoding import epsilon_name
 from raymem.experiments import ARMS, GROUPS
 from raymem.links import LeftOut, Links, PaperBins, Removed
-from raymem.links.column_arrays import train_at
+from raymem.links.column_arrays import Floats, train_at
 from raymem.scores import Attacked
 from raymem.store import Store
 from raymem.store.measures import known_measures, title_of, unit_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 LIGHT = {
@@ -55,7 +56,7 @@ class Figure:
             store.files.replace(f"figures/{self.name}{suffix}", data)
 
 
-Draw = Callable[[Any, dict[str, str]], None]
+Draw: TypeAlias = "Callable[[Axes, dict[str, str]], None]"
 
 
 def figures(
@@ -112,7 +113,7 @@ def figures(
         )
 
     for here in attacked:
-        if here.epsilon == epsilon and any(one.roc for one in here.attacks):
+        if here.epsilon == epsilon and any(one.roc.fpr for one in here.attacks):
             yield _figure(
                 "membership-roc",
                 "Membership inference: true against false positives",
@@ -196,8 +197,8 @@ def _saved(canvas: Canvas, kind: str, about: Mapping[str, str | None]) -> bytes:
     return out.getvalue()
 
 
-def _histogram(ax: Any, colours: dict[str, str], mem: Any) -> None:
-    ax.hist(mem, bins=np.linspace(min(-0.1, mem.min()), 1, 56), color=colours["one"])
+def _histogram(ax: Axes, colours: dict[str, str], mem: Floats) -> None:
+    ax.hist(mem, bins=np.linspace(min(-0.1, mem.min()), 1, 56).tolist(), color=colours["one"])
     ax.axvline(0.25, color=colours["two"], linewidth=1, label="0.25")
     ax.set_yscale("log")
     ax.set_xlabel("memorization")
@@ -205,7 +206,7 @@ def _histogram(ax: Any, colours: dict[str, str], mem: Any) -> None:
     ax.legend()
 
 
-def _link1(ax: Any, colours: dict[str, str], bins: PaperBins, mem: Any, values: Any) -> None:
+def _link1(ax: Axes, colours: dict[str, str], bins: PaperBins, mem: Floats, values: Floats) -> None:
     both = np.isfinite(mem) & np.isfinite(values)
     step = max(1, int(both.sum()) // MOST_POINTS)
     ax.scatter(
@@ -237,17 +238,18 @@ def _places(epsilons: list[float]) -> tuple[list[float], list[str]]:
     return places, [epsilon_name(e) for e in epsilons]
 
 
-def _epsilon_axis(ax: Any, places: list[float], names: list[str]) -> None:
+def _epsilon_axis(ax: Axes, places: list[float], names: list[str]) -> None:
     ax.set_xticks(places, names)
     ax.set_xlabel("epsilon")
 
 
-def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
+def _link2(ax: Axes, colours: dict[str, str], links: Links) -> None:
     seen = [o for o in links.curvature.observed if o.curvature is not None]
+    means = [o.curvature for o in seen if o.curvature is not None]
     places, names = _places([o.epsilon for o in seen])
     error = [0.0 if o.curvature_stderr is None else 2 * o.curvature_stderr for o in seen]
     ax.errorbar(
-        places, [o.curvature for o in seen], yerr=error, fmt="o", color=colours["one"],
+        places, means, yerr=error, fmt="o", color=colours["one"],
         capsize=3, label="mean curvature, two standard errors",
     )  # fmt: skip
     shape = links.curvature.shape
@@ -264,7 +266,7 @@ def _link2(ax: Any, colours: dict[str, str], links: Links) -> None:
     ax.legend()
 
 
-def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
+def _link3(ax: Axes, colours: dict[str, str], links: Links) -> None:
     audits = [a for a in links.memorization if a.pool is not None]
     places, names = _places([a.epsilon for a in audits])
     means = [a.pool.value for a in audits if a.pool]
@@ -293,12 +295,12 @@ def _link3(ax: Any, colours: dict[str, str], links: Links) -> None:
     ax.legend()
 
 
-def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
+def _roc(ax: Axes, colours: dict[str, str], here: Attacked) -> None:
     styles = (("one", "-"), ("one", "--"), ("two", ":"), ("two", "-"), ("two", "--"), ("ink", "-"))
     least = 1.0
     for one, (colour, style) in zip(here.attacks, styles, strict=False):
         # A rate of 0 has no place on a logarithmic axis.
-        points = [(fpr, tpr) for fpr, tpr in one.roc if tpr > 0]
+        points = [(f, t) for f, t in zip(one.roc.fpr, one.roc.tpr, strict=True) if t > 0]
         if points:
             x, y = zip(*points, strict=True)
             least = min(least, *x)
@@ -314,7 +316,7 @@ def _roc(ax: Any, colours: dict[str, str], here: Attacked) -> None:
     ax.legend(loc="lower right")
 
 
-def _removal(ax: Any, colours: dict[str, str], found: Removed) -> None:
+def _removal(ax: Axes, colours: dict[str, str], found: Removed) -> None:
     effect = found.headline
     styles = dict(zip(ARMS, (("two", "o-"), ("one", "s--"), ("ink", "^:")), strict=True))
     for arm, (colour, style) in styles.items():
@@ -332,7 +334,7 @@ def _removal(ax: Any, colours: dict[str, str], found: Removed) -> None:
     ax.legend()
 
 
-def _leave_one_out(ax: Any, colours: dict[str, str], found: LeftOut) -> None:
+def _leave_one_out(ax: Axes, colours: dict[str, str], found: LeftOut) -> None:
     rows = found.examples.to_pylist()
     styles = dict(zip(GROUPS, (("one", "s"), ("two", "o"), ("ink", "^")), strict=True))
     for group, (colour, marker) in styles.items():

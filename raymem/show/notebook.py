@@ -51,7 +51,7 @@ class ShownLinks(Links):
         return f"<ul>{sentences}</ul>{''.join(table._repr_html_() for table in tables)}"
 
 
-class Opened:
+class StudyResults:
     """What a study found, for reading. See `open`."""
 
     def __init__(self, store: str | os.PathLike[str], data: Examples | str | None = None) -> None:
@@ -62,7 +62,7 @@ class Opened:
         self._data = data
 
     @property
-    def examples(self) -> pa.Table:
+    def scores(self) -> pa.Table:
         """scores/examples.parquet: one row per example and epsilon; docs/columns.md says what its
         columns mean. `.to_pandas()` makes a data frame of it."""
         return self.store.scores()
@@ -153,7 +153,7 @@ class Opened:
     def _repr_html_(self) -> str:
         text = f"<p>{html.escape(repr(self))}</p>"
         try:
-            table = self.examples
+            table = self.scores
         except StoreError as error:
             return f"{text}<p>{html.escape(str(error))}</p>"
         order = pc.sort_indices(table, [("memorization", "descending")])[:SHOWN]
@@ -166,7 +166,7 @@ class Opened:
             )
         return (
             f"{text}{shown._repr_html_()}"
-            f"<p>{table.num_rows:,} rows; .examples.to_pandas() has all, .explore() shows all</p>"
+            f"<p>{table.num_rows:,} rows; .scores.to_pandas() has all, .explore() shows all</p>"
         )
 
     def _pictures(self, ids: list[str]) -> dict[str, Markup]:
@@ -188,8 +188,8 @@ def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3])
 
 
-def open_store(store: str | os.PathLike[str], data: Examples | str | None = None) -> Opened:
-    """A store for reading: `.examples`, `.pairs`, `.trials`, `.links()`, `.image(example_id)`,
+def open_store(store: str | os.PathLike[str], data: Examples | str | None = None) -> StudyResults:
+    """A store for reading: `.scores`, `.pairs`, `.trials`, `.links()`, `.image(example_id)`,
     `.explore()`. Notebooks show its most memorized examples.
 
     `data` is where the images are, if they are not where the study had them: what `load_examples`
@@ -203,8 +203,8 @@ def open_store(store: str | os.PathLike[str], data: Examples | str | None = None
     ...     trials=2,
     ... )
     >>> progress, summaries = study.train(engine="serial"), study.score()
-    >>> opened = open_store("memory://doctest-open")
-    >>> opened.examples.num_rows, opened.image("digit-0905").size
+    >>> results = open_store("memory://doctest-open")
+    >>> results.scores.num_rows, results.image("digit-0905").size
     (1797, (8, 8))
     """
-    return Opened(store, data)
+    return StudyResults(store, data)

@@ -9,13 +9,12 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 from raymem.encoding import at_epsilon, epsilon_name
 from raymem.links import LeftOut, Links
 from raymem.links.verdicts import verdict_on_link1, verdicts_on_costs
 from raymem.scores import Attacked
-from raymem.show.choose import Chosen, Row
+from raymem.show.choose import Chosen
 from raymem.show.figures import Figure
 from raymem.show.result_tables import (
     attacks_table,
@@ -37,8 +36,12 @@ from raymem.show.terminal_leave_one_out import bias_table, example_table, source
 from raymem.show.terminal_links import costs_text, link2_lines, paper_bins_text
 from raymem.show.terminal_membership import best_text, correlation_text
 from raymem.store import StudyRecord
+from raymem.store.columns import Row
 from raymem.store.measures import MEASURES, unit_of
 from raymem.version import VERSION
+
+# What a part of the template is given, by name.
+Context = dict[str, object]
 
 COLUMNS = (
     "example_id", "class", "memorization", "memorization_low", "memorization_high",
@@ -152,7 +155,7 @@ class _Cards:
             "alt": f"{what} {example_id}, labelled {self.label(label)}",
         }
 
-    def card(self, row: Row, lines: Sequence[str], helps: str = "most helps") -> dict[str, Any]:
+    def card(self, row: Row, lines: Sequence[str], helps: str = "most helps") -> Context:
         """An example, with a test example that it `helps` beside it."""
         shown = [self.picture(row["example_id"], row["label"], "training example")]
         lines = list(lines)
@@ -169,7 +172,7 @@ class _Cards:
             "lines": lines,
         }
 
-    def memorized(self, row: Row) -> dict[str, Any]:
+    def memorized(self, row: Row) -> Context:
         """A memorized example."""
         elsewhere = ", ".join(
             f"{value:.2f} at {epsilon_name(epsilon)}" for epsilon, value in row["elsewhere"].items()
@@ -177,19 +180,19 @@ class _Cards:
         more = [f"with privacy, by epsilon: {elsewhere}"] if elsewhere else []
         return self.card(row, [_memorization(row), *more])
 
-    def pair(self, pair: Row) -> dict[str, Any]:
+    def pair(self, pair: Row) -> Context:
         """A pair of high influence."""
         row = {"example_id": pair["train_id"], "label": pair["train_label"], "relation": pair}
         return self.card(row, [f"memorization {pair['memorization']:.2f}"], "helps")
 
-    def suspicious(self, row: Row) -> dict[str, Any]:
+    def suspicious(self, row: Row) -> Context:
         """A probable label error."""
         lines = [_memorization(row)]
         if row["loss_out"] is not None:
             lines.append(f"loss without it {row['loss_out']:.1f} nats")
         return self.card({**row, "relation": None}, lines)
 
-    def copy(self, row: Row) -> dict[str, Any]:
+    def copy(self, row: Row) -> Context:
         """One of several near duplicates."""
         return self.card({**row, "relation": None}, [row["split"]])
 
@@ -211,7 +214,7 @@ def _chart(chart: Figure) -> dict[str, str]:
     return {"title": chart.title, "alt": chart.alt, "light": light, "dark": dark}
 
 
-def _extremes(chosen: Chosen, show: _Cards) -> list[tuple[str, list[dict[str, Any]]]]:
+def _extremes(chosen: Chosen, show: _Cards) -> list[tuple[str, list[Context]]]:
     unit = unit_of("curvature_out")
     return [
         (
@@ -225,7 +228,7 @@ def _extremes(chosen: Chosen, show: _Cards) -> list[tuple[str, list[dict[str, An
     ]
 
 
-def _twins(links: Links, chosen: Chosen, show: _Cards) -> list[dict[str, Any]]:
+def _twins(links: Links, chosen: Chosen, show: _Cards) -> list[Context]:
     twins = links.twins.get(chosen.epsilon)
     return [
         {
@@ -246,7 +249,7 @@ def _twins(links: Links, chosen: Chosen, show: _Cards) -> list[dict[str, Any]]:
     ]
 
 
-def _curvature(links: Links, epsilon: float) -> dict[str, Any]:
+def _curvature(links: Links, epsilon: float) -> Context:
     rows = links.correlations.get(epsilon, [])
     equal = equal_loss_table(rows)
     bins = links.bins.get(epsilon)
@@ -277,7 +280,7 @@ def _curvature(links: Links, epsilon: float) -> dict[str, Any]:
     }
 
 
-def _privacy(links: Links) -> dict[str, Any]:
+def _privacy(links: Links) -> Context:
     private = any(audit.mechanism for audit in links.memorization)
     tables = [
         memorization_by_epsilon_table(links.memorization),
@@ -291,7 +294,7 @@ def _privacy(links: Links) -> dict[str, Any]:
     }
 
 
-def _membership(attacked: Sequence[Attacked], stale: str) -> dict[str, Any]:
+def _membership(attacked: Sequence[Attacked], stale: str) -> Context:
     sentences = [text(here) for here in attacked for text in (best_text, correlation_text)]
     notes = [
         f"Epsilon {epsilon_name(here.epsilon)}: {note}." for here in attacked for note in here.notes
@@ -307,7 +310,7 @@ def _membership(attacked: Sequence[Attacked], stale: str) -> dict[str, Any]:
     }
 
 
-def _left_out(found: LeftOut | None) -> dict[str, Any] | None:
+def _left_out(found: LeftOut | None) -> Context | None:
     if found is None:
         return None
     return {
@@ -345,7 +348,7 @@ def _settings(study: StudyRecord, location: str) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     if isinstance(value, dict):
         return str(value.get("name", value))
     if isinstance(value, float):
@@ -353,7 +356,7 @@ def _words(value: Any) -> str:
     return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
 
 
-def _examples(chosen: Chosen) -> dict[str, Any]:
+def _examples(chosen: Chosen) -> Context:
     """The searchable table: its columns, and its rows as JSON for the page's script."""
     names = [n for n in COLUMNS if n == "class" or (chosen.table and n in chosen.table[0])]
     rows: list[list[Cell]] = [

@@ -28,7 +28,7 @@ from raymem.links import (
 )
 from raymem.scores import Attack, Attacked
 from raymem.show.score_tables import column_of, memorization_of
-from raymem.show.table import EPSILON, Cell, Column, Estimate, Table, percent
+from raymem.show.table import EPSILON, Cell, Column, Estimate, Ranged, Table, percent
 from raymem.store.measures import title_of, unit_of
 
 REFERENCES_TITLE = "Membership inference with fewer reference trials"
@@ -470,5 +470,5 @@ def removal_table(found: Removed, effect: RemovalEffect) -> Table:
     )
 
 
-def _points(mean: Any) -> Estimate:
+def _points(mean: Ranged) -> Estimate:
     return Estimate(100 * mean.value, 100 * mean.low, 100 * mean.high)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pyarrow as pa
 
 from raymem.show.table import EPSILON, Cell, Column, Estimate, Table
+from raymem.store.columns import Row
 from raymem.store.measures import title_of, unit_of
 
 
@@ -39,7 +39,7 @@ def examples_table(table: pa.Table, *more: str) -> Table:
     return Table(columns=columns, rows=[_example(row, more) for row in table.to_pylist()])
 
 
-def _example(row: Mapping[str, Any], more: Sequence[str]) -> list[Cell]:
+def _example(row: Row, more: Sequence[str]) -> list[Cell]:
     known = [row["accuracy_in"], row["accuracy_out"]]
     return [
         row["example_id"],
@@ -52,7 +52,7 @@ def _example(row: Mapping[str, Any], more: Sequence[str]) -> list[Cell]:
     ]
 
 
-def memorization_of(row: Mapping[str, Any]) -> Estimate | None:
+def memorization_of(row: Row) -> Estimate | None:
     """An example's memorization with its interval; published scores have none."""
     if row["memorization"] is None:
         return None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from raymem.encoding import duration, json_ready
+from raymem.encoding import JsonObject, duration
 from raymem.fleet import Snapshot
 from raymem.fleet.progress import GroupProgress, by_node
 from raymem.store import FailureCause, Store, TrialKey, failure_causes, is_alive, read_driver
@@ -63,7 +63,7 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyStatus:
+class StudyStatus(JsonObject):
     """A study's status at one moment; `raymem status` prints it."""
 
     url: str
@@ -184,10 +184,9 @@ class StudyStatus:
         why = self.progress.get("why_no_commit", "the driver does not say why")
         return f"no trial committed for {duration(self.quiet_seconds)}: {why}"
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready, with `stalled` in it."""
-        found: dict[str, Any] = json_ready({**dataclasses.asdict(self), "stalled": self.stalled()})
-        return found
+    def json_fields(self) -> Mapping[str, object]:
+        """The fields, and `stalled`."""
+        return {**vars(self), "stalled": self.stalled()}
 
 
 def _since(time: str, now: datetime) -> float:

@@ -13,11 +13,11 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
-from raymem.encoding import json_ready
+from raymem.encoding import JsonObject
 
 if TYPE_CHECKING:
     import jinja2
@@ -108,7 +108,7 @@ EPSILON = Column(key="epsilon", title="epsilon")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(JsonObject):
     """A result as rows; columns in the order of their importance: a narrow terminal has the first.
 
     >>> columns = [Column(key="id", title="example"), Column(key="x", title="score")]
@@ -164,18 +164,13 @@ class Table:
         macros = environment().get_template("macros.html").module
         return str(macros.table(self))  # type: ignore[attr-defined]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: columns with keys, plain names and units, rows as lists; an estimate is its
-        value with the ends of its interval."""
-        return {
-            "title": self.title,
-            "columns": [
-                {"key": column.key, "title": column.title, "unit": column.unit}
-                for column in self.columns
-            ],
-            "rows": [[_json(cell) for cell in row] for row in self.rows],
-            "notes": list(self.notes),
-        }
+    def json_fields(self) -> Mapping[str, object]:
+        """Columns with keys, plain names and units, rows as lists; an estimate is its value with
+        the ends of its interval."""
+        return {**vars(self), "columns": [
+            {"key": column.key, "title": column.title, "unit": column.unit}
+            for column in self.columns
+        ]}  # fmt: skip
 
 
 @functools.cache
@@ -190,10 +185,6 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def _json(cell: Cell) -> Any:
-    return json_ready(vars(cell) if isinstance(cell, Estimate) else cell)
 
 
 def _total(widths: Sequence[int]) -> int:
@@ -229,7 +220,7 @@ def from_arrow(table: pa.Table, titles: Mapping[str, str] | None = None) -> Tabl
     )
 
 
-def _plain_cell(value: Any) -> Cell:
+def _plain_cell(value: object) -> Cell:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 

@@ -80,7 +80,7 @@ def write_leave_one_out(found: LeftOut) -> str:
     """Write leave_one_out.json and figures/leave-one-out.png, -dark.png and .pdf; returns where the
     JSON is."""
     store = Store(found.url)
-    store.write_note("leave_one_out", found.as_dict())
+    store.write_note("leave_one_out", found)
     leave_one_out_figure(found).keep(store, dark=True)
     return store.files.path("leave_one_out.json")
 

@@ -41,7 +41,7 @@ def removal_text(found: Removed) -> str:
 def write_removal(found: Removed) -> str:
     """Write removal.json and figures/removal.png, -dark.png and .pdf; returns where the JSON is."""
     store = Store(found.url)
-    store.write_note("removal", found.as_dict())
+    store.write_note("removal", found)
     removal_figure(found).keep(store, dark=True)
     return store.files.path("removal.json")
 

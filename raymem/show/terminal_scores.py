@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +16,7 @@ from raymem.show.score_tables import pairs_table
 from raymem.show.table import folded, format_table, percent, terminal_width
 from raymem.show.tables import TableError, top
 from raymem.store import Store
+from raymem.store.columns import Row
 
 if TYPE_CHECKING:
     from raymem.data.shards import IngestSummary
@@ -100,7 +101,7 @@ def example_text(store: Store, example_id: str, n: int) -> str:
     return "\n".join(lines)
 
 
-def _copies(index: pa.Table, me: Mapping[str, Any]) -> list[str]:
+def _copies(index: pa.Table, me: Row) -> list[str]:
     lines = []
     for name, what in (
         ("duplicate_group", "exact copies"), ("near_duplicate_group", "near duplicates"),
@@ -116,7 +117,7 @@ def _copies(index: pa.Table, me: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
+def _score_lines(row: Row, train: pa.Table) -> list[str]:
     lines = []
     if row["memorization"] is not None:
         above = pc.sum(pc.greater(train["memorization"], row["memorization"])).as_py() or 0
@@ -134,7 +135,7 @@ def _score_lines(row: Mapping[str, Any], train: pa.Table) -> list[str]:
     return lines
 
 
-def _in_words(row: Mapping[str, Any]) -> str:
+def _in_words(row: Row) -> str:
     right = {arm: round(row[f"accuracy_{arm}"] * row[f"n_{arm}"]) for arm in ("in", "out")}
     text = (
         f"{right['in']:,} of {row['n_in']:,} models that trained on it get it right, "
@@ -213,7 +214,7 @@ def _pairs(s: EpsilonSummary) -> str:
     return f"{text}, {s.pairs_dropped:,} DROPPED by --max-pairs" if s.pairs_dropped else text
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, Mapping):
@@ -221,7 +222,7 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def _three_digits(value: Any) -> str:
+def _three_digits(value: object) -> str:
     """Small numbers with three digits of their own: curvatures are of any size."""
     small = isinstance(value, float) and 0 < abs(value) < 0.01
     return f"{value:.3g}" if small else _cell(value)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from raymem.data import ABSENT, rows_of
 from raymem.errors import RaymemError
-from raymem.show.notebook import Opened, as_image
+from raymem.show.notebook import StudyResults, as_image
 from raymem.store.derived import THUMBNAILS
 from raymem.store.trials import encode
 
@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
 
 
 def thumbnails(
-    opened: Opened, ids: Iterable[str], *, keep: bool = True
+    opened: StudyResults, ids: Iterable[str], *, keep: bool = True
 ) -> tuple[dict[str, bytes], str]:
     """Pictures by example id, and why some are missing (empty: none is).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -121,7 +121,7 @@ class Agreement:
 
     def mechanisms(self) -> dict[str, Store]:
         """The store of each mechanism. Raises StudyMismatchError if two stores disagree."""
-        found: dict[str, tuple[Store, dict[str, object]]] = {}
+        found: dict[str, tuple[Store, Mapping[str, object]]] = {}
         for store in self.stores:
             for key in store.files.list("privacy"):
                 body = self._json(store, key)

@@ -5,8 +5,9 @@ The words here go into the Parquet files' field metadata and, by `make docs`, in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -25,6 +26,8 @@ class Column:
 
 
 Columns = Mapping[str, Column]
+# A row of a table, by column.
+Row = Mapping[str, Any]
 
 
 def schema(columns: Columns, metadata: Mapping[str, str] | None = None) -> pa.Schema:
@@ -39,7 +42,7 @@ _SPLIT = Column(pa.string(), "train or test")
 _INDEX = Column(pa.int64(), "position of the example in its split, in the set's order")
 _ID = Column(pa.string(), "the example's id, unique over both splits")
 _LABEL = Column(pa.int64(), "class number, 0..K-1")
-_EPSILON = Column(pa.float64(), "privacy budget of the trial; inf is not private", "nats")
+_EPSILON = Column(pa.float64(), "privacy budget of the trial; inf: not private", "nats")
 _TRIAL = Column(pa.int32(), "number of the subset; the same subset at every epsilon")
 _GROUP = Column(
     pa.int64(), "number shared by examples with exactly equal pixels, over both splits; null: none"
@@ -65,8 +68,10 @@ TRIAL: Columns = {
     "epsilon": _EPSILON,
     "split": _SPLIT,
     "index": _INDEX,
-    "in_subset": Column(pa.bool_(), "did this model train on the example? null for test examples"),
-    "correct": Column(pa.bool_(), "is the largest logit the label's?"),
+    "in_subset": Column(
+        pa.bool_(), "whether this model trained on the example; null for test examples"
+    ),
+    "correct": Column(pa.bool_(), "whether the largest logit is the label's"),
     "margin": Column(
         pa.float32(),
         "log p_y - log of the sum of the other classes' p; p_true = sigmoid(margin), "
@@ -80,26 +85,27 @@ TRIAL: Columns = {
     ),
     "learning_epoch": Column(
         pa.int32(),
-        "first epoch (from 1) from which on training got it right at every later visit; null "
-        "outside the subset and if never",
+        "first epoch (from 1) after which every training visit classified it correctly; null "
+        "outside the subset, and if there is none",
         "epochs",
     ),
     "forgetting_count": Column(
         pa.int32(),
-        "times training got it right at one visit and wrong at the next; null outside the subset",
+        "times it was classified correctly at one training visit and incorrectly at the next; null "
+        "outside the subset",
     ),
 }
 
 _TRACE = "trace of the Hessian of the loss in the pixels (Ravikumar et al. 2024, eq. 7)"
 _OVER_TRAINING = (
-    "mean of curvature over the epochs that were measured while the model trained, the last among "
-    "them (Garg et al. 2024)"
+    "mean of curvature over the epochs at which it was measured during training, including the "
+    "last one (Garg et al. 2024)"
 )
 _SQUARED = "trace of the squared Hessian, or an unbiased estimate of it"
-_GRADIENT = "length of the gradient of the loss in the pixels"
+_GRADIENT = "L2 norm of the gradient of the loss in the pixels"
 _PAPER = (
-    "the paper's score (Ravikumar et al. 2024, eq. 14), a finite difference, not divided by h^2; "
-    "h, probes and variant are in the metadata; no estimate of the trace"
+    "finite-difference score of Ravikumar et al. 2024 (eq. 14), not divided by h^2, so that it "
+    "does not estimate the trace; h, number of probes and variant are in the metadata"
 )
 PER_PIXEL, PER_PIXEL2, PER_PIXEL4 = "nats/pixel", "nats/pixel^2", "nats^2/pixel^4"
 
@@ -122,14 +128,16 @@ SCORES_EXAMPLES: Columns = {
     "epsilon": _EPSILON,
     "n_in": Column(pa.int32(), "trials that trained on the example; null for test examples"),
     "n_out": Column(pa.int32(), "trials that did not; for test examples, all trials"),
-    "accuracy_in": Column(pa.float64(), "share of in-trials that get it right", "0..1"),
-    "accuracy_out": Column(pa.float64(), "share of out-trials that get it right: C-score", "0..1"),
+    "accuracy_in": Column(pa.float64(), "share of in-trials that classify it correctly", "0..1"),
+    "accuracy_out": Column(
+        pa.float64(), "share of out-trials that classify it correctly: C-score", "0..1"
+    ),
     "p_true_in": Column(pa.float64(), "mean probability of the label over in-trials", "0..1"),
     "p_true_out": Column(pa.float64(), "mean probability of the label over out-trials", "0..1"),
     "memorization": Column(
         pa.float64(),
-        "accuracy_in - accuracy_out (Feldman & Zhang 2020, eq. 1): high when only models that saw "
-        "the example get it right",
+        "accuracy_in - accuracy_out (Feldman & Zhang 2020, eq. 1): high when only models that "
+        "trained on the example classify it correctly",
         "-1..1",
     ),
     "memorization_stderr": Column(
@@ -138,7 +146,9 @@ SCORES_EXAMPLES: Columns = {
     "memorization_low": Column(pa.float64(), "lower end of Newcombe's 95% interval", "-1..1"),
     "memorization_high": Column(pa.float64(), "upper end of Newcombe's 95% interval", "-1..1"),
     "memorization_soft": Column(
-        pa.float64(), "p_true_in - p_true_out: less noisy, another estimand", "-1..1"
+        pa.float64(),
+        "p_true_in - p_true_out: less noisy than memorization, but a different estimand",
+        "-1..1",
     ),
     "memorization_soft_stderr": Column(pa.float64(), "its standard error", "-1..1"),
     "memorization_soft_low": Column(pa.float64(), "lower end of its 95% interval", "-1..1"),
@@ -150,7 +160,8 @@ SCORES_EXAMPLES: Columns = {
     ),
     "memorized": Column(
         pa.bool_(),
-        "on the list of examples memorized above 0.25; at most 5% of it are expected to be false",
+        "whether it is on the list of examples with memorization above 0.25; at most 5% of the "
+        "list are expected to be false",
     ),
     "loss_in": Column(pa.float64(), "mean cross entropy over in-trials", "nats"),
     "loss_out": Column(pa.float64(), "mean cross entropy over out-trials", "nats"),
@@ -165,12 +176,12 @@ SCORES_EXAMPLES: Columns = {
     "near_duplicate_group": _NEAR,
     "n_out_group": Column(
         pa.int32(),
-        "trials without any training example of its near_duplicate_group; null: no group",
+        "trials that trained on no example of its near_duplicate_group; null: no group",
     ),
     "group_memorization": Column(
         pa.float64(),
-        "accuracy_in minus the accuracy of the trials without any copy: what the group, not this "
-        "copy alone, adds; null: no other copy in training, or n_out_group is 0",
+        "accuracy_in minus the accuracy of trials that trained on no copy: the effect of the whole "
+        "group instead of this copy alone; null: no other copy in training, or n_out_group is 0",
         "-1..1",
     ),
     "group_memorization_stderr": Column(pa.float64(), "its standard error", "-1..1"),
@@ -185,8 +196,7 @@ SCORES_EXAMPLES: Columns = {
     ),
 }
 
-# Added to scores/examples.parquet and scores/trials.parquet if the study is private.
-# Without these a table of scores is not what was written.
+# A table of scores without one of these columns is damaged.
 NEEDED = {
     "examples": (
         "example_id", "index", "split", "label", "epsilon", "n_in", "n_out", "accuracy_in",
@@ -198,9 +208,13 @@ NEEDED = {
     "influence": ("train_id", "test_id", "epsilon", "influence"),
     "membership": ("example_id", "epsilon", "vulnerability"),
 }  # fmt: skip
+
+# Added to scores/examples.parquet and scores/trials.parquet if the study is private.
 SCORES_PRIVACY: Columns = {
     "spent_epsilon": Column(
-        pa.float64(), "what the accountant says of the steps taken; inf: not private", "nats"
+        pa.float64(),
+        "epsilon spent by the steps taken, according to the accountant; inf: not private",
+        "nats",
     ),
     "delta": Column(pa.float64(), "delta of (epsilon, delta)-DP; null: not private", "0..1"),
     "accountant": Column(pa.string(), "prv or rdp; null: not private"),
@@ -208,17 +222,19 @@ SCORES_PRIVACY: Columns = {
 TRIALS_PRIVACY: Columns = {
     **SCORES_PRIVACY,
     "noise_multiplier": Column(
-        pa.float64(), "standard deviation of the noise over max_grad_norm; 0: none"
+        pa.float64(), "standard deviation of the noise divided by max_grad_norm; 0: no noise"
     ),
-    "sample_rate": Column(pa.float64(), "probability of each example to be in a batch", "0..1"),
-    "steps": Column(pa.int64(), "steps taken, all of them noisy where there is noise"),
-    "max_grad_norm": Column(pa.float64(), "norm gradients are clipped to; inf: not clipped"),
+    "sample_rate": Column(pa.float64(), "probability that an example is in a batch", "0..1"),
+    "steps": Column(pa.int64(), "optimizer steps"),
+    "max_grad_norm": Column(
+        pa.float64(), "L2 norm that the gradient of each example is clipped to; inf: not clipped"
+    ),
 }
 
 # Added to scores/trials.parquet if the study averages curvature over training.
 TRIALS_OVER_TRAINING: Columns = {
     "curvature_epochs": Column(
-        pa.int32(), "epochs that curvature_over_training is the mean of; null: not measured"
+        pa.int32(), "number of epochs averaged in curvature_over_training; null: not measured"
     ),
     "curvature_epochs_seconds": Column(
         pa.float64(), "wall time of measuring curvature in the epochs before the last", "seconds"
@@ -265,8 +281,8 @@ STREAMED: Columns = {
     "content_hash": Column(
         pa.string(), "128 bits of SHA-256 over shape and pixels as the model saw them; null: not ok"
     ),
-    "ok": Column(pa.bool_(), "was it scored?"),
-    "error": Column(pa.string(), "why not; null: it was"),
+    "ok": Column(pa.bool_(), "whether it was scored"),
+    "error": Column(pa.string(), "why it was not scored; null: it was"),
     "mode": Column(pa.string(), "how the trace was computed; null: not ok"),
     **STREAMED_VALUES,
 }
@@ -292,8 +308,8 @@ MEMBERSHIP_VALUES: Columns = {
     "vulnerability": Column(
         pa.float64(),
         "d' = (margin_in - margin_out) / their pooled standard deviation: positive when models "
-        "that saw the example are surer of its label, and an attacker can tell; null: an arm is "
-        "empty, or margins do not vary",
+        "that trained on the example are more confident of its label, so that membership can be "
+        "inferred; null: no in-trial or no out-trial, or margins do not vary",
         "standard deviations",
     ),
     "vulnerability_stderr": Column(
@@ -302,7 +318,7 @@ MEMBERSHIP_VALUES: Columns = {
     "attack": Column(
         pa.string(),
         "the membership inference attack with the highest AUC on the other half of the examples "
-        "(even and odd positions); null: attack_auc is",
+        "(even and odd positions); null: attack_auc is null",
     ),
     "attack_auc": Column(
         pa.float64(),
@@ -333,8 +349,8 @@ CACHE_SHARD: Columns = {
     "example_id": Column(pa.string(), "the image's id"),
     "label": Column(pa.int64(), "class number as the shard has it; null: none"),
     "content_hash": Column(pa.string(), f"{_HASH}; null: not ok"),
-    "ok": Column(pa.bool_(), "was it decoded?"),
-    "error": Column(pa.string(), "why not; null: it was"),
+    "ok": Column(pa.bool_(), "whether it was decoded"),
+    "error": Column(pa.string(), "why it was not decoded; null: it was"),
     "piece": Column(pa.string(), f"{_PIECE.meaning}; null: not ok"),
     "row": Column(pa.int64(), f"{_ROW.meaning}; null: not ok"),
 }
@@ -343,14 +359,14 @@ CACHE_REJECTS: Columns = {
     "split": _SPLIT,
     "example_id": Column(pa.string(), "the image's id"),
     "label": Column(pa.int64(), "class number as the set has it; null: none"),
-    "error": Column(pa.string(), "why it is no example"),
+    "error": Column(pa.string(), "why it was left out"),
 }
 
 SUMS: Columns = {
     "n_in": Column(pa.int32(), "in-trials"),
     "n_out": Column(pa.int32(), "out-trials; for test examples, all"),
-    "correct_in": Column(pa.int32(), "in-trials that get it right"),
-    "correct_out": Column(pa.int32(), "out-trials that get it right"),
+    "correct_in": Column(pa.int32(), "in-trials that classify it correctly"),
+    "correct_out": Column(pa.int32(), "out-trials that classify it correctly"),
     "p_true_in": Column(pa.float64(), "sum of p_true over in-trials"),
     "p_true_out": Column(pa.float64(), "sum of p_true over out-trials"),
     "p_true_squared_in": Column(pa.float64(), "sum of p_true^2 over in-trials"),
@@ -383,14 +399,6 @@ SUMS_CURVATURE: Columns = {
 }
 
 
-def sums_of_curvature(measured: Iterable[str]) -> Columns:
-    """The columns of SUMS_CURVATURE for the columns that trials measured."""
-    sums = {
-        f"{name}_{arm}{tail}" for name in measured for arm in _OVER for tail in ("", "_squares")
-    }
-    return {n: c for n, c in SUMS_CURVATURE.items() if n in sums or n.startswith("n_")}
-
-
 FOLDS: Columns = {
     "epsilon": _EPSILON,
     "split": _SPLIT,
@@ -410,15 +418,16 @@ INFLUENCE: Columns = {
     "influence": Column(
         pa.float64(),
         "accuracy on the test example with the training example in, minus out (Feldman & Zhang "
-        "2020, eq. 2): high when the training example makes it right",
+        "2020, eq. 2): high when training on the one helps models classify the other correctly",
         "-1..1",
     ),
     "influence_stderr": Column(pa.float64(), "its standard error", "-1..1"),
     "memorization": Column(pa.float64(), "memorization of the training example", "-1..1"),
     "strong": Column(
         pa.bool_(),
-        "influence >= 0.15, memorization >= 0.25, and a p-value that one pair in all has by "
-        "chance; false: only among the most influential of its test example",
+        "whether influence >= 0.15, memorization >= 0.25, and the p-value is below the level at "
+        "which one pair is expected by chance; false: kept as one of the most influential pairs of "
+        "its test example",
     ),
 }
 
@@ -431,8 +440,10 @@ MEMBERSHIP: Columns = {
 SCORES_TRIALS: Columns = {
     "trial": _TRIAL,
     "epsilon": _EPSILON,
-    "status": Column(pa.string(), "done, or the cause of the last failure if it never finished"),
-    "attempt": Column(pa.int32(), "attempt that finished, or the last that failed; from 1"),
+    "status": Column(pa.string(), "done, or the cause of the last failure"),
+    "attempt": Column(
+        pa.int32(), "number of the attempt that finished, or of the last one that failed, from 1"
+    ),
     "seed_init": Column(pa.int64(), "seed of the initial weights"),
     "seed_order": Column(pa.int64(), "seed of the order of examples"),
     "seed_augment": Column(pa.int64(), "seed of crops and flips"),
@@ -450,8 +461,8 @@ SCORES_TRIALS: Columns = {
     "curvature_mode": Column(pa.string(), "how the trace was computed; null: not measured"),
     "seconds": Column(pa.float64(), "wall time of training and evaluation", "seconds"),
     "curvature_seconds": Column(pa.float64(), "wall time of measuring curvature", "seconds"),
-    "device": Column(pa.string(), "where it ran"),
-    "host": Column(pa.string(), "on which machine"),
+    "device": Column(pa.string(), "device that it was trained on"),
+    "host": Column(pa.string(), "machine that it was trained on"),
     "digest": Column(pa.string(), "SHA-256 of the trial's data columns"),
 }
 

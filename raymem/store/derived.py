@@ -9,7 +9,7 @@ from typing import IO, Any, Literal
 
 import pyarrow as pa
 
-from raymem.encoding import as_json
+from raymem.encoding import json_bytes
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.store import columns, trials
 from raymem.store.files import Files
@@ -84,9 +84,9 @@ class Derived:
         done = {r["trial"] for r in rows if r["epsilon"] == epsilon and r["status"] == "done"}
         return [TrialKey(epsilon, trial) for trial in sorted(done)]
 
-    def write_note(self, name: Note, body: Mapping[str, object]) -> None:
-        """Replace NAME.json, a result beside the scores."""
-        self.files.replace(f"{name}.json", as_json(body))
+    def write_note(self, name: Note, result: object) -> None:
+        """Replace NAME.json by a result, as `raymem.encoding.to_json` has it."""
+        self.files.replace(f"{name}.json", json_bytes(result))
 
     def note(self, name: Note) -> dict[str, Any] | None:
         """NAME.json; None if it was never written, or is damaged."""

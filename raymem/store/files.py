@@ -17,7 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
+
+from fsspec import AbstractFileSystem
 
 from raymem.errors import StoreError, StoreFullError
 from raymem.retry import ask, error_code, is_local, open_fs, patiently
@@ -48,7 +50,7 @@ class Files:
         self.root: str = str(Path(root).absolute()) if self.local else root.rstrip("/")
 
     @property
-    def fs(self) -> Any:
+    def fs(self) -> AbstractFileSystem:
         """The fsspec file system."""
         if self._process != os.getpid():  # connections belong to the parent after a fork
             self._process, (self._fs, _) = os.getpid(), open_fs(self._given)
@@ -87,7 +89,8 @@ class Files:
             _sync_folder(target.parent)
 
     def replace_with(self, key: str, write: Callable[[IO[bytes]], None]) -> None:
-        """Replace `key` by what `write` writes to a local file: for objects larger than memory."""
+        """Replace `key` by the contents of a local file that `write` fills, for objects larger than
+        memory."""
         if not self.local:
             with tempfile.NamedTemporaryFile() as file:
                 write(file)

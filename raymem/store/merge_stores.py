@@ -110,8 +110,8 @@ def _check_places(first: Store, second: Store, out: Store) -> None:
         raise StoreError(f"{first.url} is given twice; give two stores")
     if into == b:
         raise StoreError(
-            f"{out.url} is the second store, but of two results the first store's stays; give it "
-            f"first: `raymem merge {out.url} {first.url} {out.url}`"
+            f"{out.url} is the second store, but where results differ the first store's are kept; "
+            f"give it first: `raymem merge {out.url} {first.url} {out.url}`"
         )
     for inner, outer in itertools.permutations((a, b, into), 2):
         if inner.startswith(outer.rstrip("/") + "/"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from raymem.data import Examples, group_column
-from raymem.encoding import as_json, epsilon_name
+from raymem.encoding import epsilon_name, json_bytes
 from raymem.errors import (
     DamagedObjectError,
     PlanError,
@@ -136,7 +136,7 @@ class Store(Derived):
         body: dict[str, object] = {"trials": target.trials, "epsilons": epsilons}
         if target.part is not None:
             body["part"] = vars(target.part)
-        self.files.replace("target.json", as_json(body))
+        self.files.replace("target.json", json_bytes(body))
 
     def mechanism(self, epsilon: float) -> Mechanism | None:
         """The mechanism of all private trials at `epsilon`; None if it is not fixed yet."""
@@ -155,7 +155,7 @@ class Store(Derived):
 
         Another version of an accountant may find another noise for the same epsilon.
         """
-        self.files.create(_mechanism_key(mechanism.epsilon), as_json(mechanism.as_dict()))
+        self.files.create(_mechanism_key(mechanism.epsilon), json_bytes(mechanism.as_dict()))
         fixed = self.mechanism(mechanism.epsilon)
         assert fixed is not None
         return fixed
@@ -265,7 +265,7 @@ class Store(Derived):
     def record_failure(self, key: TrialKey, attempt: int, cause: str, message: str) -> None:
         """Record that an attempt at a trial failed; it is never counted as a trial."""
         body = {"trial": key.trial, "attempt": attempt, "cause": cause, "message": message}
-        self.files.create(key.failed_key(attempt), as_json(body))
+        self.files.create(key.failed_key(attempt), json_bytes(body))
 
     def trial(self, key: TrialKey, names: Sequence[str] | None = None) -> pa.Table:
         """One trial's table (all columns, or `names`), with its metadata."""

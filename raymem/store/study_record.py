@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raymem.data import Examples
-from raymem.encoding import as_json
+from raymem.encoding import json_bytes
 from raymem.errors import DamagedObjectError, StoreError
 from raymem.plan import Plan
 from raymem.version import VERSION
@@ -81,7 +81,7 @@ class StudyRecord:
             "created": self.created,
             "raymem": self.raymem,
         }
-        return as_json(body)
+        return json_bytes(body)
 
     @classmethod
     def decode(cls, data: bytes, url: str) -> StudyRecord:

@@ -265,7 +265,7 @@ class Provenance(TypedDict, total=False):
     workers: int
     """Number of workers that trained it together, if not one."""
     curvature: CurvatureProvenance
-    privacy: dict[str, object]
+    privacy: Mapping[str, object]
     """Its mechanism."""
 
 

@@ -146,7 +146,7 @@ def check_index(data: bytes, record: StudyRecord) -> None:
     """Raises DamagedObjectError if these bytes are not the index of the study's examples."""
     table = check_table(data, "examples.parquet")
     if fingerprint_of(table, record.image_shape, record.classes) != record.fingerprint:
-        raise DamagedObjectError("is not the index of the study's data set")
+        raise DamagedObjectError("does not match the study's data set")
 
 
 def check_table(data: bytes, key: str) -> pa.Table:

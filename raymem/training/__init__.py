@@ -9,13 +9,13 @@ scaled as one tensor on the device; there is no data loader and no Python per im
 """
 
 from raymem.models import margins
+from raymem.training.batched_curvature import Measured, Meter, batch_of, measure
 from raymem.training.calibrate import models_per_step
 from raymem.training.checkpoint import Checkpoints
 from raymem.training.group import Member, run_group
 from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input, augment, default_device
 from raymem.training.loop import OnEpoch, train
-from raymem.training.measure import Measured, Meter, batch_of, measure
 from raymem.training.precision import fast_arithmetic
 from raymem.training.private import check_private_recipe, private_recipe, train_privately
 from raymem.training.ranks import ALONE, Ranks

@@ -18,8 +18,8 @@ from torch import nn
 
 from raymem.curvature import CurvatureRule
 from raymem.errors import DivergedError
+from raymem.training.batched_curvature import Measured, measure_images
 from raymem.training.images import Images
-from raymem.training.measure import Measured, measure_images
 from raymem.training.ranks import ALONE, Ranks
 from raymem.training.recipe import Recipe
 
@@ -99,7 +99,7 @@ class EpochCurvature:
             epochs_seconds=self.seconds,
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What a checkpoint keeps."""
         return {"total": self.total, "measured": self.measured, "seconds": self.seconds}
 

@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ class Images:
             resident = x_train.nbytes + x_test.nbytes <= _room_on(device)
         pixels_on = device if resident else torch.device("cpu")
 
-        def tensor(array: NDArray[Any], on: torch.device) -> Tensor:
+        def tensor(array: NDArray[np.generic], on: torch.device) -> Tensor:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
                 return torch.from_numpy(array).to(on)

@@ -168,9 +168,9 @@ class Course:
     def begin(
         self, pixels_from: Images | None = None, ranks: Ranks = ALONE
     ) -> Iterable[Tensor | None]:
-        """Send the next piece's batches; gives something for each of its steps.
+        """Send the batches of the next piece to the device; returns one item per step.
 
-        That is None, or of one model whose set is not on the device the pixels of this worker's
+        An item is None if the images are on the device already, else the pixels of this worker's
         share of the batch.
         """
         piece = self._piece

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This worker's place among those of its trial.
+    """The rank of this worker among the workers that train one trial together (DDP).
 
     >>> Ranks(rank=1, world=2).part(5)
     slice(3, 5, None)

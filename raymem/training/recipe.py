@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from raymem import models
 from raymem.errors import RecipeError
@@ -130,7 +130,7 @@ class Recipe:
         if wrong:
             raise RecipeError("; ".join(wrong))
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The recipe as JSON-ready data, the model by its identity: what a study's hash covers."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data = {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}

@@ -201,12 +201,14 @@ def _share(tensors: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def _contiguous(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _contiguous(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
-def _casting_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _casting_to(
+    dtype: torch.dtype,
+) -> Callable[[nn.Module, tuple[object, ...]], tuple[object, ...]]:
+    def hook(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
         return tuple(
             x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
         )
@@ -214,8 +216,8 @@ def _casting_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...]], tu
     return hook
 
 
-def _output_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+def _output_to(dtype: torch.dtype) -> Callable[[nn.Module, tuple[object, ...], object], object]:
+    def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> object:
         return output.to(dtype) if isinstance(output, Tensor) else output
 
     return hook

@@ -23,12 +23,12 @@ from raymem.errors import DivergedError, OutOfMemoryError, TrialError
 from raymem.models import margins
 from raymem.plan import Seeds
 from raymem.privacy import Mechanism
+from raymem.training.batched_curvature import Measured, measure_images
 from raymem.training.checkpoint import Checkpoints
 from raymem.training.epoch_curvature import EpochCurvature
 from raymem.training.history import SubsetHistory
 from raymem.training.images import Images, as_input
 from raymem.training.loop import OnEpoch, train_alone
-from raymem.training.measure import Measured, measure_images
 from raymem.training.precision import fast_arithmetic
 from raymem.training.private import train_privately
 from raymem.training.ranks import ALONE, Ranks

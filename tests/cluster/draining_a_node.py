@@ -19,7 +19,8 @@ from losing_a_node import wait_until
 from ray.cluster_utils import Cluster
 from slow_epochs import RECIPE, settings
 
-from raymem import Store, TrialKey
+from raymem import Store
+from raymem.store import TrialKey
 
 NOTICE_SECONDS = 25
 

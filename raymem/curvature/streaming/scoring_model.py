@@ -65,7 +65,7 @@ class ScoringModel:
         """Bytes of its weights."""
         return sum(tensor.nbytes for tensor in self.net.state_dict().values())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The record of the model beside its scores."""
         return {
             "model": self.name,

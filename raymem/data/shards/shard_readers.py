@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 
 from raymem.data.array_checks import some
 from raymem.data.cache import holds_cache
@@ -97,7 +98,7 @@ def list_shards(
     return shards or folders
 
 
-def list_files(data: str) -> tuple[Any, list[str], str]:
+def list_files(data: str) -> tuple[AbstractFileSystem, list[str], str]:
     """The file system, the files at a URL in order, and the path they are relative to."""
     try:
         fs, path = open_fs(data)
@@ -111,7 +112,7 @@ def list_files(data: str) -> tuple[Any, list[str], str]:
     return fs, files, root
 
 
-def _listed(fs: Any, path: str) -> tuple[list[str], str]:
+def _listed(fs: AbstractFileSystem, path: str) -> tuple[list[str], str]:
     try:
         # fsspec's `isfile` answers no on any error.
         kind = fs.info(path)["type"]
@@ -152,7 +153,7 @@ def is_image(file: str) -> bool:
 
 
 def _folders(
-    fs: Any,
+    fs: AbstractFileSystem,
     files: Sequence[str],
     root: str,
     classes: Sequence[str] | None,
@@ -234,7 +235,7 @@ class _Stream:
             pass
 
 
-def _tar(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
+def _tar(fs: AbstractFileSystem, path: str, shard: Shard) -> Iterator[Record]:
     key, members = None, list[tuple[str, bytes | None]]()
     with open_patiently(fs, path) as file:
         try:
@@ -296,7 +297,7 @@ def _of_members(key: str | None, members: Sequence[tuple[str, bytes | None]]) ->
     yield Record(example_id=example_id(key), label=label, data=plain[0][1] or b"", error=error)
 
 
-def _parquet(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
+def _parquet(fs: AbstractFileSystem, path: str, shard: Shard) -> Iterator[Record]:
     number = 0
     try:
         with open_patiently(fs, path) as file:
@@ -364,7 +365,7 @@ def _of_row(
     )
 
 
-def _folder(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
+def _folder(fs: AbstractFileSystem, path: str, shard: Shard) -> Iterator[Record]:
     files = [f"{path}/{name}" for name in shard.files] or [
         file
         for file in sorted(map(str, ask(fs, lambda: fs.ls(path, detail=False), shard.url)))
@@ -377,7 +378,7 @@ def _folder(fs: Any, path: str, shard: Shard) -> Iterator[Record]:
         yield Record(example_id=example_id(relative), label=label, data=data)
 
 
-def _contents(fs: Any, files: Sequence[str], url: str) -> Iterator[bytes]:
+def _contents(fs: AbstractFileSystem, files: Sequence[str], url: str) -> Iterator[bytes]:
     if is_local(fs):
         yield from map(fs.cat_file, files)
         return

@@ -14,11 +14,11 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 
 from raymem.data.array_checks import some
 from raymem.data.shards.records import Shard, parts
@@ -88,7 +88,7 @@ def find_splits(
     return _by_names(str(fs.unstrip_protocol(root)) if fs.isdir(root) else data, but)
 
 
-def _root(data: str) -> tuple[Any, str]:
+def _root(data: str) -> tuple[AbstractFileSystem, str]:
     try:
         fs, path = fsspec.core.url_to_fs(data)
         path = str(path).rstrip("/")
@@ -103,7 +103,7 @@ def _root(data: str) -> tuple[Any, str]:
         ) from error
 
 
-def _split_folders(fs: Any, root: str) -> dict[str, str]:
+def _split_folders(fs: AbstractFileSystem, root: str) -> dict[str, str]:
     """The folders in `root` with the names of splits, by name in lower case."""
     try:
         paths = [str(path).rstrip("/") for path in fs.ls(root, detail=False)]
@@ -228,7 +228,7 @@ def _of_two(train: str, val: str, val_labels: str | None) -> Splits:
 class _SplitFiles:
     """What is below the URL of one split."""
 
-    fs: Any
+    fs: AbstractFileSystem
     root: str
     """The split's folder."""
     images: list[str]

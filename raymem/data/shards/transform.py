@@ -21,7 +21,7 @@ MOST_PIXELS = 100_000_000
 # Larger labels are not class numbers, and int64 columns cannot hold the largest.
 LARGEST_LABEL = 2**31
 Way = Literal["fit", "crop", "squash"]
-Batch = dict[str, NDArray[Any]]
+Batch = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Transform:
     def _filter(self) -> Image.Resampling:
         return Image.Resampling[self.interpolation.upper()]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON-ready, to be recorded and compared."""
         return {**dataclasses.asdict(self), "size": list(self.size)}
 

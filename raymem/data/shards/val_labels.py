@@ -12,9 +12,9 @@ import io
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import fsspec
+from fsspec import AbstractFileSystem
 
 from raymem.data.array_checks import some
 from raymem.data.pixels import example_id
@@ -104,7 +104,7 @@ def _by_name(
 
 
 def _by_position(
-    fs: Any,
+    fs: AbstractFileSystem,
     path: str,
     url: str,
     words: Sequence[str],
@@ -131,7 +131,7 @@ def _by_position(
     return [known[words[k - 1]] if 0 < k <= len(words) else None for k in numbers]
 
 
-def _synsets(fs: Any, path: str, url: str) -> Mapping[int, str]:
+def _synsets(fs: AbstractFileSystem, path: str, url: str) -> Mapping[int, str]:
     """ILSVRC id -> WordNet id, from meta.mat in the folder of `path`."""
     from scipy.io import loadmat
 

@@ -21,7 +21,7 @@ from raymem.curvature import (
     CurvatureRule,
     Mode,
     PrecisionChoice,
-    curvature,
+    input_curvature,
     paper_score,
     pick_mode,
     pick_precision,
@@ -143,7 +143,7 @@ class Meter:
 
     def _measure(self, images: Tensor, y: Tensor) -> dict[str, Tensor]:
         rule = self.rule
-        found = curvature(self.model, images, y, rule, seed=self.seed)
+        found = input_curvature(self.model, images, y, rule, seed=self.seed)
         values = {
             "curvature": found.trace,
             "curvature_stderr": found.trace_stderr,

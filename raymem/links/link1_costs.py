@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from raymem.encoding import epsilon_name
 from raymem.links.correlation import Correlation
 from raymem.scores import forecast_trials
@@ -108,6 +110,6 @@ def _over(a: float, b: float) -> float:
     return a / b if b > 0 else math.nan
 
 
-def _summaries(table: Any) -> dict[str, Any]:
+def _summaries(table: pa.Table) -> dict[str, Any]:
     found: dict[str, Any] = metadata_of(table, "scores/trials.parquet").get("summary", {})
     return found

@@ -1,4 +1,4 @@
-"""Sums of folds as they are resampled: of one store, or of two that are joined.
+"""Memorization and measures when folds of trials are resampled: of one store, or of two joined.
 
 Shapes: F folds, N training examples.
 """
@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raymem.experiments import COUNTS
 from raymem.links.column_arrays import Floats, floats
 from raymem.scores import ratio
+from raymem.scores.running_sums import IN, OUT, RunningSums
 
 # Measures of training itself, and the trials that have them.
 COUNTED_BY = {"cumulative_loss": "n_in", "forgetting_count": "n_in", "learning_epoch": "learned"}
@@ -24,25 +24,33 @@ def memorization_of(n_in: Floats, correct_in: Floats, n_out: Floats, correct_out
     return ratio(correct_in, n_in) - ratio(correct_out, n_out)
 
 
-class Sums:
-    """Sums of folds, [F, N], as they are resampled."""
+class Folds:
+    """The training examples' rows of scores/folds.parquet at one epsilon: sums over F folds."""
 
     def __init__(self, table: pa.Table, measures: Sequence[str]) -> None:
+        """`measures` are columns of scores/examples.parquet, p_wrong or wrong."""
         self.n_folds = len(set(table["fold"].to_pylist()))
-        self._sums = {
-            # Folds without curvature have null sums and no count.
-            name: np.nan_to_num(floats(table, name).reshape(self.n_folds, -1))
-            for name in {
-                *(f"{what}_{arm}" for what in ("n", "correct") for arm in ("in", "out")),
-                *map(_sum, measures),
-                *map(_count, measures),
-            }
+
+        def column(name: str) -> Floats:
+            return floats(table, name).reshape(self.n_folds, -1)
+
+        self._outcomes = RunningSums(
+            n=np.stack([column("n_out"), column("n_in")], 1),
+            total={"correct": np.stack([column("correct_out"), column("correct_in")], 1)},
+        )
+        # Folds without curvature have null sums and no count.
+        self._measured = {
+            name: RunningSums(
+                n=np.nan_to_num(column(_count(name))),
+                total={name: np.nan_to_num(column(_sum(name)))},
+            )
+            for name in measures
         }
 
     @property
     def n_examples(self) -> int:
         """N."""
-        return int(self._sums["n_in"].shape[1])
+        return int(self._outcomes.n.shape[-1])
 
     def resampled(self, generator: np.random.Generator) -> Floats:
         """How often each fold counts in a bootstrap replicate, [F]."""
@@ -59,7 +67,7 @@ class Sums:
         """In how many folds a measure was measured."""
         if name == "memorization":
             return self.n_folds
-        return int((self._sums[_count(name)].sum(1) > 0).sum())
+        return int((self._measured[name].n.sum(1) > 0).sum())
 
     @property
     def can_be_halved(self) -> bool:
@@ -67,27 +75,21 @@ class Sums:
         return self.n_folds > 1
 
     def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """Of the examples `rows`, when folds count `weights` times."""
-        return memorization_of(*(self._total(name, weights, rows) for name in COUNTS))
+        """Of the examples `rows`, when folds count `weights` times; NaN without trials in one
+        arm."""
+        accuracy = _resampled(self._outcomes, weights, rows).mean("correct")
+        difference: Floats = accuracy[IN] - accuracy[OUT]
+        return difference
 
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """Of a measure, the same."""
+        """Mean of a measure over the trials that have it, of the examples `rows`."""
         if name == "memorization":
             return self.memorization(weights, rows)
-        mean = ratio(
-            self._total(_sum(name), weights, rows), self._total(_count(name), weights, rows)
-        )
+        mean = _resampled(self._measured[name], weights, rows).mean(name)
         return 1 - mean if "wrong" in name else mean
 
-    def _total(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        # To add up all examples is faster than to gather some, unless they are few.
-        sums = self._sums[name]
-        few = 8 * len(rows) < sums.shape[1]
-        total: Floats = weights @ sums[:, rows] if few else (weights @ sums)[rows]
-        return total
 
-
-class FixedSums(Sums):
+class FixedScores(Folds):
     """Published memorization and measures, [N]: nothing is known of their trials, so that they do
     not vary."""
 
@@ -95,38 +97,38 @@ class FixedSums(Sums):
         self.n_folds, self._memorization, self._values = 1, memorization, dict(values or {})
 
     def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """See Sums."""
+        """See Folds."""
         return self._memorization[rows]
 
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """See Sums."""
+        """See Folds."""
         return self._values[name][rows]
 
     def folds_of(self, name: str) -> int:
-        """See Sums."""
+        """See Folds."""
         return 1
 
 
-class JoinedSums(Sums):
+class JoinedFolds(Folds):
     """Memorization of one store and measures of another: their folds are drawn independently.
 
     `places` are the rows of the second store that have the first one's examples, [N].
     """
 
-    def __init__(self, first: Sums, second: Sums, places: NDArray[np.int64]) -> None:
+    def __init__(self, first: Folds, second: Folds, places: NDArray[np.int64]) -> None:
         self.first, self.second, self.places = first, second, places
         self.n_folds = first.n_folds + second.n_folds
 
     def resampled(self, generator: np.random.Generator) -> Floats:
-        """See Sums."""
+        """See Folds."""
         return np.concatenate([s.resampled(generator) for s in (self.first, self.second)])
 
     def half(self, generator: np.random.Generator) -> Floats:
-        """See Sums."""
+        """See Folds."""
         return np.concatenate([s.half(generator) for s in (self.first, self.second)])
 
     def folds_of(self, name: str) -> int:
-        """See Sums; of the second store."""
+        """See Folds; of the second store."""
         return self.second.folds_of(name)
 
     @property
@@ -135,12 +137,18 @@ class JoinedSums(Sums):
         return self.first.can_be_halved and self.second.can_be_halved
 
     def memorization(self, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """See Sums; of the first store."""
+        """See Folds; of the first store."""
         return self.first.memorization(weights[: self.first.n_folds], rows)
 
     def mean(self, name: str, weights: Floats, rows: NDArray[np.int64]) -> Floats:
-        """See Sums; of the second store."""
+        """See Folds; of the second store."""
         return self.second.mean(name, weights[self.first.n_folds :], self.places[rows])
+
+
+def _resampled(sums: RunningSums, weights: Floats, rows: NDArray[np.int64]) -> RunningSums:
+    # To add up all examples is faster than to gather some, unless they are few.
+    few = 8 * len(rows) < sums.n.shape[-1]
+    return sums.at(rows).merged(weights) if few else sums.merged(weights).at(rows)
 
 
 def _sum(measure: str) -> str:

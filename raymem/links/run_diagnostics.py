@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +18,11 @@ from scipy import stats
 
 from raymem.encoding import epsilon_name
 from raymem.links.column_arrays import Floats, floats, train_at
-from raymem.links.epsilons import plain
 from raymem.links.twins import Twins, find_twins
 from raymem.plan import Plan
 from raymem.scores import LEAST_FIT, fit_of_hard, ratio
 from raymem.store import Store, TrialKey
+from raymem.store.columns import Row
 from raymem.store.trials import metadata_of
 
 # Of training accuracy, in median absolute deviations.
@@ -49,10 +48,6 @@ class Finding:
     """What it should be; empty: nothing."""
     red: bool = False
     """Is it outside?"""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return plain(vars(self))
 
 
 def diagnostics(
@@ -95,7 +90,7 @@ def red(found: Mapping[float, Sequence[Finding]]) -> list[tuple[float, Finding]]
     return [(e, finding) for e, findings in found.items() for finding in findings if finding.red]
 
 
-def _fit(here: pa.Table, done: Sequence[dict[str, Any]], plainly: bool) -> list[Finding]:
+def _fit(here: pa.Table, done: Sequence[Row], plainly: bool) -> list[Finding]:
     """How well models fit their own subsets. Private models need not."""
     accuracy = _column(done, "accuracy_in")
     if not np.isfinite(accuracy).any():
@@ -157,7 +152,7 @@ def _fit_of_hard(here: pa.Table, plainly: bool) -> list[Finding]:
     ]
 
 
-def _trials(done: Sequence[dict[str, Any]], lost: Sequence[dict[str, Any]]) -> list[Finding]:
+def _trials(done: Sequence[Row], lost: Sequence[Row]) -> list[Finding]:
     share = len(lost) / (len(done) + len(lost))
     again = sum(row["attempt"] > 1 for row in done)
     return [
@@ -325,7 +320,7 @@ def _explained(twins: Twins | None) -> list[Finding]:
     ]
 
 
-def _size_of_subsets(done: Sequence[dict[str, Any]], plan: Plan) -> list[Finding]:
+def _size_of_subsets(done: Sequence[Row], plan: Plan) -> list[Finding]:
     """Memorization at ratio r is not memorization by leaving one out: what do more examples do?"""
     name, r = "accuracy on held-out examples for 1% more of the set", plan.subset_ratio
     said = f"memorization is that at ratio {r:g}, not by leaving one out"
@@ -363,7 +358,7 @@ def _repeated(store: Store, epsilon: float) -> list[Finding]:
     ]
 
 
-def _assumptions(here: pa.Table, done: Sequence[dict[str, Any]]) -> list[Finding]:
+def _assumptions(here: pa.Table, done: Sequence[Row]) -> list[Finding]:
     """How far the theorems' assumptions hold: a bounded loss, models that generalize."""
     out, inside = floats(here, "loss_out"), floats(here, "loss_in")
     gaps = _column(done, "accuracy_in") - _column(done, "accuracy_test")
@@ -397,6 +392,6 @@ def _assumptions(here: pa.Table, done: Sequence[dict[str, Any]]) -> list[Finding
     ]
 
 
-def _column(rows: Sequence[dict[str, Any]], name: str) -> Floats:
+def _column(rows: Sequence[Row], name: str) -> Floats:
     """A column of scores/trials.parquet; imported fleets may lack it."""
     return np.array([row[name] for row in rows], np.float64)
