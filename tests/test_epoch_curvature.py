@@ -180,7 +180,7 @@ def test_what_makes_no_sense_is_refused(digits, tmp_path):
     with pytest.raises(CurvatureError, match="every_epochs must be 1 or more"):
         CurvatureRule(every_epochs=0)
     study = {"examples": digits, "recipe": MLP, "store": tmp_path, "trials": 20}
-    with pytest.raises(PlanError, match="every 5 epochs, but the recipe has 5"):
+    with pytest.raises(PlanError, match="every_epochs is 5, but the recipe has only 5"):
         Study(**study, curvature=CurvatureRule(every_epochs=5))
     with pytest.raises(PlanError, match="while a model trains"):
         Study(

@@ -22,19 +22,19 @@ def column_of(name: str, digits: str = ".3f") -> Column:
 
 
 def examples_table(table: pa.Table, *more: str) -> Table:
-    """Rows of scores/examples.parquet; `more` columns at the end."""
+    """Rows of scores/examples.parquet; `more` columns, which were asked for, come early."""
     shown = ("example_id", "label", "memorization", "memorization_soft")
     if len(set(table["epsilon"].to_pylist())) > 1:
         more = ("epsilon", *more)
-    more = tuple(name for name in more if name not in shown)
+    more = tuple(name for name in dict.fromkeys(more) if name not in shown)
     columns = [
         Column(key="example_id", title="example"),
         Column(key="label", title="label"),
         Column(key="memorization", title="memorization [95%]"),
+        *map(column_of, more),
         Column(key="models", title="models in/out"),
         Column(key="accuracy", title="accuracy in, out"),
         Column(key="memorization_soft", title="soft"),
-        *map(column_of, more),
     ]
     return Table(columns=columns, rows=[_example(row, more) for row in table.to_pylist()])
 
@@ -45,10 +45,10 @@ def _example(row: Row, more: Sequence[str]) -> list[Cell]:
         row["example_id"],
         row["label"],
         memorization_of(row),
+        *(row[name] for name in more),
         "" if row["n_out"] is None else f"{row['n_in'] or 0}/{row['n_out']}",
         "" if known == [None, None] else ", ".join("" if v is None else f"{v:.3f}" for v in known),
         row["memorization_soft"],
-        *(row[name] for name in more),
     ]
 
 
