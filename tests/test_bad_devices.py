@@ -28,6 +28,7 @@ def train(store, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_device_fails_is_retired_and_the_others_do_all_trials(tmp_path, gate):
     store = tmp_path / "store"
     ran = train(store, "--trials", TRIALS, "--max-workers", os.cpu_count())

@@ -72,6 +72,7 @@ def simulated(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("aws") is None, reason="needs the aws command")
+@pytest.mark.slow
 def test_the_set_up_account_starts_the_clusters_machines(simulated):
     setup = ["bash", "deploy/aws_setup.sh", "a-bucket", "us-west-2", ADDRESS]
     subprocess.run(setup, cwd=ROOT, env=simulated, check=True, capture_output=True)

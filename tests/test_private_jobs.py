@@ -192,6 +192,7 @@ def tiny():
     )
 
 
+@pytest.mark.slow
 def test_studies_without_out_trials_have_links_too():
     """As the paper's link 2: all data in all trials, only seeds differ."""
     study = Study(

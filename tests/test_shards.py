@@ -94,6 +94,7 @@ def test_every_form_gives_the_scores_of_the_same_pixels_in_memory(
 
 
 @pytest.mark.alone
+@pytest.mark.slow
 def test_ray_data_gives_what_this_process_gives_once_per_shard(shards_at, tmp_path):
     model = scoring_model()
     stream(shards_at / "tar", tmp_path / "here", model)

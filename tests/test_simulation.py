@@ -61,6 +61,7 @@ def test_without_faults_nothing_is_lost_and_workers_are_busy():
     assert 1 < report["hours"] / report["ideal_hours"] < 1.15
 
 
+@pytest.mark.slow
 def test_checkpoints_keep_what_lost_nodes_had_done():
     spot = {"workers": 16, "worker_group": 4, "trials": 64, "hours": 1.0, "node_hours": 2.0}
     whole = simulate(**spot)["lost_share"]
