@@ -7,22 +7,20 @@ import multiprocessing
 import os
 import tarfile
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import nn
 
 from benchmarks.curvature import digits_like_cifar
 from benchmarks.rows import Row
-from benchmarks.streaming import Watched, rate
+from benchmarks.streaming import Watched, peak_memory, rate
 from raymem import CurvatureRule
 from raymem.curvature.streaming import ScoringModel, stream_models
 from raymem.curvature.streaming.blocks import Reading, decode_block, read_blocks
@@ -144,32 +142,6 @@ def scored(
             )
         seconds = time.perf_counter() - start
         return seconds, rate(store.events, sizes.images * sizes.models)
-
-
-def peak_memory(call: Callable[[], object]) -> float:
-    """Bytes of this process and its children while `call` runs, shared ones (the object store among
-    them) counted once."""
-    peak, over = [0], threading.Event()
-
-    def look() -> None:
-        me = psutil.Process()
-        while not over.wait(0.5):
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().pss
-                except psutil.Error:
-                    continue
-            peak[0] = max(peak[0], total)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        call()
-    finally:
-        over.set()
-        watcher.join()
-    return float(peak[0])
 
 
 def measure(quick: bool) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,30 +127,38 @@ class Watched(Store):
         return super().write_streamed(model, shard, table, about)
 
 
+def peak_memory(call: Callable[[], object]) -> float:
+    """Bytes of this process and its children while `call` runs, shared ones (the object store among
+    them) counted once."""
+    peak, over = [0], threading.Event()
+
+    def look() -> None:
+        me = psutil.Process()
+        while not over.wait(0.5):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue
+            peak[0] = max(peak[0], total)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        call()
+    finally:
+        over.set()
+        watcher.join()
+    return float(peak[0])
+
+
 def streamed(folder: Path) -> tuple[Watched, float]:
     """The store with its times, and the peak of memory of all processes, in bytes."""
     with tempfile.TemporaryDirectory() as target:
-        store, peak, over = Watched(target), [0], threading.Event()
-
-        def look() -> None:
-            me = psutil.Process()
-            while not over.wait(0.5):
-                total = 0
-                for process in [me, *me.children(recursive=True)]:
-                    try:
-                        total += process.memory_info().rss - process.memory_info().shared
-                    except psutil.Error:
-                        continue
-                peak[0] = max(peak[0], total)
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        try:
-            stream_curvature(list_shards(str(folder)), model(), store, RULE)
-        finally:
-            over.set()
-            watcher.join()
-        return store, float(peak[0])
+        store = Watched(target)
+        shards = list_shards(str(folder))
+        return store, peak_memory(lambda: stream_curvature(shards, model(), store, RULE))
 
 
 def against_the_bare_loop(quick: bool) -> Iterator[Row]:
